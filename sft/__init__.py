@@ -1,0 +1,1 @@
+"""What a training run can switch on or needs checked: one file for each."""
