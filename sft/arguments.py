@@ -1,10 +1,24 @@
-"""Every flag once, the names of 2023 translated, contradictions refused, and how a run speaks to its user."""
+"""Every flag once, the names of 2023 translated, contradictions refused, and how a run speaks to its user.
 
+    python -m sft.arguments        prints the table of this project's own flags that stands in the README
+"""
+
+import dataclasses
+import difflib
+import json
 import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
 
+import torch
 import transformers
+from torch.distributed import PrefixStore, TCPStore
+
+# ------------------------------------------------------------------------------------------------ speaking and ending
 
 
 class UserError(Exception):
@@ -42,10 +56,64 @@ def say(text: str) -> None:
         print(text, file=sys.stdout, flush=True)
 
 
+@contextmanager
+def one_message_for_user_errors() -> Iterator[None]:
+    """End a UserError in one message on stderr (the lowest failing rank's copy) and exit code 2 from every rank."""
+    try:
+        yield
+    except UserError as error:
+        problems = _meet_at_the_exit(error.problems)
+        if problems:
+            head = problems if len(problems) == 1 else [f"{len(problems)} problems", *(f"  - {p}" for p in problems)]
+            print("error: " + "\n".join(head), file=sys.stderr, flush=True)
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        raise SystemExit(2) from None
+
+
+def _meet_at_the_exit(problems: list[str], patience: timedelta = timedelta(seconds=20)) -> list[str]:
+    """Wait for the other ranks' ends and return the problems that this rank should print (none, if another does).
+
+    torchrun stops every process as soon as one has failed, so a rank that left first would cut off the others'
+    exit codes, and with them the message of a rank that knows more. A rank that does not fail is not waited for
+    longer than `patience`.
+    """
+    if world_size() == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return problems if rank() == 0 or not problems else []
+    agent = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=patience)
+    # The agent's store outlives a restart of the workers: each attempt meets under its own name.
+    store = PrefixStore(f"user_error/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", agent)
+    everyone = [str(index) for index in range(world_size())]
+    store.set(str(rank()), json.dumps(problems))
+    try:
+        store.wait(everyone, patience)
+    except torch.distributed.DistStoreError:
+        everyone = [name for name in everyone if store.check([name])]
+    if str(rank()) != everyone[0]:
+        found: list[str] = []
+    else:
+        found = list(dict.fromkeys(problem for name in everyone for problem in json.loads(store.get(name))))
+    # The store may live in this machine's agent: no rank leaves before all have read.
+    store.set(f"read/{rank()}", "")
+    try:
+        store.wait([f"read/{name}" for name in everyone], patience)
+    except torch.distributed.DistStoreError:
+        pass  # a rank that was killed meanwhile reads nothing; the message below is what matters
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------- the flags
+
+
 @dataclass
 class ModelArguments:
+    """Which model, and how it computes."""
+
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Model to tune: a folder, or a repository on the Hugging Face hub."}
+    )
+    cache_dir: str | None = field(
+        default=None, metadata={"help": "Folder for models downloaded from the hub. Default: the hub's own cache."}
     )
     trust_remote_code: bool = field(
         default=False,
@@ -53,31 +121,327 @@ class ModelArguments:
     )
     attn_implementation: str | None = field(
         default=None,
-        metadata={"help": "Attention kernel. Default: chosen for the device and said. One that lets packed examples see each other is refused."},
+        metadata={
+            "help": "Attention kernel. Default: chosen for the device and said. One that lets packed examples see "
+            "each other is refused."
+        },
     )
     gpt2_files: str | None = field(
         default=None,
-        metadata={"help": "XGen only: a folder with GPT-2's vocab.json and merges.txt, for machines where tiktoken cannot download them."},
+        metadata={
+            "help": "XGen only: a folder with GPT-2's vocab.json and merges.txt, for machines where tiktoken cannot "
+            "download them."
+        },
     )
 
 
 @dataclass
 class DataArguments:
+    """Which rows, and what becomes of them."""
+
     data_path: str | None = field(default=None, metadata={"help": "CSV file with one training example in each row."})
     source: str = field(default="prompt", metadata={"help": "Column that holds the prompts."})
     target: str = field(default="response", metadata={"help": "Column that holds the responses."})
     prompt_template: str = field(
         default="none",
-        metadata={"help": "'none': the source column is the whole prompt. 'alpaca': wrap it in the Alpaca prompt. Else a text file with one {instruction} in it."},
+        metadata={
+            "help": "'none': the source column is the whole prompt. 'alpaca': wrap it in the Alpaca prompt. Else a "
+            "text file with one {instruction} in it."
+        },
     )
 
 
 @dataclass
 class TrainingArguments(transformers.TrainingArguments):
+    """The Trainer's own arguments, a few of them with another default, and this project's."""
+
     model_max_length: int = field(
-        default=512, metadata={"help": "Longest example in tokens, prompt and response together. Longer ones are cut and counted."}
+        default=512,
+        metadata={"help": "Longest example in tokens, prompt and response together. Longer ones are cut and counted."},
     )
     packing: bool = field(
         default=True,
-        metadata={"help": "Fill micro-batches with whole examples end to end: same examples and gradient in each optimizer step, no padding. False: padded."},
+        metadata={
+            "help": "Fill micro-batches with whole examples end to end: same examples and gradient in each optimizer "
+            "step, no padding. False: padded."
+        },
     )
+    save_dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "Type of the exported weights: float32, bfloat16 or float16. Default: the compute type. "
+            "Checkpoints to resume from are always float32."
+        },
+    )
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={"help": "Train into an output folder that already holds a finished model, and replace that model."},
+    )
+    # Defaults of the Trainer that would hide something or keep more than this project uses.
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Hide NaN and infinite losses from the log. Off: a broken run must show."}
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Kept off: the dataset has no such columns."})
+    prediction_loss_only: bool = field(
+        default=True, metadata={"help": "Evaluate the loss alone: logits of an evaluation set do not fit in memory."}
+    )
+
+
+# ------------------------------------------------------------------------------------------- the names of 2023
+
+RENAMED = {  # transformers 4.31 -> 5.x, and two misspellings of the original README's parameter table
+    "evaluation_strategy": "eval_strategy",
+    "num_training_epochs": "num_train_epochs",
+    "warmup_ratio": "warmup_steps",
+    "no_cuda": "use_cpu",
+    "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
+    "push_to_hub_token": "hub_token",
+    "push_to_hub_model_id": "hub_model_id",
+}
+WRAP_CLASS = ("fsdp_transformer_layer_cls_to_wrap", "fsdp_transformer_later_cls_to_wrap")
+GONE = {  # flag -> what to do without it
+    "use_mps_device": "an Apple GPU is used where there is one",
+    "jit_mode_eval": "there is no such mode",
+    "use_ipex": "there is no such mode",
+    "fp16_opt_level": "apex is not used",
+    "half_precision_backend": "PyTorch's own mixed precision is used",
+    "fp16_backend": "PyTorch's own mixed precision is used",
+    "sharded_ddp": "use --fsdp",
+    "fsdp_min_num_params": "the model's layers are wrapped by their class",
+    "adafactor": "use --optim adafactor",
+    "use_legacy_prediction_loop": "there is one loop",
+    "torchdynamo": "use --torch_compile_backend",
+    "xpu_backend": "use --ddp_backend",
+    "push_to_hub_organization": "use --hub_model_id organization/name",
+}
+
+
+def _is_true(value: str) -> bool:
+    return transformers.hf_argparser.string_to_bool(value)
+
+
+def translate(argv: list[str]) -> tuple[list[str], list[str], list[str]]:
+    """Rewrite the flags of 2023 as today's.
+
+    ["--evaluation_strategy", "no"] -> ["--eval_strategy", "no"] and "`--evaluation_strategy no` is now `--eval_strategy no`"
+
+    Returns: the arguments to parse, one notice for each change, and the problems (a value that has no translation).
+    """
+    flags = _split_into_flags(argv)
+    out, notices, problems = [], [], []
+    fsdp_config: dict[str, object] = {}
+    fsdp_old: list[str] = []
+
+    for name, values in flags:
+        old = " ".join([f"--{name}", *(value if " " not in value else f'"{value}"' for value in values)]).strip()
+        new: list[str] | None = None
+        if name in RENAMED:
+            if name == "warmup_ratio" and not (values and _is_ratio(values[0])):
+                problems.append(f"`{old}`: a ratio lies between 0 and 1. For a number of steps use --warmup_steps.")
+                continue
+            new = [f"--{RENAMED[name]}", *values]
+        elif name in WRAP_CLASS and values:
+            fsdp_config["transformer_layer_cls_to_wrap"] = values
+            fsdp_old.append(old)
+            continue
+        elif name == "fsdp" and values and values[0].lower() not in ("true", "false"):
+            words = " ".join(values).split()
+            known = {"full_shard": True, "shard_grad_op": False}
+            unknown = [word for word in words if word not in (*known, "auto_wrap", "offload")]
+            if unknown:
+                problems.append(
+                    f"`{old}`: FSDP2 has no {unknown[0]!r}. Known words: full_shard, shard_grad_op, auto_wrap, offload."
+                )
+                continue
+            fsdp_config["reshard_after_forward"] = all(known.get(word, True) for word in words)
+            if "offload" in words:
+                fsdp_config["cpu_offload"] = True
+            fsdp_old.insert(0, old)
+            continue
+        elif name == "group_by_length":
+            wanted = not values or _is_true(values[0])
+            new = ["--train_sampling_strategy", "group_by_length"] if wanted else []
+        elif name == "include_tokens_per_second":
+            new = []  # tokens per second are on every logged line
+        elif name == "save_safetensors":
+            if values and not _is_true(values[0]):
+                problems.append(f"`{old}`: models are always saved as safetensors, never as pickles. Remove the flag.")
+                continue
+            new = []
+        elif name == "logging_dir" and values:
+            os.environ["TENSORBOARD_LOGGING_DIR"] = values[0]
+            notices.append(f"`{old}` is now the environment variable TENSORBOARD_LOGGING_DIR (set for this run)")
+            continue
+        elif name in GONE:
+            problems.append(f"`--{name}` no longer exists: {GONE[name]}. Remove the flag.")
+            continue
+
+        if new is None:
+            out += [f"--{name}", *values] if name else values
+        else:
+            out += new
+            notices.append(f"`{old}` is now `{' '.join(new)}`" if new else f"`{old}` is no longer needed")
+
+    if fsdp_old:
+        given = _value_of(out, "fsdp_config")
+        if given is not None and not given.startswith("{"):
+            given = Path(given).read_text(encoding="utf-8") if Path(given).is_file() else "{}"
+        merged = {"version": 2, **fsdp_config, **json.loads(given or "{}")}
+        out = [*_without(out, "fsdp_config"), "--fsdp", "true", "--fsdp_config", json.dumps(merged)]
+        notices.append(f"`{' '.join(fsdp_old)}` is now `--fsdp true --fsdp_config '{json.dumps(merged)}'`")
+    return out, notices, problems
+
+
+def _split_into_flags(argv: list[str]) -> list[tuple[str, list[str]]]:
+    """["--a", "1", "--b=2"] -> [("a", ["1"]), ("b", ["2"])]; a leading value without a flag has the name ""."""
+    flags: list[tuple[str, list[str]]] = []
+    for word in argv:
+        if word.startswith("--") and len(word) > 2:
+            name, equals, value = word[2:].partition("=")
+            flags.append((name.replace("-", "_"), [value] if equals else []))
+        elif flags:
+            flags[-1][1].append(word)
+        else:
+            flags.append(("", [word]))
+    return flags
+
+
+def _is_ratio(value: str) -> bool:
+    try:
+        return 0 <= float(value) < 1
+    except ValueError:
+        return False
+
+
+def _value_of(argv: list[str], name: str) -> str | None:
+    return next((values[-1] for flag, values in reversed(_split_into_flags(argv)) if flag == name and values), None)
+
+
+def _without(argv: list[str], name: str) -> list[str]:
+    return [w for flag, values in _split_into_flags(argv) if flag != name for w in (f"--{flag}", *values)]
+
+
+# ------------------------------------------------------------------------------------------------------- parsing
+
+
+class _Parser(transformers.HfArgumentParser):
+    def error(self, message: str):
+        raise UserError(f"{message}. `--help` lists every flag.")
+
+
+def parser() -> transformers.HfArgumentParser:
+    """The command line's parser. Abbreviated flags are unknown flags: a typo must not become another flag."""
+    return _Parser(
+        (ModelArguments, DataArguments, TrainingArguments),
+        description="Instruction-tune a causal language model on a CSV of prompts and responses.",
+        allow_abbrev=False,
+    )
+
+
+def parse(
+    argv: list[str] | None = None, checks: tuple[Callable[..., list[str]], ...] = ()
+) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
+    """Parse a command line, of today or of 2023, and say what was translated.
+
+    Args:
+        argv: the words after the script's name; default `sys.argv[1:]`.
+        checks: functions of the parsed flags (a namespace) that return problems; everything that can be known before
+            anything slow is raised at once.
+
+    Raises:
+        UserError: with every problem found.
+    """
+    argv, notices, problems = translate(list(sys.argv[1:] if argv is None else argv))
+    known = parser()
+    flags, unknown = known.parse_known_args(argv)
+    problems += [_unknown_flag(known, word) for word in unknown if word.startswith("-")]
+    problems += [
+        f"{word!r} belongs to no flag. A value with spaces needs quotes."
+        for word in unknown
+        if not word.startswith("-") and not any(other.startswith("-") for other in unknown)
+    ]
+    notices += _use_what_the_machine_has(flags)
+    problems += _contradictions(flags)
+    for check in checks:
+        problems += check(flags)
+    if problems:
+        raise UserError(problems)
+    for notice in notices:
+        say(notice)
+    try:
+        model_args, data_args, training_args = (
+            kind(**{f.name: getattr(flags, f.name) for f in dataclasses.fields(kind) if f.init})
+            for kind in known.dataclass_types
+        )
+    except (ValueError, ImportError) as error:  # the Trainer's own checks of its arguments
+        raise UserError(str(error)) from error
+    return model_args, data_args, training_args
+
+
+def _unknown_flag(known: transformers.HfArgumentParser, word: str) -> str:
+    name = word.split("=")[0]
+    options = [option for option in known._option_string_actions if "-" not in option.lstrip("-")]
+    name = "--" + name.lstrip("-").replace("-", "_")
+    near = [option for option in options if option.startswith(name)]
+    near = near or difflib.get_close_matches(name, options, n=1, cutoff=0.5)
+    return f"unknown flag {name}." + (f" Did you mean {near[0]}?" if near else " `--help` lists every flag.")
+
+
+def _use_what_the_machine_has(flags) -> list[str]:
+    """Without an accelerator the same command runs on the CPU; settings that mean nothing there are taken out."""
+    notices = []
+    if not flags.use_cpu and not torch.accelerator.is_available():
+        flags.use_cpu = True
+        notices.append("no GPU was found: this run is on the CPU")
+    if flags.fsdp and (flags.use_cpu or "WORLD_SIZE" not in os.environ):
+        # accelerate 1.15 falls back to MULTI_CPU (DDP) without a word
+        why = "on the CPU" if flags.use_cpu else "in a process without torchrun"
+        kind = "plain DDP" if world_size() > 1 else "not sharded"
+        notices.append(f"--fsdp: Accelerate does not shard {why}: this run is {kind}, each process holds the model")
+        flags.fsdp, flags.fsdp_config = None, None
+    return notices
+
+
+def _contradictions(flags) -> list[str]:
+    problems = [
+        f"--{name} is missing: {what}."
+        for name, what in (
+            ("model_name_or_path", "the model to tune, a folder or a hub repository"),
+            ("data_path", "the CSV file to train on"),
+            ("output_dir", "the folder for the tuned model"),
+        )
+        if not getattr(flags, name)
+    ]
+    if flags.fsdp and flags.deepspeed:
+        problems.append("--fsdp and --deepspeed both shard the model. Choose one.")
+    if flags.bf16 and flags.fp16:
+        problems.append("--bf16 and --fp16 are two compute types. Choose one; bf16 where the GPU has it.")
+    if flags.save_dtype not in (None, "float32", "bfloat16", "float16"):
+        problems.append(f"--save_dtype {flags.save_dtype}: choose float32, bfloat16 or float16.")
+    for name in ("model_max_length", "per_device_train_batch_size", "gradient_accumulation_steps"):
+        if getattr(flags, name) < 1:
+            problems.append(f"--{name} {getattr(flags, name)}: it must be at least 1.")
+    if flags.train_sampling_strategy != "random" and flags.packing:
+        problems.append(
+            f"--train_sampling_strategy {flags.train_sampling_strategy} changes which examples share a step, to save "
+            "padding. Packing computes no padding and keeps the steps: remove the flag, or add --packing False."
+        )
+    return problems
+
+
+def flags_table() -> str:
+    """This project's own flags as a Markdown table, from the fields above."""
+    inherited = {f.name: f.default for f in dataclasses.fields(transformers.TrainingArguments)}
+    rows = ["| flag | default | what it does |", "|---|---|---|"]
+    for kind in (ModelArguments, DataArguments, TrainingArguments):
+        for f in dataclasses.fields(kind):
+            if f.name in inherited and inherited[f.name] == f.default:
+                continue
+            default = "" if f.default in (None, dataclasses.MISSING) else f"`{f.default}`"
+            rows.append(f"| `--{f.name}` | {default} | {f.metadata['help']} |")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    print(flags_table())
