@@ -1,0 +1,52 @@
+# Each target sets itself up in .venv; `make help` lists them.
+#   make demo PYTHON=python3.12      another interpreter (3.10 or newer)
+#   make test ARGS='-m "not slow"'   arguments for pytest
+PYTHON ?= python3
+VENV   ?= .venv
+ARGS   ?=
+BIN    := $(VENV)/bin
+RUN    := $(VENV)/installed
+DEV    := $(VENV)/installed-dev
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format bench-data bench-step clean
+
+help:           ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
+
+demo: $(RUN)    ## tune a tiny LLaMA on examples/facts.csv on the CPU and ask it before and after
+	PATH="$(abspath $(BIN)):$$PATH" bash examples/demo.sh
+
+test: $(DEV)    ## every test, on the CPU, offline
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(DEV)    ## ruff (lint and format) and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(DEV)  ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench-data: $(DEV)  ## rows per second of the data path
+	$(BIN)/python benchmarks/bench_data.py $(ARGS)
+
+bench-step: $(DEV)  ## tokens per second of the training step
+	$(BIN)/python benchmarks/bench_step.py $(ARGS)
+
+clean:          ## remove .venv and what the demo wrote
+	rm -rf $(VENV) demo_output
+
+# The stamps are newer than the requirements they installed, so nothing is installed twice.
+$(RUN): requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit("error: Python 3.10 or newer is needed, this is %s. Name one: make PYTHON=python3.12" % sys.version.split()[0] if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -r requirements.txt
+	@touch $@
+
+# DeepSpeed is built from source and must see the torch that is installed: hence no build isolation, and its build tools first.
+$(DEV): $(RUN) requirements-optional.txt requirements-dev.txt
+	$(BIN)/pip install --quiet -r requirements-dev.txt
+	$(BIN)/pip install --quiet --no-build-isolation -r requirements-optional.txt
+	@touch $@
