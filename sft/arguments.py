@@ -102,6 +102,29 @@ def _meet_at_the_exit(problems: list[str], patience: timedelta = timedelta(secon
     return found
 
 
+@contextmanager
+def all_ranks_or_none() -> Iterator[None]:
+    """Raise on every rank the UserErrors that any rank met inside.
+
+    A file that is missing on one machine of several must not leave the other machines waiting in a collective. The
+    wait here has no NCCL in it and lasts as long as the slowest rank's work.
+    """
+    group = None
+    if torch.distributed.is_initialized() and world_size() > 1:
+        group = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=7))
+    problems: list[str] = []
+    try:
+        yield
+    except UserError as error:
+        problems = error.problems
+    if group is not None:
+        every: list[list[str]] = [[]] * world_size()
+        torch.distributed.all_gather_object(every, problems, group=group)
+        problems = list(dict.fromkeys(problem for found in every for problem in found))
+    if problems:
+        raise UserError(problems)
+
+
 # ------------------------------------------------------------------------------------------------------- the flags
 
 

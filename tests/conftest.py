@@ -1,0 +1,74 @@
+"""What the tests share: a tiny LLaMA with a SentencePiece tokenizer, a small CSV, the real scripts through torchrun."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+ROOT = Path(__file__).resolve().parent.parent
+
+QUESTIONS = [
+    (f"What is {a} plus {b}?", f"{a} plus {b} is {a + b}.") for a in range(1, 9) for b in range(1, 9)
+]  # 64 rows of 10 to 30 tokens
+
+
+@pytest.fixture(scope="session")
+def questions_csv(tmp_path_factory) -> Path:
+    """64 rows of one-digit sums: `prompt,response`."""
+    path = tmp_path_factory.mktemp("data") / "questions.csv"
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("prompt", "response"), *QUESTIONS])
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory) -> Path:
+    """A random two-layer LLaMA as OpenLLaMA is published: weights, a config, and tokenizer.model alone."""
+    folder = tmp_path_factory.mktemp("tiny_llama")
+    text = folder / "text.txt"
+    text.write_text("\n".join(f"{question} {answer}" for question, answer in QUESTIONS), encoding="utf-8")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text), model_prefix=str(folder / "tokenizer"), model_type="bpe", vocab_size=320, byte_fallback=True,
+        character_coverage=1.0, minloglevel=2,
+    )  # fmt: skip
+    (folder / "tokenizer.vocab").unlink()
+    text.unlink()
+    save_llama(folder, vocab_size=320)
+    return folder
+
+
+def save_llama(folder: Path, vocab_size: int, **config) -> None:
+    """Save a random two-layer LLaMA, the same one each time."""
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape |= {"num_key_value_heads": 2, "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 2}
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, **(shape | config))).save_pretrained(folder)
+
+
+def run_script(script: str, *flags: str, processes: int = 0, expect: int = 0, env: dict | None = None) -> str:
+    """Run a script of the project as a user does and return what it printed, both streams together.
+
+    Args:
+        processes: 0 without torchrun, else `torchrun --nproc_per_node`.
+        expect: the exit code that must come back.
+    """
+    launcher = [sys.executable]
+    if processes:
+        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
+        launcher += ["--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0"]
+    ended = subprocess.run(
+        [*launcher, str(ROOT / script), *flags],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1", **(env or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+    )
+    assert ended.returncode == expect, ended.stdout
+    return ended.stdout
