@@ -172,6 +172,33 @@ class DataArguments:
             "text file with one {instruction} in it."
         },
     )
+    eval_data_path: str | None = field(
+        default=None, metadata={"help": "CSV file with the evaluation rows, of the same columns as --data_path."}
+    )
+    eval_split: float = field(
+        default=0.0,
+        metadata={"help": "Share of --data_path's rows held out for evaluation, the same rows in every run: 0.02 is 2 %."},
+    )
+    data_cache_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder for the tokenized rows, about 4 bytes for each token. It can be deleted at any time. "
+            "Default: ~/.cache/sft-tokenized-rows."
+        },
+    )
+    allow_control_tokens: bool = field(
+        default=False,
+        metadata={
+            "help": "Let a literal </s> or <|endoftext|> in a cell become the control token. Off: it is text like any other."
+        },
+    )
+    check_data: bool = field(
+        default=False,
+        metadata={
+            "help": "Audit the data instead of training: prints the findings, writes data_report.json and a picture of the "
+            "lengths to --output_dir. Costs about as much as tokenizing; exit code 1 when the run would be useless."
+        },
+    )
 
 
 @dataclass

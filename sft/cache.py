@@ -1,0 +1,267 @@
+"""Tokenized rows on disk: written once for each machine, memory-mapped by every rank.
+
+An entry is a folder named by its key, a digest of everything that decides its content:
+
+    tokens.bin           int32, the input_ids of all kept rows end to end
+    lengths.npy          int32, tokens of each kept row; prompt_lengths.npy: how many of them are the prompt's
+    outcomes.npy         uint8, what became of each row of the CSV: KEPT, CUT, EMPTY or NO_ROOM
+    meta.json            the key's parts, size and CRC-32 of each file, the largest id
+
+Labels follow from tokens and prompt lengths, so they are not stored. An entry is built beside its place, under a file
+lock that the kernel releases when its holder dies, synced, then renamed: a folder with the final name is whole, or
+has been damaged since, which the sizes and checksums show.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import psutil
+
+from sft.arguments import UserError, say
+
+VERSION = 1  # raise it when the same parts of a key come to mean other tokens, or the files another form
+KEPT, CUT, EMPTY, NO_ROOM = range(4)
+BLOCK = 2**24  # bytes read at a time
+
+
+class Batch(NamedTuple):
+    """Some rows of a CSV, tokenized."""
+
+    tokens: np.ndarray  # int32, all kept rows end to end
+    lengths: np.ndarray  # int32, one for each kept row
+    prompt_lengths: np.ndarray  # int32, one for each kept row
+    outcomes: np.ndarray  # uint8, one for each row of the CSV
+
+
+@dataclass
+class TokenizedRows:
+    """An entry, opened. `tokens` is memory-mapped and read-only; it is opened anew, not copied, in another process."""
+
+    folder: str
+    tokens: np.ndarray  # (all tokens,) int32
+    lengths: np.ndarray  # (kept rows,) int32
+    prompt_lengths: np.ndarray  # (kept rows,) int32
+    outcomes: np.ndarray  # (rows of the CSV,) uint8
+    largest_id: int
+    offsets: np.ndarray = field(init=False)  # (kept rows,) int64, where each row starts in `tokens`
+    row_numbers: np.ndarray = field(init=False)  # (kept rows,) int64, the header is row 1
+
+    def __post_init__(self):
+        self.offsets = np.cumsum(self.lengths, dtype=np.int64) - self.lengths
+        self.row_numbers = self.rows_with(KEPT, CUT)
+
+    def __reduce__(self):
+        return _open_entry, (Path(self.folder),)
+
+    def rows_with(self, *outcomes: int) -> np.ndarray:
+        """Numbers of the CSV's rows that met one of these outcomes; the header is row 1."""
+        return np.flatnonzero(np.isin(self.outcomes, outcomes)) + 2
+
+    def counts(self) -> dict[str, int]:
+        """How many rows were read, kept, cut and dropped, and how many tokens they have."""
+        kept, cut, empty, no_room = (int(np.count_nonzero(self.outcomes == outcome)) for outcome in range(4))
+        return {
+            "rows_read": len(self.outcomes),
+            "rows_empty": empty,
+            "rows_no_room": no_room,
+            "rows_cut": cut,
+            "kept": kept + cut,
+            "tokens": len(self.tokens),
+            "trained_tokens": len(self.tokens) - int(self.prompt_lengths.sum(dtype=np.int64)),
+            "largest_id": self.largest_id,
+        }
+
+
+def default_cache_dir() -> Path:
+    """Where entries lie when --data_cache_dir names no place."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sft-tokenized-rows"
+
+
+def load_or_build(cache_dir: Path, key: dict[str, Any], build: Callable[[], Iterable[Batch]]) -> TokenizedRows:
+    """Open the entry of this key, or build it.
+
+    Of several processes that want the same entry the first builds and the others wait for its lock, however long it
+    takes. When the builder ends in a UserError, those that were already running raise the same one.
+
+    Args:
+        key: the parts that decide the content, as JSON can write them.
+        build: called only when there is no whole entry.
+    """
+    entry = cache_dir / hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=16).hexdigest()
+    if rows := _open_whole(entry):
+        return rows
+    failure = entry.with_suffix(".failed")
+    with _lock(entry.with_suffix(".lock")):
+        if rows := _open_whole(entry):
+            return rows
+        _raise_noted(failure)
+        if entry.exists():
+            say(f"data: the tokenized rows in {entry} are damaged; building them again")
+        try:
+            _build(entry, key, build())
+        except UserError as error:
+            with contextlib.suppress(OSError):  # the note spares the others a second attempt; the error itself follows
+                failure.write_text(json.dumps({"time": time.time(), "pid": os.getpid(), "problems": error.problems}))
+            raise
+        failure.unlink(missing_ok=True)
+    return _open_entry(entry)
+
+
+def map_ahead(submit: Callable, items: Iterable, ahead: int) -> Iterator:
+    """Results of submit(item) in order, while at most `ahead` further items are in work: bounded memory, no idle cores."""
+    waiting: deque = deque()
+    for item in items:
+        waiting.append(submit(item))
+        if len(waiting) > ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def file_digest(path: str) -> str:
+    """Digest of a file's bytes; about 1.3 GiB/s on one core."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Digest of everything in a tokenizer that decides its ids; not of the padding that an earlier call left set."""
+    if tokenizer.is_fast:
+        content = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
+    else:
+        files = {name: file_digest(path) for name, path in sorted(tokenizer.init_kwargs.items()) if os.path.isfile(str(path))}
+        content = {"vocabulary": sorted(tokenizer.get_vocab().items()), "files": files}
+    content = [type(tokenizer).__name__, content, {k: str(v) for k, v in tokenizer.special_tokens_map.items()}]
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------- build one entry
+
+
+def _build(entry: Path, key: dict[str, Any], batches: Iterable[Batch]) -> None:
+    building = entry.with_suffix(".building")
+    lengths, prompt_lengths, outcomes = [], [], []
+    checksum, largest_id = 0, 0
+    with _writing(entry.parent):
+        for left in (building, entry):  # by a run that was killed, and damaged; the lock says that nobody writes there
+            if left.exists():
+                shutil.rmtree(left)
+        building.mkdir()
+        tokens = open(building / "tokens.bin", "wb")
+    try:
+        with tokens:
+            for batch in batches:
+                with _writing(entry.parent):
+                    tokens.write(batch.tokens)
+                checksum = zlib.crc32(batch.tokens, checksum)
+                largest_id = max(largest_id, int(batch.tokens.max(initial=0)))
+                lengths.append(batch.lengths)
+                prompt_lengths.append(batch.prompt_lengths)
+                outcomes.append(batch.outcomes)
+            with _writing(entry.parent):
+                tokens.flush()
+        with _writing(entry.parent):
+            for name, parts in (("lengths", lengths), ("prompt_lengths", prompt_lengths), ("outcomes", outcomes)):
+                np.save(building / f"{name}.npy", np.concatenate(parts))
+            files = {path.name: [path.stat().st_size, _crc32(path)] for path in sorted(building.glob("*.npy"))}
+            files["tokens.bin"] = [(building / "tokens.bin").stat().st_size, checksum]
+            (building / "meta.json").write_text(json.dumps({"key": key, "files": files, "largest_id": largest_id}, indent=1))
+            for path in [*building.iterdir(), building]:
+                _sync(path)
+            building.rename(entry)
+            _sync(entry.parent)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)  # what cannot be removed is removed by the next build
+        raise
+
+
+def _open_whole(entry: Path) -> TokenizedRows | None:
+    """Open the entry if it is there and its files are as they were written."""
+    try:
+        files = json.loads((entry / "meta.json").read_text())["files"]
+        for name, (size, checksum) in files.items():
+            if (entry / name).stat().st_size != size or _crc32(entry / name) != checksum:
+                return None
+    except (OSError, ValueError, KeyError):  # not there, or damaged; where it cannot be read, the lock says so
+        return None
+    return _open_entry(entry)
+
+
+def _open_entry(entry: Path) -> TokenizedRows:
+    arrays = {name: np.load(entry / f"{name}.npy") for name in ("lengths", "prompt_lengths", "outcomes")}
+    tokens = np.memmap(entry / "tokens.bin", dtype=np.int32, mode="r") if arrays["lengths"].size else np.empty(0, np.int32)
+    largest_id = json.loads((entry / "meta.json").read_text())["largest_id"]
+    return TokenizedRows(folder=str(entry), tokens=np.asarray(tokens), largest_id=largest_id, **arrays)
+
+
+def _crc32(path: Path) -> int:
+    """CRC-32 of a file, read in blocks: pages of a memory map would count as this process's memory."""
+    checksum = 0
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    with _writing(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        with _writing(path.parent):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                say(f"data: another process is tokenizing the same rows; waiting for it ({path})")
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Turn the file system's refusals into a message that says where the cache is and how to move it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            reason = "the disk is full"
+        else:
+            reason = f"{error.strerror or error}"
+        raise UserError(
+            f"{folder}: the tokenized rows cannot be written here: {reason}. "
+            "Name a folder on another disk with --data_cache_dir, or make room: this folder can be deleted at any time."
+        ) from None
+
+
+def _raise_noted(failure: Path) -> None:
+    """Raise the builder's UserError in a process that was started before it happened."""
+    try:
+        note = json.loads(failure.read_text())
+    except (FileNotFoundError, ValueError):  # ValueError: a full disk cut the note short
+        return
+    if note["pid"] != os.getpid() and psutil.Process().create_time() < note["time"]:
+        raise UserError(note["problems"])
