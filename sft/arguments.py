@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -62,6 +63,7 @@ def one_message_for_user_errors() -> Iterator[None]:
     try:
         yield
     except UserError as error:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, to the ranks that end a moment after the first
         problems = _meet_at_the_exit(error.problems)
         if problems:
             head = problems if len(problems) == 1 else [f"{len(problems)} problems", *(f"  - {p}" for p in problems)]
@@ -232,6 +234,9 @@ class TrainingArguments(transformers.TrainingArguments):
         default=False, metadata={"help": "Hide NaN and infinite losses from the log. Off: a broken run must show."}
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Kept off: the dataset has no such columns."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Search for parameters without a gradient in each step. None here has none."}
+    )
     prediction_loss_only: bool = field(
         default=True, metadata={"help": "Evaluate the loss alone: logits of an evaluation set do not fit in memory."}
     )
@@ -434,7 +439,7 @@ def _unknown_flag(known: transformers.HfArgumentParser, word: str) -> str:
     options = [option for option in known._option_string_actions if "-" not in option.lstrip("-")]
     name = "--" + name.lstrip("-").replace("-", "_")
     near = [option for option in options if option.startswith(name)]
-    near = near or difflib.get_close_matches(name, options, n=1, cutoff=0.5)
+    near = near or difflib.get_close_matches(name, options, n=1, cutoff=0.6)
     return f"unknown flag {name}." + (f" Did you mean {near[0]}?" if near else " `--help` lists every flag.")
 
 
