@@ -3,9 +3,11 @@
 CSV -> template -> tokens and labels -> dataset -> collator -> model -> trainer -> saved model
 """
 
+import json
+import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -20,12 +22,22 @@ import transformers
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 
 from sft import cache
-from sft.arguments import DataArguments, TrainingArguments, UserError, say
+from sft.arguments import (
+    DataArguments,
+    ModelArguments,
+    TrainingArguments,
+    UserError,
+    all_ranks_or_none,
+    parse,
+    rank,
+    say,
+)
+from sft.preflight import check_deepspeed
 from sft.rows import header_problems, printable, read_csv
-from sft.tokenizers import compare_with_sentencepiece, encode_prompts, encode_responses
+from sft.tokenizers import check_vocabulary, compare_with_sentencepiece, encode_prompts, encode_responses
 
 IGNORE_INDEX = -100
 
@@ -38,7 +50,9 @@ def read_batches(data_path: str, data_args: DataArguments) -> Iterator[list[tupl
     """Read the CSV in batches of (source cell, target cell), with a progress bar over its bytes."""
     with tqdm(total=os.path.getsize(data_path), unit="B", unit_scale=True, desc=f"tokenizing {data_path}") as bar:
         batch, characters = [], 0
-        for _, source, target in read_csv(data_path, data_args.source, data_args.target, lambda at: bar.update(at - bar.n)):
+        for _, source, target in read_csv(
+            data_path, data_args.source, data_args.target, lambda at: bar.update(at - bar.n)
+        ):
             batch.append((source, target))
             characters += len(source) + len(target)
             if len(batch) == ROWS_PER_BATCH or characters > CHARACTERS_PER_BATCH:
@@ -63,7 +77,9 @@ def load_template(prompt_template: str) -> str:
         template = Path(prompt_template).read_bytes().decode()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8"
-        raise UserError(f"--prompt_template {prompt_template}: {reason}. Give 'none', 'alpaca', or a text file.") from None
+        raise UserError(
+            f"--prompt_template {prompt_template}: {reason}. Give 'none', 'alpaca', or a text file."
+        ) from None
     if template.count("{instruction}") != 1:
         raise UserError(
             f"--prompt_template {prompt_template}: {{instruction}} stands in it {template.count('{instruction}')} times. "
@@ -76,7 +92,11 @@ def load_template(prompt_template: str) -> str:
 
 
 def tokenize(
-    batch: list[tuple[str, str]], tokenizer: PreTrainedTokenizerBase, template: str, data_args: DataArguments, max_length: int
+    batch: list[tuple[str, str]],
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    data_args: DataArguments,
+    max_length: int,
 ) -> cache.Batch:
     """Encode prompts, and responses as their continuation; drop rows without text or room, cut rows that are too long.
 
@@ -105,7 +125,9 @@ def tokenize(
         tokens += trained_ids
         lengths.append(len(prompt_ids) + len(trained_ids))
         prompt_lengths.append(len(prompt_ids))
-    return cache.Batch(np.array(tokens, np.int32), np.array(lengths, np.int32), np.array(prompt_lengths, np.int32), outcomes)
+    return cache.Batch(
+        np.array(tokens, np.int32), np.array(lengths, np.int32), np.array(prompt_lengths, np.int32), outcomes
+    )
 
 
 def tokenize_csv(
@@ -204,7 +226,9 @@ class DataCollatorForSupervisedDataset:
         lengths = torch.tensor([len(sequence) for sequence in sequences])
         return {
             "input_ids": pad_sequence(sequences, batch_first=True, padding_value=self.tokenizer.pad_token_id),
-            "labels": pad_sequence([example["labels"] for example in examples], batch_first=True, padding_value=IGNORE_INDEX),
+            "labels": pad_sequence(
+                [example["labels"] for example in examples], batch_first=True, padding_value=IGNORE_INDEX
+            ),
             "attention_mask": (torch.arange(lengths.max()) < lengths[:, None]).long(),
         }
 
@@ -241,8 +265,12 @@ def make_supervised_data_module(
         order = np.random.default_rng(EVAL_SPLIT_SEED).permutation(len(train_dataset))
         held_out = max(1, round(len(order) * data_args.eval_split))
         if held_out == len(order):
-            raise UserError(f"{data_args.data_path}: --eval_split {data_args.eval_split} of {len(order)} rows leaves none to train on.")
-        train_dataset, eval_dataset = (SupervisedDataset(rows, np.sort(part)) for part in (order[held_out:], order[:held_out]))
+            raise UserError(
+                f"{data_args.data_path}: --eval_split {data_args.eval_split} of {len(order)} rows leaves none to train on."
+            )
+        train_dataset, eval_dataset = (
+            SupervisedDataset(rows, np.sort(part)) for part in (order[held_out:], order[:held_out])
+        )
     say(describe_rows(data_args.data_path, train_dataset))
     if eval_dataset:
         say(describe_rows(data_args.eval_data_path or f"--eval_split {data_args.eval_split}", eval_dataset))
@@ -268,7 +296,194 @@ def describe_example(tokenizer: PreTrainedTokenizerBase, dataset: SupervisedData
     """One example as the model sees it, its trained tokens green on a terminal and in [...] elsewhere."""
     ids = dataset[index]["input_ids"].tolist()
     whole, prompt = tokenizer.decode(ids), tokenizer.decode(ids[: dataset.prompt_lengths[index]])
-    prompt = prompt if whole.startswith(prompt) else os.path.commonprefix([whole, prompt])  # a cleaned-up or split character
+    prompt = (
+        prompt if whole.startswith(prompt) else os.path.commonprefix([whole, prompt])
+    )  # a cleaned-up or split character
     before, after = ("\033[32m", "\033[0m") if colour else ("[", "]")
     row = dataset.row_numbers[index]
-    return f"row {row}, trained tokens marked:\n{printable(prompt)}{before}{printable(whole[len(prompt):])}{after}"
+    return f"row {row}, trained tokens marked:\n{printable(prompt)}{before}{printable(whole[len(prompt) :])}{after}"
+
+
+# ------------------------------------------------------------------------------------------------------------ model
+
+
+def check_model(flags) -> list[str]:
+    """What is wrong with --model_name_or_path and the class to wrap, known from the config before weights load."""
+    name = flags.model_name_or_path
+    if not name:
+        return []
+    folder = Path(name)
+    if folder.exists() or name.startswith((".", "/", "~")):
+        if not (folder / "config.json").is_file():
+            return [f"{name}: no config.json there. --model_name_or_path takes a model's folder or a hub repository."]
+        if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
+            return [f"{name}: a config.json but no weights (model.safetensors). Download the model completely."]
+    try:
+        config = load_config(flags)
+    except (OSError, ValueError) as error:
+        return [f"{name}: its config cannot be loaded: {str(error).strip().splitlines()[0]}"]
+    wrap_classes = (flags.fsdp_config or {}).get("transformer_layer_cls_to_wrap", [])
+    with torch.device("meta"):
+        present = {type(module).__name__ for module in AutoModelForCausalLM.from_config(config).modules()}
+    return [
+        f"{name} has no layer of class {wrap_class}, which FSDP should wrap. "
+        f"Its decoder layer: {', '.join(sorted(c for c in present if 'Layer' in c))}."
+        for wrap_class in wrap_classes
+        if wrap_class not in present
+    ]
+
+
+def load_config(model_args):
+    """The model's config; a few kB, also from the hub."""
+    return AutoConfig.from_pretrained(
+        model_args.model_name_or_path, cache_dir=model_args.cache_dir, trust_remote_code=model_args.trust_remote_code
+    )
+
+
+def load_model(model_args: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """Load the weights in float32, whatever type the checkpoint stores.
+
+    transformers 5 would keep the stored type, and at a learning rate of 2e-5 most updates of a bfloat16 weight round
+    to nothing. bfloat16 is the type of the computation instead: autocast, FSDP or DeepSpeed see to that.
+    """
+    model = AutoModelForCausalLM.from_pretrained(
+        model_args.model_name_or_path,
+        cache_dir=model_args.cache_dir,
+        trust_remote_code=model_args.trust_remote_code,
+        attn_implementation=model_args.attn_implementation,
+        dtype=torch.float32,
+    )
+    model.config.use_cache = False
+    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+    make_generation_config_valid(model)
+    return model
+
+
+def make_generation_config_valid(model: PreTrainedModel) -> None:
+    """A generation config that names sampling settings without sampling is refused by save_pretrained: after training."""
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError as error:
+        model.generation_config.do_sample = True
+        model.generation_config.validate(strict=True)
+        say(f"generation_config: do_sample set to True, else it could not be saved ({str(error).splitlines()[0]})")
+
+
+def check_ids(tokenizer: PreTrainedTokenizerBase, data_module: dict, config) -> None:
+    """Refuse a tokenizer that is not the model's, and rows with an id that has no embedding."""
+    problems = check_vocabulary(tokenizer, config)
+    datasets = [dataset for dataset in (data_module["train_dataset"], data_module["eval_dataset"]) if dataset]
+    largest = max(dataset.counts["largest_id"] for dataset in datasets)
+    if largest >= config.vocab_size:
+        problems.append(
+            f"the data holds token id {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}), and the model's embedding "
+            f"ends at {config.vocab_size - 1}. The tokenizer in the model's folder is another model's."
+        )
+    if problems:
+        raise UserError(problems)
+
+
+# ---------------------------------------------------------------------------------------------------------- Trainer
+
+
+class SupervisedTrainer(Trainer):
+    """The stock Trainer, which can also write its weights in another type than it trains them in."""
+
+    save_dtype: torch.dtype | None = None  # set for the export; None in checkpoints, which keep float32
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if self.save_dtype is not None and self.args.should_save:
+            state_dict = cast_weights(self.model.state_dict() if state_dict is None else state_dict, self.save_dtype)
+        super()._save(output_dir, state_dict)
+
+
+def cast_weights(state_dict: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Cast floating-point weights; tensors that were one (tied embeddings) stay one."""
+    cast: dict[tuple, torch.Tensor] = {}
+    for tensor in state_dict.values():
+        key = (tensor.data_ptr(), tensor.shape)
+        if key not in cast:
+            cast[key] = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype)
+    return {name: cast[tensor.data_ptr(), tensor.shape] for name, tensor in state_dict.items()}
+
+
+def compute_dtype(training_args: TrainingArguments) -> torch.dtype:
+    return torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else torch.float32
+
+
+def export_dtype(training_args: TrainingArguments) -> torch.dtype:
+    """The type of the exported weights: --save_dtype, else the compute type."""
+    return getattr(torch, training_args.save_dtype) if training_args.save_dtype else compute_dtype(training_args)
+
+
+def describe_plan(training_args: TrainingArguments, train_dataset: SupervisedDataset) -> str:
+    """The arithmetic of the run and its number types, in the lines that a user checks first."""
+    args = training_args
+    step = args.world_size * args.per_device_train_batch_size * args.gradient_accumulation_steps
+    steps_per_epoch = math.ceil(len(train_dataset) / step)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
+    device = "CPU process" if args.device.type == "cpu" else "GPU"
+    compute = str(compute_dtype(args)).removeprefix("torch.")
+    return "\n".join(
+        [
+            f"{args.world_size} {device}{'' if args.world_size == 1 else 's' if device == 'GPU' else 'es'} x {args.per_device_train_batch_size} per device x "
+            f"{args.gradient_accumulation_steps} accumulation = {step} examples per optimizer step",
+            f"{len(train_dataset):,} examples: {steps_per_epoch:,} optimizer steps per epoch, {steps:,} in this run",
+            f"precision: float32 weights, gradients and optimizer state, {compute} compute, "
+            f"exported as {str(export_dtype(args)).removeprefix('torch.')}",
+        ]
+    )
+
+
+def export(trainer: SupervisedTrainer, data_args: DataArguments) -> None:
+    """Write the tuned model, its tokenizer and its prompt template to the output folder, for plain transformers."""
+    trainer.model.config.use_cache = True
+    trainer.save_dtype = export_dtype(trainer.args)
+    trainer.save_model()
+    trainer.save_dtype = None
+    if trainer.args.should_save:
+        folder = Path(trainer.args.output_dir)
+        config = AutoConfig.from_pretrained(folder)
+        config.dtype = export_dtype(trainer.args)  # save_pretrained (5.23) writes the type of the live weights
+        config.save_pretrained(folder)
+        (folder / "prompt_template.txt").write_text(load_template(data_args.prompt_template), encoding="utf-8")
+    say(f"model saved in {trainer.args.output_dir}")
+
+
+# ------------------------------------------------------------------------------------------------------------ train
+
+LoadTokenizer = Callable[[ModelArguments, TrainingArguments], PreTrainedTokenizerBase]
+
+
+def check_output(flags) -> list[str]:
+    """Refuse to train over a finished model, unless told to."""
+    folder = Path(flags.output_dir or "")
+    finished = flags.output_dir and (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+    if not finished or flags.overwrite_output_dir or flags.check_data:
+        return []
+    return [f"{folder}: it holds a finished model. Name another --output_dir, or give --overwrite_output_dir True."]
+
+
+def keep_other_ranks_quiet() -> None:
+    """transformers' progress bars and warnings come from rank 0 alone."""
+    if rank() != 0:
+        transformers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.set_verbosity_error()
+
+
+def train(load_tokenizer: LoadTokenizer, argv: list[str] | None = None) -> None:
+    """Everything, in the order in which it happens. What can be known before weights load is refused before they do."""
+    model_args, data_args, training_args = parse(
+        argv, checks=(data_problems, check_model, check_output, check_deepspeed)
+    )
+    keep_other_ranks_quiet()
+    with all_ranks_or_none():
+        tokenizer = load_tokenizer(model_args, training_args)
+        data_module = make_supervised_data_module(tokenizer, data_args, training_args)
+        check_ids(tokenizer, data_module, load_config(model_args))
+    say(describe_plan(training_args, data_module["train_dataset"]))
+    set_seed(training_args.seed)
+    model = load_model(model_args, tokenizer)
+    trainer = SupervisedTrainer(model=model, args=training_args, processing_class=tokenizer, **data_module)
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    export(trainer, data_args)

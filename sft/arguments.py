@@ -1,6 +1,6 @@
 """Every flag once, the names of 2023 translated, contradictions refused, and how a run speaks to its user.
 
-    python -m sft.arguments        prints the table of this project's own flags that stands in the README
+python -m sft.arguments        prints the table of this project's own flags that stands in the README
 """
 
 import dataclasses
@@ -179,7 +179,9 @@ class DataArguments:
     )
     eval_split: float = field(
         default=0.0,
-        metadata={"help": "Share of --data_path's rows held out for evaluation, the same rows in every run: 0.02 is 2 %."},
+        metadata={
+            "help": "Share of --data_path's rows held out for evaluation, the same rows in every run: 0.02 is 2 %."
+        },
     )
     data_cache_dir: str | None = field(
         default=None,
@@ -340,9 +342,12 @@ def translate(argv: list[str]) -> tuple[list[str], list[str], list[str]]:
 
     if fsdp_old:
         given = _value_of(out, "fsdp_config")
-        if given is not None and not given.startswith("{"):
-            given = Path(given).read_text(encoding="utf-8") if Path(given).is_file() else "{}"
-        merged = {"version": 2, **fsdp_config, **json.loads(given or "{}")}
+        if given is not None and Path(given).is_file():
+            given = Path(given).read_text(encoding="utf-8")
+        try:
+            merged = {"version": 2, **fsdp_config, **json.loads(given or "{}")}
+        except ValueError as error:
+            return out, notices, [*problems, f"--fsdp_config {given}: neither a JSON file nor JSON ({error})."]
         out = [*_without(out, "fsdp_config"), "--fsdp", "true", "--fsdp_config", json.dumps(merged)]
         notices.append(f"`{' '.join(fsdp_old)}` is now `--fsdp true --fsdp_config '{json.dumps(merged)}'`")
     return out, notices, problems
@@ -416,12 +421,16 @@ def parse(
         for word in unknown
         if not word.startswith("-") and not any(other.startswith("-") for other in unknown)
     ]
-    notices += _use_what_the_machine_has(flags)
+    if not flags.use_cpu and not torch.accelerator.is_available():
+        flags.use_cpu = True
+        notices.append("no GPU was found: this run is on the CPU")
+    problems += _read_fsdp_config(flags)
     problems += _contradictions(flags)
     for check in checks:
         problems += check(flags)
     if problems:
         raise UserError(problems)
+    notices += _drop_fsdp_where_nothing_is_sharded(flags)
     for notice in notices:
         say(notice)
     try:
@@ -443,19 +452,29 @@ def _unknown_flag(known: transformers.HfArgumentParser, word: str) -> str:
     return f"unknown flag {name}." + (f" Did you mean {near[0]}?" if near else " `--help` lists every flag.")
 
 
-def _use_what_the_machine_has(flags) -> list[str]:
-    """Without an accelerator the same command runs on the CPU; settings that mean nothing there are taken out."""
-    notices = []
-    if not flags.use_cpu and not torch.accelerator.is_available():
-        flags.use_cpu = True
-        notices.append("no GPU was found: this run is on the CPU")
-    if flags.fsdp and (flags.use_cpu or "WORLD_SIZE" not in os.environ):
-        # accelerate 1.15 falls back to MULTI_CPU (DDP) without a word
-        why = "on the CPU" if flags.use_cpu else "in a process without torchrun"
-        kind = "plain DDP" if world_size() > 1 else "not sharded"
-        notices.append(f"--fsdp: Accelerate does not shard {why}: this run is {kind}, each process holds the model")
-        flags.fsdp, flags.fsdp_config = None, None
-    return notices
+def _read_fsdp_config(flags) -> list[str]:
+    """Make --fsdp_config a dict, whether it was given as JSON or as the path of a JSON file."""
+    given = flags.fsdp_config
+    flags.fsdp_config = None
+    if given is None:
+        return []
+    try:
+        flags.fsdp_config = json.loads(given if given.lstrip().startswith("{") else Path(given).read_text("utf-8"))
+    except OSError as error:
+        return [f"--fsdp_config {given}: {error.strerror}. Give a JSON file, or the JSON itself in quotes."]
+    except ValueError as error:
+        return [f"--fsdp_config {given}: not JSON ({error})."]
+    return []
+
+
+def _drop_fsdp_where_nothing_is_sharded(flags) -> list[str]:
+    """accelerate 1.15 does not shard on the CPU and falls back to DDP without a word; here it is said."""
+    if not flags.fsdp or not (flags.use_cpu or "WORLD_SIZE" not in os.environ):
+        return []
+    flags.fsdp, flags.fsdp_config = None, None
+    where = "on the CPU" if flags.use_cpu else "in a process without torchrun"
+    kind = "this run is plain DDP, each process holds" if world_size() > 1 else "this process holds"
+    return [f"--fsdp: Accelerate does not shard {where}: {kind} the whole model"]
 
 
 def _contradictions(flags) -> list[str]:
