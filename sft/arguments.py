@@ -158,6 +158,40 @@ class ModelArguments:
             "download them."
         },
     )
+    use_lora: bool = field(
+        default=False,
+        metadata={
+            "help": "Train low-rank additions (LoRA) to frozen weights: no gradients or optimizer state for the model, a "
+            "few tenths of a percent of it are trained. Saves an adapter."
+        },
+    )
+    lora_r: int | None = field(default=None, metadata={"help": "Rank of the additions. Default 16."})
+    lora_alpha: int | None = field(
+        default=None, metadata={"help": "The additions are scaled by alpha / r. Default: twice the rank."}
+    )
+    lora_dropout: float | None = field(
+        default=None, metadata={"help": "Dropout before the additions, during training. Default 0.05."}
+    )
+    lora_target_modules: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Layers that get one: names such as q_proj v_proj. Default all-linear: every linear layer but the head."
+        },
+    )
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={
+            "help": "Hold the frozen weights in 4 bits (QLoRA, NF4): a quarter of bf16's memory, slower steps, and a "
+            "model that is tuned around the rounding. Needs --use_lora, bitsandbytes and a GPU."
+        },
+    )
+    merge_lora: bool = field(
+        default=False,
+        metadata={
+            "help": "After training write the whole model, additions merged in, instead of the adapter alone. Needs host "
+            "memory for the whole model in float32. Later: python -m sft.lora merge."
+        },
+    )
 
 
 @dataclass
@@ -230,6 +264,19 @@ class TrainingArguments(transformers.TrainingArguments):
     overwrite_output_dir: bool = field(
         default=False,
         metadata={"help": "Train into an output folder that already holds a finished model, and replace that model."},
+    )
+    plan_only: bool = field(
+        default=False,
+        metadata={
+            "help": "Print the memory plan and stop. Reads the model's config alone: no GPU, no weights, no data."
+        },
+    )
+    plan_gpu_gib: float | None = field(
+        default=None,
+        metadata={"help": "With --plan_only: plan for a GPU with this much memory, such as 80. Default: the one here."},
+    )
+    plan_world_size: int | None = field(
+        default=None, metadata={"help": "With --plan_only: plan for this many GPUs. Default: torchrun's number."}
     )
     # Defaults of the Trainer that would hide something or keep more than this project uses.
     logging_nan_inf_filter: bool = field(
