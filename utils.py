@@ -471,7 +471,7 @@ def keep_other_ranks_quiet() -> None:
         transformers.utils.logging.set_verbosity_error()
 
 
-def train(load_tokenizer: LoadTokenizer, argv: list[str] | None = None) -> None:
+def train(load_tokenizer: LoadTokenizer, argv: list[str] | None = None) -> SupervisedTrainer:
     """Everything, in the order in which it happens. What can be known before weights load is refused before they do."""
     model_args, data_args, training_args = parse(
         argv, checks=(data_problems, check_model, check_output, check_deepspeed)
@@ -487,3 +487,4 @@ def train(load_tokenizer: LoadTokenizer, argv: list[str] | None = None) -> None:
     trainer = SupervisedTrainer(model=model, args=training_args, processing_class=tokenizer, **data_module)
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     export(trainer, data_args)
+    return trainer
