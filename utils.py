@@ -150,7 +150,7 @@ def tokenize_csv(
             batches = chain([first], batches)
         # A fast tokenizer uses all cores by itself and lets go of the interpreter meanwhile: one thread keeps it busy while
         # this one reads and writes. A tokenizer written in Python needs processes.
-        cores = len(os.sched_getaffinity(0))
+        cores = os.cpu_count() or 1
         workers = ThreadPoolExecutor(1) if tokenizer.is_fast else ProcessPoolExecutor(cores, get_context("fork"))
         encode = partial(tokenize, tokenizer=tokenizer, template=template, data_args=data_args, max_length=max_length)
         with workers:

@@ -133,8 +133,11 @@ def map_ahead(submit: Callable, items: Iterable, ahead: int) -> Iterator:
 
 def file_digest(path: str) -> str:
     """Digest of a file's bytes; about 1.3 GiB/s on one core."""
+    digest = hashlib.blake2b(digest_size=16)  # hashlib.file_digest is newer than Python 3.10
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        while block := file.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
