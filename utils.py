@@ -37,6 +37,7 @@ from sft.arguments import (
 )
 from sft.preflight import check_deepspeed
 from sft.rows import header_problems, printable, read_csv
+from sft.template import TEMPLATE_FILE, load_template
 from sft.tokenizers import check_vocabulary, compare_with_sentencepiece, encode_prompts, encode_responses
 
 IGNORE_INDEX = -100
@@ -59,33 +60,6 @@ def read_batches(data_path: str, data_args: DataArguments) -> Iterator[list[tupl
                 yield batch
                 batch, characters = [], 0
         yield batch
-
-
-# -------------------------------------------------------------------------------------------------------- template
-
-ALPACA_TEMPLATE = (  # stanford_alpaca, train.py, PROMPT_DICT["prompt_no_input"]
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:"
-)
-
-
-def load_template(prompt_template: str) -> str:
-    """Return the prompt's text with one {instruction} in it, for 'none', 'alpaca' or the path of a text file."""
-    if prompt_template in ("none", "alpaca"):
-        return "{instruction}" if prompt_template == "none" else ALPACA_TEMPLATE
-    try:
-        template = Path(prompt_template).read_bytes().decode()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8"
-        raise UserError(
-            f"--prompt_template {prompt_template}: {reason}. Give 'none', 'alpaca', or a text file."
-        ) from None
-    if template.count("{instruction}") != 1:
-        raise UserError(
-            f"--prompt_template {prompt_template}: {{instruction}} stands in it {template.count('{instruction}')} times. "
-            "Write it once, where the source column's text belongs."
-        )
-    return template
 
 
 # ----------------------------------------------------------------------------------------------- tokens and labels
@@ -446,7 +420,7 @@ def export(trainer: SupervisedTrainer, data_args: DataArguments) -> None:
         config = AutoConfig.from_pretrained(folder)
         config.dtype = export_dtype(trainer.args)  # save_pretrained (5.23) writes the type of the live weights
         config.save_pretrained(folder)
-        (folder / "prompt_template.txt").write_text(load_template(data_args.prompt_template), encoding="utf-8")
+        (folder / TEMPLATE_FILE).write_text(load_template(data_args.prompt_template), encoding="utf-8")
     say(f"model saved in {trainer.args.output_dir}")
 
 

@@ -432,14 +432,16 @@ def _without(argv: list[str], name: str) -> list[str]:
 # ------------------------------------------------------------------------------------------------------- parsing
 
 
-class _Parser(transformers.HfArgumentParser):
+class Parser(transformers.HfArgumentParser):
+    """Flags from dataclasses, with a UserError for what argparse cannot make sense of."""
+
     def error(self, message: str):
         raise UserError(f"{message}. `--help` lists every flag.")
 
 
 def parser() -> transformers.HfArgumentParser:
     """The command line's parser. Abbreviated flags are unknown flags: a typo must not become another flag."""
-    return _Parser(
+    return Parser(
         (ModelArguments, DataArguments, TrainingArguments),
         description="Instruction-tune a causal language model on a CSV of prompts and responses.",
         allow_abbrev=False,
@@ -462,12 +464,7 @@ def parse(
     argv, notices, problems = translate(list(sys.argv[1:] if argv is None else argv))
     known = parser()
     flags, unknown = known.parse_known_args(argv)
-    problems += [_unknown_flag(known, word) for word in unknown if word.startswith("-")]
-    problems += [
-        f"{word!r} belongs to no flag. A value with spaces needs quotes."
-        for word in unknown
-        if not word.startswith("-") and not any(other.startswith("-") for other in unknown)
-    ]
+    problems += unknown_flags(known, unknown)
     if not flags.use_cpu and not torch.accelerator.is_available():
         flags.use_cpu = True
         notices.append("no GPU was found: this run is on the CPU")
@@ -488,6 +485,14 @@ def parse(
     except (ValueError, ImportError) as error:  # the Trainer's own checks of its arguments
         raise UserError(str(error)) from error
     return model_args, data_args, training_args
+
+
+def unknown_flags(known: transformers.HfArgumentParser, words: list[str]) -> list[str]:
+    """One problem for each word that `parse_known_args` left over, with the nearest flag there is."""
+    flags = [word for word in words if word.startswith("-")]
+    if not flags:
+        return [f"{word!r} belongs to no flag. A value with spaces needs quotes." for word in words]
+    return [_unknown_flag(known, word) for word in flags]
 
 
 def _unknown_flag(known: transformers.HfArgumentParser, word: str) -> str:

@@ -17,9 +17,11 @@ PROBLEMS_SHOWN = 10
 
 
 def read_csv(
-    path: str, source: str, target: str, progress: Callable[[int], object] = lambda bytes_read: None
+    path: str, source: str, target: str | None, progress: Callable[[int], object] = lambda bytes_read: None
 ) -> Iterator[tuple[int, str, str]]:
     """Yield (row number, source cell, target cell) of every record; both cells are empty for a blank line.
+
+    Without a target (questions, no answers) every target cell is empty.
 
     After the first faulty row nothing more is yielded, and the rest is read for further faults only.
 
@@ -37,7 +39,8 @@ def read_csv(
             problems = _header_problems(path, header, source, target)
             if problems:
                 raise UserError(problems)
-            source_index, target_index = header.index(source), header.index(target)
+            source_index = header.index(source)
+            target_index = None if target is None else header.index(target)
             for row in reader:
                 row_number += 1
                 if row and len(row) != len(header):
@@ -49,7 +52,10 @@ def read_csv(
                     column = header[next(i for i, cell in enumerate(row) if "\0" in cell)]
                     problems.append(f"{path}, row {row_number}, column {quoted(column)}: a NUL byte. Remove it.")
                 elif not problems:
-                    yield (row_number, row[source_index], row[target_index]) if row else (row_number, "", "")
+                    if row:
+                        yield row_number, row[source_index], "" if target_index is None else row[target_index]
+                    else:
+                        yield row_number, "", ""
                     progress(file.buffer.tell())
                 if len(problems) == PROBLEMS_SHOWN:
                     break
@@ -71,7 +77,7 @@ _CURES = {  # what csv.reader says -> what to do
 }
 
 
-def header_problems(path: str, source: str, target: str) -> list[str]:
+def header_problems(path: str, source: str, target: str | None) -> list[str]:
     """What can be said of a CSV from its first row: the file, and its columns."""
     try:
         with _open(path) as file:
@@ -106,7 +112,7 @@ def _open(path: str):
         raise UserError(f"{path}: {error.strerror}. Give a CSV file that can be read with --data_path.") from None
 
 
-def _header_problems(path: str, header: list[str], source: str, target: str) -> list[str]:
+def _header_problems(path: str, header: list[str], source: str, target: str | None) -> list[str]:
     if not header:
         empty = Path(path).stat().st_size == 0
         return [f"{path}: {'the file is empty' if empty else 'row 1 is blank'}. Its first row must name the columns."]
@@ -114,7 +120,7 @@ def _header_problems(path: str, header: list[str], source: str, target: str) -> 
     problems = [
         f"{path}: no column {quoted(name)}. {columns}. Name the right one with {flag}."
         for name, flag in ((source, "--source"), (target, "--target"))
-        if name not in header
+        if name is not None and name not in header
     ]
     repeated = dict.fromkeys(name for name in header if name and header.count(name) > 1)  # spreadsheets add unnamed ones
     problems += [f"{path}: {header.count(name)} columns are named {quoted(name)}. Rename or remove one." for name in repeated]
