@@ -3,7 +3,6 @@
 CSV -> template -> tokens and labels -> dataset -> collator -> model -> trainer -> saved model
 """
 
-import json
 import math
 import os
 import sys
@@ -20,11 +19,20 @@ import tokenizers
 import torch
 import transformers
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    set_seed,
+)
+from transformers.trainer_utils import EvalLoopOutput
 
-from sft import cache
+from sft import cache, evaluation
 from sft.arguments import (
     DataArguments,
     ModelArguments,
@@ -35,9 +43,13 @@ from sft.arguments import (
     rank,
     say,
 )
+from sft.card import write_card
+from sft.evaluation import AnswersCallback, EvalBatchSampler, token_weighted_loop
 from sft.preflight import check_deepspeed
+from sft.report import Report, ReportCallback, replace_progress, tracker_problems
 from sft.rows import header_problems, printable, read_csv
 from sft.template import TEMPLATE_FILE, load_template
+from sft.throughput import CountingCollator, Meter, ModelFlops, device_name, take_counts
 from sft.tokenizers import check_vocabulary, compare_with_sentencepiece, encode_prompts, encode_responses
 
 IGNORE_INDEX = -100
@@ -361,14 +373,72 @@ def check_ids(tokenizer: PreTrainedTokenizerBase, data_module: dict, config) -> 
 
 
 class SupervisedTrainer(Trainer):
-    """The stock Trainer, which can also write its weights in another type than it trains them in."""
+    """The stock Trainer with an exact evaluation loss, counted tokens, and weights that can be written in another type."""
 
+    meter: Meter  # set by `watch`
     save_dtype: torch.dtype | None = None  # set for the export; None in checkpoints, which keep float32
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        counts = take_counts(batches)
+        self.meter.add_step(counts)
+        self.current_flos += self.meter.flops.step(counts)
+        return batches, num_items_in_batch
+
+    def floating_point_ops(self, inputs) -> int:
+        return 0  # counted above, from the examples' lengths; the stock one walks all parameters in each micro-batch
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs.update(self.meter.read())  # before the trackers and the log history see them
+        super().log(logs, start_time)
+
+    def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        size = self.args.per_device_eval_batch_size
+        sampler = EvalBatchSampler(
+            dataset.lengths, self.args.world_size, self.args.process_index, max_examples=size
+        )  # fmt: skip
+        return DataLoader(dataset, batch_sampler=sampler, collate_fn=self.data_collator)
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ) -> EvalLoopOutput:
+        return token_weighted_loop(self, dataloader, self.loss_sum, metric_key_prefix)
+
+    def loss_sum(self, model: torch.nn.Module, inputs: dict) -> torch.Tensor:
+        """The loss summed over the trained tokens of one micro-batch."""
+        # compute_loss divides by the step's tokens, and multiplies by the ranks whose mean the gradient will be
+        ranks = self.args.world_size if self.args.average_tokens_across_devices else 1
+        one = torch.ones((), device=self.args.device)
+        return self.compute_loss(model, inputs, num_items_in_batch=one) / ranks
+
+    def create_model_card(self, **kwargs) -> None:
+        """push_to_hub's draft is left out: the card made from the report is in the folder already."""
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.save_dtype is not None and self.args.should_save:
             state_dict = cast_weights(self.model.state_dict() if state_dict is None else state_dict, self.save_dtype)
         super()._save(output_dir, state_dict)
+
+
+def watch(trainer: SupervisedTrainer, report: Report) -> None:
+    """Count tokens, print the live line, keep the record, answer the evaluation prompts, stop early if asked to."""
+    args = trainer.args
+    trainer.data_collator = CountingCollator(trainer.data_collator)
+    trainer.meter = Meter(
+        ModelFlops.of(trainer.model),
+        args.device,
+        device_name(args.device),
+        compute_dtype(args),
+        gather=lambda numbers: trainer.accelerator.gather(numbers[None]),
+    )
+    callbacks = [ReportCallback(report), trainer.meter]
+    if trainer.eval_dataset is not None and args.eval_samples:
+        callbacks.insert(0, AnswersCallback(trainer.eval_dataset, args.eval_samples, report.record["samples"].append))
+    if args.early_stopping_patience:
+        callbacks.insert(0, EarlyStoppingCallback(args.early_stopping_patience))
+    replace_progress(trainer, *callbacks)
 
 
 def cast_weights(state_dict: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -390,21 +460,40 @@ def export_dtype(training_args: TrainingArguments) -> torch.dtype:
     return getattr(torch, training_args.save_dtype) if training_args.save_dtype else compute_dtype(training_args)
 
 
-def describe_plan(training_args: TrainingArguments, train_dataset: SupervisedDataset) -> str:
-    """The arithmetic of the run and its number types, in the lines that a user checks first."""
-    args = training_args
+def plan(args: TrainingArguments, train_dataset: SupervisedDataset) -> dict[str, int]:
+    """The arithmetic of the run."""
     step = args.world_size * args.per_device_train_batch_size * args.gradient_accumulation_steps
     steps_per_epoch = math.ceil(len(train_dataset) / step)
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
+    return {
+        "ranks": args.world_size,
+        "per_device": args.per_device_train_batch_size,
+        "accumulation": args.gradient_accumulation_steps,
+        "examples_per_step": step,
+        "steps_per_epoch": steps_per_epoch,
+        "steps": args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch),
+    }
+
+
+def precision(args: TrainingArguments) -> dict[str, str]:
+    """The number type of each part."""
+    names = {"weights": torch.float32, "gradients": torch.float32, "optimizer": torch.float32}
+    names |= {"compute": compute_dtype(args), "export": export_dtype(args)}
+    return {part: str(dtype).removeprefix("torch.") for part, dtype in names.items()}
+
+
+def describe_plan(args: TrainingArguments, train_dataset: SupervisedDataset) -> str:
+    """The arithmetic of the run and its number types, in the lines that a user checks first."""
+    arithmetic, types = plan(args, train_dataset), precision(args)
     device = "CPU process" if args.device.type == "cpu" else "GPU"
-    compute = str(compute_dtype(args)).removeprefix("torch.")
+    many = "" if args.world_size == 1 else "s" if device == "GPU" else "es"
     return "\n".join(
         [
-            f"{args.world_size} {device}{'' if args.world_size == 1 else 's' if device == 'GPU' else 'es'} x {args.per_device_train_batch_size} per device x "
-            f"{args.gradient_accumulation_steps} accumulation = {step} examples per optimizer step",
-            f"{len(train_dataset):,} examples: {steps_per_epoch:,} optimizer steps per epoch, {steps:,} in this run",
-            f"precision: float32 weights, gradients and optimizer state, {compute} compute, "
-            f"exported as {str(export_dtype(args)).removeprefix('torch.')}",
+            "{ranks} {device} x {per_device} per device x {accumulation} accumulation = {examples_per_step} examples per "
+            "optimizer step".format(device=device + many, **arithmetic),
+            f"{len(train_dataset):,} examples: {arithmetic['steps_per_epoch']:,} optimizer steps per epoch, "
+            f"{arithmetic['steps']:,} in this run",
+            f"precision: {types['weights']} weights, gradients and optimizer state, {types['compute']} compute, "
+            f"exported as {types['export']}",
         ]
     )
 
@@ -448,17 +537,32 @@ def keep_other_ranks_quiet() -> None:
 def train(load_tokenizer: LoadTokenizer, argv: list[str] | None = None) -> SupervisedTrainer:
     """Everything, in the order in which it happens. What can be known before weights load is refused before they do."""
     model_args, data_args, training_args = parse(
-        argv, checks=(data_problems, check_model, check_output, check_deepspeed)
+        argv,
+        checks=(data_problems, check_model, check_output, check_deepspeed, evaluation.problems, tracker_problems),
     )
     keep_other_ranks_quiet()
-    with all_ranks_or_none():
+    report = Report(model_args, data_args, training_args)
+    with report.phase("data"), all_ranks_or_none():
         tokenizer = load_tokenizer(model_args, training_args)
         data_module = make_supervised_data_module(tokenizer, data_args, training_args)
         check_ids(tokenizer, data_module, load_config(model_args))
     say(describe_plan(training_args, data_module["train_dataset"]))
     set_seed(training_args.seed)
-    model = load_model(model_args, tokenizer)
+    with report.phase("load"):
+        model = load_model(model_args, tokenizer)
     trainer = SupervisedTrainer(model=model, args=training_args, processing_class=tokenizer, **data_module)
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    export(trainer, data_args)
+    watch(trainer, report)
+    report.note_facts(
+        trainer,
+        template=load_template(data_args.prompt_template),
+        batch=plan(training_args, data_module["train_dataset"]),
+        precision=precision(training_args),
+    )
+    with report.phase("train"):
+        trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    with report.phase("save"):
+        export(trainer, data_args)
+    report.finish(trainer.meter.summary())
+    if trainer.is_world_process_zero():
+        write_card(Path(training_args.output_dir), training_args.hub_model_id)
     return trainer

@@ -278,6 +278,17 @@ class TrainingArguments(transformers.TrainingArguments):
     plan_world_size: int | None = field(
         default=None, metadata={"help": "With --plan_only: plan for this many GPUs. Default: torchrun's number."}
     )
+    eval_samples: int = field(
+        default=4,
+        metadata={
+            "help": "Answer this many evaluation prompts after each evaluation, greedily, and keep the answers in "
+            "run_report.json. Up to 128 forward passes more for each evaluation. 0: none."
+        },
+    )
+    early_stopping_patience: int = field(
+        default=0,
+        metadata={"help": "Stop after this many evaluations in a row without a lower evaluation loss. 0: never."},
+    )
     # Defaults of the Trainer that would hide something or keep more than this project uses.
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Hide NaN and infinite losses from the log. Off: a broken run must show."}

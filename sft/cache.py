@@ -66,6 +66,10 @@ class TokenizedRows:
     def __reduce__(self):
         return _open_entry, (Path(self.folder),)
 
+    def key(self) -> dict[str, Any]:
+        """The parts that decided the content: digests of the CSV and the tokenizer, the template, and so on."""
+        return json.loads((Path(self.folder) / "meta.json").read_text())["key"]
+
     def rows_with(self, *outcomes: int) -> np.ndarray:
         """Numbers of the CSV's rows that met one of these outcomes; the header is row 1."""
         return np.flatnonzero(np.isin(self.outcomes, outcomes)) + 2
