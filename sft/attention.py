@@ -1,0 +1,183 @@
+"""Attention confined to each example of a packed row, and which kernel was chosen and why."""
+
+import contextlib
+import copy
+import inspect
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from sft.arguments import UserError
+
+VARLEN = "varlen"
+PER_EXAMPLE = "per_example"
+
+
+class Choice(NamedTuple):
+    """A kernel for transformers' `attn_implementation`, and why it was chosen."""
+
+    name: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"attention: {self.name} ({self.reason})"
+
+
+def varlen(
+    module: torch.nn.Module,
+    query: torch.Tensor,  # (1, heads, tokens, head_dim)
+    key: torch.Tensor,  # (1, key heads, tokens, head_dim)
+    value: torch.Tensor,  # as key
+    attention_mask: None,
+    scaling: float,
+    cu_seq_lens_q: torch.Tensor | None = None,  # (examples + 1,), int32
+    max_length_q: int | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """FlashAttention over the examples of one packed row; (1, tokens, heads, head_dim) in the compute type."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    assert cu_seq_lens_q is not None and query.shape[0] == 1, "varlen attention takes one packed row with its cu_seq_lens"
+    # Query and key leave the rotary embedding in float32 under autocast; the kernel takes half precision only.
+    dtype = torch.get_autocast_dtype(query.device.type) if torch.is_autocast_enabled(query.device.type) else value.dtype
+    head_dim = query.shape[-1]
+    missing = -head_dim % 8  # the kernel wants a multiple of 8; zeros change neither the scores nor the other outputs
+    rows = [F.pad(tensor[0].transpose(0, 1).to(dtype), (0, missing)) for tensor in (query, key, value)]
+    window = (-1 if sliding_window is None else sliding_window - 1, 0)
+    # The keywords changed between torch 2.10 and 2.13: causal attention was `is_causal=True`, grouped heads needed no word.
+    words = inspect.signature(varlen_attn).parameters
+    options: dict[str, Any] = {"window_size": window} if "window_size" in words else {"is_causal": True}
+    if "enable_gqa" in words:
+        options["enable_gqa"] = True
+    out = varlen_attn(*rows, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling, **options)
+    return out[None, ..., :head_dim], None
+
+
+def per_example(
+    module: torch.nn.Module,
+    query: torch.Tensor,  # (1, heads, tokens, head_dim)
+    key: torch.Tensor,  # (1, key heads, tokens, head_dim)
+    value: torch.Tensor,  # as key
+    attention_mask: None,
+    scaling: float,
+    dropout: float = 0.0,
+    cu_seq_lens_q: torch.Tensor | None = None,  # (examples + 1,), int32
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """PyTorch's attention on one example after another; (1, tokens, heads, head_dim)."""
+    assert cu_seq_lens_q is not None and query.shape[0] == 1, "per-example attention takes one packed row with its cu_seq_lens"
+    lengths = cu_seq_lens_q.diff().tolist()
+    assert sliding_window is None or max(lengths) <= sliding_window, "choose() lets no sliding window come here"
+    value = value.to(query.dtype)
+    out = [
+        F.scaled_dot_product_attention(*example, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=True)
+        for example in zip(query.split(lengths, dim=2), key.split(lengths, dim=2), value.split(lengths, dim=2))
+    ]
+    return torch.cat(out, dim=2).transpose(1, 2), None
+
+
+AttentionInterface.register(VARLEN, varlen)
+AttentionInterface.register(PER_EXAMPLE, per_example)
+
+
+def choose(
+    model_config: PreTrainedConfig, device: torch.device, dtype: torch.dtype, requested: str | None = None
+) -> Choice:
+    """The kernel for packed rows: the user's when it keeps examples apart, else varlen on CUDA in half precision, else SDPA per example.
+
+    Args:
+        dtype: the compute type.
+        requested: `--attn_implementation`.
+
+    Raises:
+        UserError: the requested kernel lets examples see each other, or cannot run here.
+    """
+    head_dim = getattr(model_config, "head_dim", None) or model_config.hidden_size // model_config.num_attention_heads
+    where = f"{device.type}, {str(dtype).removeprefix('torch.')}, head_dim {head_dim}"
+    half = dtype in (torch.float16, torch.bfloat16)
+    # FlashAttention 2, which varlen_attn calls, needs an Ampere card or a newer one.
+    ampere = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    dropout = getattr(model_config, "attention_dropout", 0.0) > 0.0
+    window = getattr(model_config, "sliding_window", None)
+    can_varlen = ampere and half and head_dim <= 256 and not dropout
+    if requested == VARLEN and not can_varlen:
+        raise UserError(
+            f"--attn_implementation varlen needs a CUDA card of compute capability 8.0, bf16 or fp16, heads of at most 256 and no "
+            f"attention dropout; here it is {where}. Leave the flag out, and per_example is used."
+        )
+    if requested not in (None, VARLEN, PER_EXAMPLE):
+        problem = isolation_problem(model_config, device, dtype, requested)
+        if problem:
+            raise UserError(
+                f"--attn_implementation {requested} cannot be used with packing: {problem} "
+                "Leave the flag out to have a kernel chosen, or train padded with --packing False."
+            )
+        return Choice(requested, f"--attn_implementation; keeps examples apart; {where}")
+    name = requested or (VARLEN if can_varlen else PER_EXAMPLE)
+    if name == PER_EXAMPLE and window:
+        raise UserError(
+            f"the model attends over a sliding window of {window} tokens, which packed rows support with varlen attention only "
+            f"(CUDA, bf16 or fp16); here it is {where}. Train padded with --packing False."
+        )
+    return Choice(name, f"--attn_implementation; {where}" if requested else where)
+
+
+def isolation_problem(
+    model_config: PreTrainedConfig, device: torch.device, dtype: torch.dtype, implementation: str
+) -> str | None:
+    """What is wrong with a kernel for packed rows; None when two joined examples give what each gives alone.
+
+    Asked of the kernel, on a model of this architecture with small random weights, rather than of a list of names.
+    """
+    config = copy.deepcopy(model_config)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    grouped = config.num_key_value_heads < config.num_attention_heads
+    config.num_attention_heads, config.num_key_value_heads = 2, 1 if grouped else 2
+    config.hidden_size, config.intermediate_size, config.head_dim = 2 * head_dim, 32, head_dim
+    config.num_hidden_layers, config.vocab_size, config.pad_token_id = 2, 64, None
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:2]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        try:
+            model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation, dtype=dtype)
+        except (ImportError, ValueError) as error:
+            return f"{error}."
+        for weight in model.parameters():
+            weight.data *= 4 if weight.dim() > 1 else 1  # at the usual scale attention hardly moves the logits of a tiny model
+        model = model.to(device).eval()
+        first, second = torch.randint(1, 64, (2, 24)).to(device)
+
+    def logits(*examples: torch.Tensor) -> torch.Tensor:
+        starts = torch.tensor([24 * number for number in range(len(examples) + 1)], dtype=torch.int32, device=device)
+        return model(
+            input_ids=torch.cat(examples)[None],
+            position_ids=torch.arange(24, device=device).repeat(len(examples))[None],
+            cu_seq_lens_q=starts,
+            cu_seq_lens_k=starts,
+            max_length_q=24,
+            max_length_k=24,
+            use_cache=False,
+        ).logits[0].float()
+
+    with torch.no_grad():
+        together, alone = logits(first, second), torch.cat([logits(first), logits(second)])
+    error = (together - alone).norm() / alone.norm()
+    # Rounding is under 1e-2 in bf16; a second example that sees the first one moves by tens of percent.
+    return None if error < 3e-2 else f"examples joined in a row see each other (logits move by {error:.0%})."
+
+
+@contextlib.contextmanager
+def padded(model: PreTrainedModel) -> Iterator[None]:
+    """Give a model stock attention for a while: padded batches and generation, which have no `cu_seq_lens`."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)

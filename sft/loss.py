@@ -1,0 +1,122 @@
+"""Head and loss at labelled positions only: the full tokens x vocabulary logits never exist."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+IGNORE_INDEX = -100
+CHUNK_BYTES = 2**29  # float32 logits of one chunk: large enough for full matrix products, small beside a model
+
+
+def losses_and_gradient(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy in float32 of each position, (positions,), and d loss / d logits in the logits' type, (positions, vocabulary)."""
+    scores = logits.float()
+    trained = targets != IGNORE_INDEX
+    safe = torch.where(trained, targets, 0)[:, None]
+    log_sum = scores.logsumexp(-1, keepdim=True)
+    losses = torch.where(trained[:, None], log_sum - scores.gather(1, safe), 0.0)
+    here = torch.arange(logits.shape[1], device=logits.device)[None] == safe
+    gradient = ((scores - log_sum).exp() - here.float()) * trained[:, None]
+    return losses[:, 0], gradient.to(logits.dtype)
+
+
+class SummedLoss(torch.autograd.Function):
+    """Sum of the cross-entropies of `hidden @ weight.T`, one chunk of positions at a time.
+
+    The gradient is taken in forward, while a chunk's logits exist, so nothing is computed twice. No host synchronisation.
+    """
+
+    fused = staticmethod(losses_and_gradient)  # compiled by `sft.compiling` where layers are
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, train: bool) -> torch.Tensor:
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        rows, head = hidden.to(dtype), weight.to(dtype)
+        chunk = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        hidden_gradient = torch.empty_like(rows) if train and ctx.needs_input_grad[0] else None
+        weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if train and ctx.needs_input_grad[1] else None
+        with torch.autocast(device, enabled=False):
+            for start in range(0, rows.shape[0], chunk):
+                part = slice(start, start + chunk)
+                losses, gradient = SummedLoss.fused(rows[part] @ head.T, targets[part])
+                total += losses.sum()
+                if hidden_gradient is not None:
+                    torch.mm(gradient, head, out=hidden_gradient[part])
+                if weight_gradient is not None:
+                    weight_gradient += gradient.T @ rows[part]
+        ctx.gradients = hidden_gradient, weight_gradient
+        ctx.dtypes = hidden.dtype, weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, scale: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        gradients = (
+            None if gradient is None else (gradient * scale).to(dtype)
+            for gradient, dtype in zip(ctx.gradients, ctx.dtypes)
+        )
+        return (*gradients, None, None)
+
+
+class LabelledHead(torch.nn.Module):
+    """Mixed into the class of a model's output layer: while `targets` is set, its output is the sum of the losses.
+
+    The loss is computed inside the layer's own call, so the hooks by which FSDP, ZeRO-3 and adapters bring in the layer's weights run.
+    """
+
+    targets: torch.Tensor | None = None
+    plain = False  # an `nn.Linear` and nothing more: its weight may be used directly
+
+    def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.targets is None:
+            return super().forward(hidden, *args, **kwargs)
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        if self.plain and self.bias is None:
+            return SummedLoss.apply(rows, self.weight, self.targets, torch.is_grad_enabled())
+        # An adapter on the head, or a head of another kind: its own forward, recomputed in backward.
+        return sum(
+            checkpoint(self._loss_of, super().forward, part, targets, use_reentrant=False)
+            for part, targets in zip(rows.split(1024), self.targets.split(1024))
+        )
+
+    @staticmethod
+    def _loss_of(head: Any, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(head(hidden).float(), targets, reduction="sum", ignore_index=IGNORE_INDEX)
+
+
+def labelled_head(model: PreTrainedModel) -> LabelledHead:
+    """Teach the model's output layer to give the loss; its parameters and their names stay as they are."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, LabelledHead):
+        kind = type(head)
+        head.__class__ = type(kind.__name__, (LabelledHead, kind), {"plain": kind is torch.nn.Linear})
+    return head
+
+
+@contextlib.contextmanager
+def aim(head: LabelledHead, targets: torch.Tensor) -> Iterator[None]:
+    """While inside, the model's `logits` are the summed loss against these targets."""
+    head.targets = targets
+    try:
+        yield
+    finally:
+        head.targets = None
+
+
+def summed_loss(model: torch.nn.Module, head: LabelledHead, batch: dict[str, Any]) -> torch.Tensor:
+    """Sum of the losses over the trained tokens of a packed micro-batch, float32, ().
+
+    Args:
+        model: as the Trainer wraps it.
+        head: from `labelled_head`.
+        batch: from `PackedCollator`.
+    """
+    inputs = {key: value for key, value in batch.items() if key not in ("labels", "label_positions", "label_targets")}
+    with aim(head, batch["label_targets"]):
+        return model(**inputs, logits_to_keep=batch["label_positions"], use_cache=False).logits

@@ -1,0 +1,238 @@
+"""Full micro-batches without changing the recipe.
+
+The padded run's permutation gives each optimizer step its examples. Here the examples of a step are shared out over as few
+micro-batches as the token budget allows, joined end to end, with nothing computed on padding. The step's gradient is the
+padded run's up to rounding.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.trainer_pt_utils import BatchRebalanceSampler
+
+IGNORE_INDEX = -100
+PLACEHOLDER_TOKENS = 8  # a micro-batch for a rank that has no example; two or more, so that compiled layers see no size 1
+
+
+def permutation(examples: int, seed: int, epoch: int) -> np.ndarray:
+    """The order in which the padded run visits its examples in one epoch.
+
+    The stock Trainer hands a `RandomSampler` to Accelerate, which seeds it with `seed + epoch`
+    (`SeedableRandomSampler` in accelerate 1.15, `data_loader.py`).
+    """
+    generator = torch.Generator().manual_seed(seed + epoch)
+    return torch.randperm(examples, generator=generator).numpy()
+
+
+def balance(lengths: np.ndarray, bins: int) -> tuple[np.ndarray, np.ndarray]:
+    """Share each step's examples out over bins: longest first, each into the bin that holds the fewest tokens.
+
+    With at most `b * bins` examples of at most `L` tokens no bin exceeds `b * L`: a bin is chosen above `(b - 1) * L` only
+    when every bin is, and then every bin holds `b` examples already. So the padded run's budget always fits.
+
+    Args:
+        lengths: (steps, examples per step), in tokens.
+        bins: micro-batches of all ranks in one step.
+
+    Returns:
+        the bin of each example, (steps, examples per step), and the tokens in each bin, (steps, bins).
+
+    Example:
+        >>> balance(np.array([[5, 3, 3, 2]]), bins=2)
+        (array([[0, 1, 1, 0]]), array([[7, 6]]))
+    """
+    steps, examples = lengths.shape
+    rows = np.arange(steps)
+    loads = np.zeros((steps, bins), dtype=np.int64)
+    bin_of = np.zeros((steps, examples), dtype=np.int64)
+    if bins == 1:
+        return bin_of, lengths.sum(axis=1, dtype=np.int64)[:, None]
+    longest_first = np.argsort(-lengths, axis=1, kind="stable")
+    for column in longest_first.T:  # one example of every step at a time: numpy does all steps at once
+        emptiest = loads.argmin(axis=1)
+        bin_of[rows, column] = emptiest
+        loads[rows, emptiest] += lengths[rows, column]
+    return bin_of, loads
+
+
+def fits(lengths: np.ndarray, bins: int, max_tokens: int) -> bool:
+    """Whether `balance` keeps every bin of every step within the token budget."""
+    sums = lengths.sum(axis=1, dtype=np.int64)
+    if sums.max() > bins * max_tokens:
+        return False
+    # The last example into the fullest bin found it no fuller than the mean of the others.
+    bound = (sums + (bins - 1) * lengths.max(axis=1, initial=0)) / bins
+    doubtful = lengths[bound > max_tokens]
+    return len(doubtful) == 0 or int(balance(doubtful, bins)[1].max()) <= max_tokens
+
+
+class PackedBatchSampler(BatchRebalanceSampler):
+    """One rank's micro-batches, as lists of example indices; an empty list where a step has nothing left for this rank.
+
+    It is a `BatchRebalanceSampler` in name alone: that is the class which the Trainer (transformers 5.17 to 5.23) hands to
+    the data loader as a batch sampler that needs no sharding.
+
+    Args:
+        lengths: tokens of each example.
+        examples_per_step: the padded run's: per device x accumulation x ranks.
+        max_tokens: the most tokens in one micro-batch.
+        seed: the padded run's `data_seed`, or its `seed`.
+        epochs: how many epochs the number of micro-batches must fit.
+        shuffle: False visits the examples in order, as evaluation does.
+        drop_last: leave out the last step when it is not complete.
+
+    Attributes:
+        micro_batches: of each rank in each step, the smallest number that fits every step of every epoch.
+        steps: optimizer steps in one epoch.
+
+    Example:
+        >>> list(PackedBatchSampler([5, 3, 3, 2, 4], 4, world_size=1, rank=0, max_tokens=7, seed=0, shuffle=False))
+        [[0, 3], [1, 2], [4], []]
+    """
+
+    def __init__(
+        self,
+        lengths: Any,
+        examples_per_step: int,
+        world_size: int,
+        rank: int,
+        max_tokens: int,
+        seed: int,
+        epochs: int = 1,
+        shuffle: bool = True,
+        drop_last: bool = False,
+    ):
+        self.lengths = np.asarray(lengths, dtype=np.int64)
+        self.examples_per_step = examples_per_step
+        self.world_size, self.rank = world_size, rank
+        self.max_tokens = max_tokens
+        self.seed, self.epoch = seed, 0
+        self.shuffle, self.drop_last = shuffle, drop_last
+        longest = int(self.lengths.max(initial=0))
+        assert longest <= max_tokens, f"an example of {longest} tokens cannot lie in a micro-batch of {max_tokens}"
+        whole, rest = divmod(len(self.lengths), examples_per_step)
+        self.steps = whole + int(rest > 0 and not drop_last)
+        self.micro_batches = 1
+        for epoch in range(epochs if shuffle else 1):
+            for block in self._blocks(epoch):
+                lengths_of = self.lengths[block]
+                enough = -(-int(lengths_of.sum(axis=1).max()) // (world_size * max_tokens))
+                self.micro_batches = max(self.micro_batches, enough)
+                while not fits(lengths_of, world_size * self.micro_batches, max_tokens):
+                    self.micro_batches += 1
+
+    def _blocks(self, epoch: int) -> Iterator[np.ndarray]:
+        """Example indices, (steps, examples per step): the whole steps of an epoch, then the last partial one."""
+        examples = len(self.lengths)
+        order = permutation(examples, self.seed, epoch) if self.shuffle else np.arange(examples)
+        whole = examples - examples % self.examples_per_step
+        if whole:
+            yield order[:whole].reshape(-1, self.examples_per_step)
+        if whole < examples and not self.drop_last:
+            yield order[None, whole:]
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.steps * self.micro_batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        bins = self.world_size * self.micro_batches
+        for block in self._blocks(self.epoch):
+            for start in range(0, len(block), 1024):
+                steps = block[start : start + 1024]
+                bin_of, loads = balance(self.lengths[steps], bins)
+                for step, bin_of_example, fullest_first in zip(steps, bin_of, np.argsort(-loads, axis=1, kind="stable")):
+                    # Ranks work side by side on bins of nearly one size, and the larger share goes to each in turn.
+                    for first in range(0, bins, self.world_size):
+                        side_by_side = fullest_first[first : first + self.world_size]
+                        place = self.rank if (first // self.world_size) % 2 == 0 else self.world_size - 1 - self.rank
+                        yield step[bin_of_example == side_by_side[place]].tolist()
+
+
+class PackedCollator:
+    """Join examples end to end in one row.
+
+    Returns `input_ids`, `labels`, `position_ids`, each (1, tokens); `cu_seq_lens_q/k`, int32, where each example starts and the
+    last one ends; `max_length_q/k`, int; `label_positions` and `label_targets`, (trained tokens,): the positions whose logits
+    are needed and what each must predict. There is no `attention_mask`: with one, transformers 5 lets examples see each other.
+    No example at all makes a placeholder: it trains nothing and keeps this rank in step with the others.
+
+    Example:
+        >>> row = PackedCollator()([{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}, {"input_ids": [4, 5], "labels": [-100, 5]}])
+        >>> {key: value.tolist() for key, value in row.items() if torch.is_tensor(value) and key != "cu_seq_lens_k"}
+        {'input_ids': [[1, 2, 3, 4, 5]], 'labels': [[-100, 2, 3, -100, 5]], 'position_ids': [[0, 1, 2, 0, 1]], \
+'cu_seq_lens_q': [0, 3, 5], 'label_positions': [0, 1, 3], 'label_targets': [2, 3, 5]}
+    """
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        if not examples:
+            nothing = [IGNORE_INDEX] * PLACEHOLDER_TOKENS
+            batch = self([{"input_ids": [0] * PLACEHOLDER_TOKENS, "labels": nothing}])
+            batch["label_positions"] = torch.zeros(1, dtype=torch.int64)
+            batch["label_targets"] = torch.full((1,), IGNORE_INDEX)  # the head still runs: the gradient is zero, not absent
+            return batch
+        input_ids = torch.cat([torch.as_tensor(example["input_ids"]) for example in examples])
+        labels = torch.cat([torch.as_tensor(example["labels"]) for example in examples])
+        lengths = torch.tensor([len(example["input_ids"]) for example in examples])
+        ends = lengths.cumsum(0)
+        starts = ends - lengths
+        labels[starts] = IGNORE_INDEX  # nothing precedes an example's first token
+        label_positions = (labels[1:] != IGNORE_INDEX).nonzero().flatten()
+        cu_seq_lens = torch.cat([torch.zeros(1, dtype=torch.int64), ends]).to(torch.int32)
+        longest = int(lengths.max())
+        return {
+            "input_ids": input_ids[None],
+            "labels": labels[None],
+            "position_ids": (torch.arange(len(input_ids)) - starts.repeat_interleave(lengths))[None],
+            "cu_seq_lens_q": cu_seq_lens,
+            "cu_seq_lens_k": cu_seq_lens,
+            "max_length_q": longest,
+            "max_length_k": longest,
+            "label_positions": label_positions,
+            "label_targets": labels[label_positions + 1],
+        }
+
+
+@dataclass
+class Plan:
+    """What packing makes of a padded recipe. Tokens are counted over the first epoch."""
+
+    per_device: int
+    accumulation: int  # asked for
+    max_length: int
+    max_tokens: int  # in one micro-batch
+    micro_batches: int  # of each rank in each step
+    fullest: int  # tokens in the largest micro-batch
+    fill: float  # tokens / (micro-batches x the largest one)
+    padding_saved: float  # share of the padded run's tokens that were padding
+    reason: str  # why the budget is what it is
+
+    def __str__(self) -> str:
+        return (
+            f"packing: asked {self.accumulation} micro-batches of {self.per_device} x {self.max_length:,} tokens per device and step; "
+            f"runs {self.micro_batches} of at most {self.fullest:,} (budget {self.max_tokens:,}, {self.reason}), "
+            f"{self.fill:.0%} full; padding saved: {self.padding_saved:.0%} of the padded run's tokens"
+        )
+
+
+def describe(sampler: PackedBatchSampler, per_device: int, accumulation: int, max_length: int, reason: str) -> Plan:
+    """Measure a sampler's first epoch against the padded run of the same recipe."""
+    bins = sampler.world_size * sampler.micro_batches
+    tokens = padded = fullest = 0
+    for block in sampler._blocks(0):
+        lengths = sampler.lengths[block]
+        fullest = max(fullest, int(balance(lengths, bins)[1].max()))
+        tokens += int(lengths.sum())
+        for start in range(0, lengths.shape[1], per_device):  # the padded run pads each micro-batch to its longest example
+            micro_batch = lengths[:, start : start + per_device]
+            padded += int(micro_batch.max(axis=1).sum()) * micro_batch.shape[1]
+    fill = tokens / (sampler.steps * bins * fullest) if tokens else 0.0
+    saved = 1 - tokens / padded if padded else 0.0
+    return Plan(
+        per_device, accumulation, max_length, sampler.max_tokens, sampler.micro_batches, fullest, fill, saved, reason
+    )
