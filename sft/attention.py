@@ -41,7 +41,9 @@ def varlen(
     """FlashAttention over the examples of one packed row; (1, tokens, heads, head_dim) in the compute type."""
     from torch.nn.attention.varlen import varlen_attn
 
-    assert cu_seq_lens_q is not None and query.shape[0] == 1, "varlen attention takes one packed row with its cu_seq_lens"
+    assert cu_seq_lens_q is not None and query.shape[0] == 1, (
+        "varlen attention takes one packed row with its cu_seq_lens"
+    )
     # Query and key leave the rotary embedding in float32 under autocast; the kernel takes half precision only.
     dtype = torch.get_autocast_dtype(query.device.type) if torch.is_autocast_enabled(query.device.type) else value.dtype
     head_dim = query.shape[-1]
@@ -70,7 +72,9 @@ def per_example(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """PyTorch's attention on one example after another; (1, tokens, heads, head_dim)."""
-    assert cu_seq_lens_q is not None and query.shape[0] == 1, "per-example attention takes one packed row with its cu_seq_lens"
+    assert cu_seq_lens_q is not None and query.shape[0] == 1, (
+        "per-example attention takes one packed row with its cu_seq_lens"
+    )
     lengths = cu_seq_lens_q.diff().tolist()
     assert sliding_window is None or max(lengths) <= sliding_window, "choose() lets no sliding window come here"
     value = value.to(query.dtype)
@@ -149,21 +153,27 @@ def isolation_problem(
         except (ImportError, ValueError) as error:
             return f"{error}."
         for weight in model.parameters():
-            weight.data *= 4 if weight.dim() > 1 else 1  # at the usual scale attention hardly moves the logits of a tiny model
+            weight.data *= (
+                4 if weight.dim() > 1 else 1
+            )  # at the usual scale attention hardly moves the logits of a tiny model
         model = model.to(device).eval()
         first, second = torch.randint(1, 64, (2, 24)).to(device)
 
     def logits(*examples: torch.Tensor) -> torch.Tensor:
         starts = torch.tensor([24 * number for number in range(len(examples) + 1)], dtype=torch.int32, device=device)
-        return model(
-            input_ids=torch.cat(examples)[None],
-            position_ids=torch.arange(24, device=device).repeat(len(examples))[None],
-            cu_seq_lens_q=starts,
-            cu_seq_lens_k=starts,
-            max_length_q=24,
-            max_length_k=24,
-            use_cache=False,
-        ).logits[0].float()
+        return (
+            model(
+                input_ids=torch.cat(examples)[None],
+                position_ids=torch.arange(24, device=device).repeat(len(examples))[None],
+                cu_seq_lens_q=starts,
+                cu_seq_lens_k=starts,
+                max_length_q=24,
+                max_length_k=24,
+                use_cache=False,
+            )
+            .logits[0]
+            .float()
+        )
 
     with torch.no_grad():
         together, alone = logits(first, second), torch.cat([logits(first), logits(second)])

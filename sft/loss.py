@@ -31,10 +31,12 @@ class SummedLoss(torch.autograd.Function):
     The gradient is taken in forward, while a chunk's logits exist, so nothing is computed twice. No host synchronisation.
     """
 
-    fused = staticmethod(losses_and_gradient)  # compiled by `sft.compiling` where layers are
+    fused = staticmethod(losses_and_gradient)  # see compile_loss
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, train: bool) -> torch.Tensor:
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, train: bool
+    ) -> torch.Tensor:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         rows, head = hidden.to(dtype), weight.to(dtype)
@@ -64,6 +66,11 @@ class SummedLoss(torch.autograd.Function):
         return (*gradients, None, None)
 
 
+def compile_loss() -> None:
+    """Make one kernel of the passes over a chunk's logits; token counts differ, `dynamic` compiles once for all."""
+    SummedLoss.fused = staticmethod(torch.compile(losses_and_gradient, dynamic=True))
+
+
 class LabelledHead(torch.nn.Module):
     """Mixed into the class of a model's output layer: while `targets` is set, its output is the sum of the losses.
 
@@ -80,14 +87,15 @@ class LabelledHead(torch.nn.Module):
         if self.plain and self.bias is None:
             return SummedLoss.apply(rows, self.weight, self.targets, torch.is_grad_enabled())
         # An adapter on the head, or a head of another kind: its own forward, recomputed in backward.
+        logits_of = super().forward
         return sum(
-            checkpoint(self._loss_of, super().forward, part, targets, use_reentrant=False)
+            checkpoint(self._loss_of, logits_of, part, targets, use_reentrant=False)
             for part, targets in zip(rows.split(1024), self.targets.split(1024))
         )
 
     @staticmethod
-    def _loss_of(head: Any, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(head(hidden).float(), targets, reduction="sum", ignore_index=IGNORE_INDEX)
+    def _loss_of(logits_of: Any, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(logits_of(hidden).float(), targets, reduction="sum", ignore_index=IGNORE_INDEX)
 
 
 def labelled_head(model: PreTrainedModel) -> LabelledHead:

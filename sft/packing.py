@@ -14,7 +14,9 @@ import torch
 from transformers.trainer_pt_utils import BatchRebalanceSampler
 
 IGNORE_INDEX = -100
-PLACEHOLDER_TOKENS = 8  # a micro-batch for a rank that has no example; two or more, so that compiled layers see no size 1
+PLACEHOLDER_TOKENS = (
+    8  # a micro-batch for a rank that has no example; two or more, so that compiled layers see no size 1
+)
 
 
 def permutation(examples: int, seed: int, epoch: int) -> np.ndarray:
@@ -72,17 +74,21 @@ def fits(lengths: np.ndarray, bins: int, max_tokens: int) -> bool:
 class PackedBatchSampler(BatchRebalanceSampler):
     """One rank's micro-batches, as lists of example indices; an empty list where a step has nothing left for this rank.
 
+    With `padded` it gives the padded run's own micro-batches, and is used for it too: the stock chain of samplers repeats
+    examples to fill an epoch's last step on several ranks, and forgets the epoch when it resumes there (accelerate 1.15).
+
     It is a `BatchRebalanceSampler` in name alone: that is the class which the Trainer (transformers 5.17 to 5.23) hands to
     the data loader as a batch sampler that needs no sharding.
 
     Args:
         lengths: tokens of each example.
         examples_per_step: the padded run's: per device x accumulation x ranks.
-        max_tokens: the most tokens in one micro-batch.
+        max_tokens: the most tokens in one micro-batch; with `padded` it bounds nothing.
         seed: the padded run's `data_seed`, or its `seed`.
         epochs: how many epochs the number of micro-batches must fit.
         shuffle: False visits the examples in order, as evaluation does.
         drop_last: leave out the last step when it is not complete.
+        padded: examples of one micro-batch, in the order of the permutation, instead of packing.
 
     Attributes:
         micro_batches: of each rank in each step, the smallest number that fits every step of every epoch.
@@ -104,17 +110,21 @@ class PackedBatchSampler(BatchRebalanceSampler):
         epochs: int = 1,
         shuffle: bool = True,
         drop_last: bool = False,
+        padded: int | None = None,
     ):
         self.lengths = np.asarray(lengths, dtype=np.int64)
         self.examples_per_step = examples_per_step
         self.world_size, self.rank = world_size, rank
         self.max_tokens = max_tokens
         self.seed, self.epoch = seed, 0
-        self.shuffle, self.drop_last = shuffle, drop_last
-        longest = int(self.lengths.max(initial=0))
-        assert longest <= max_tokens, f"an example of {longest} tokens cannot lie in a micro-batch of {max_tokens}"
+        self.shuffle, self.drop_last, self.padded = shuffle, drop_last, padded
         whole, rest = divmod(len(self.lengths), examples_per_step)
         self.steps = whole + int(rest > 0 and not drop_last)
+        if padded:
+            self.micro_batches = -(-examples_per_step // (padded * world_size))
+            return
+        longest = int(self.lengths.max(initial=0))
+        assert longest <= max_tokens, f"an example of {longest} tokens cannot lie in a micro-batch of {max_tokens}"
         self.micro_batches = 1
         for epoch in range(epochs if shuffle else 1):
             for block in self._blocks(epoch):
@@ -145,13 +155,22 @@ class PackedBatchSampler(BatchRebalanceSampler):
         for block in self._blocks(self.epoch):
             for start in range(0, len(block), 1024):
                 steps = block[start : start + 1024]
-                bin_of, loads = balance(self.lengths[steps], bins)
-                for step, bin_of_example, fullest_first in zip(steps, bin_of, np.argsort(-loads, axis=1, kind="stable")):
-                    # Ranks work side by side on bins of nearly one size, and the larger share goes to each in turn.
-                    for first in range(0, bins, self.world_size):
-                        side_by_side = fullest_first[first : first + self.world_size]
-                        place = self.rank if (first // self.world_size) % 2 == 0 else self.world_size - 1 - self.rank
-                        yield step[bin_of_example == side_by_side[place]].tolist()
+                bin_of, order = self._share(steps, bins)
+                for step, bin_of_example, order_of_bins in zip(steps, bin_of, order):
+                    for number in order_of_bins[self.rank :: self.world_size]:
+                        yield step[bin_of_example == number].tolist()
+
+    def _share(self, steps: np.ndarray, bins: int) -> tuple[np.ndarray, np.ndarray]:
+        """The bin of each example, and the bins in the order in which the ranks take them side by side."""
+        if self.padded:
+            bin_of = np.broadcast_to(np.arange(steps.shape[1]) // self.padded, steps.shape)
+            return bin_of, np.broadcast_to(np.arange(bins), (len(steps), bins))
+        bin_of, loads = balance(self.lengths[steps], bins)
+        order = np.argsort(-loads, axis=1, kind="stable").reshape(len(steps), self.micro_batches, self.world_size)
+        order[:, 1::2] = order[
+            :, 1::2, ::-1
+        ]  # side by side nearly one size, and the larger share goes to each end in turn
+        return bin_of, order.reshape(len(steps), bins)
 
 
 class PackedCollator:
@@ -174,7 +193,9 @@ class PackedCollator:
             nothing = [IGNORE_INDEX] * PLACEHOLDER_TOKENS
             batch = self([{"input_ids": [0] * PLACEHOLDER_TOKENS, "labels": nothing}])
             batch["label_positions"] = torch.zeros(1, dtype=torch.int64)
-            batch["label_targets"] = torch.full((1,), IGNORE_INDEX)  # the head still runs: the gradient is zero, not absent
+            batch["label_targets"] = torch.full(
+                (1,), IGNORE_INDEX
+            )  # the head still runs: the gradient is zero, not absent
             return batch
         input_ids = torch.cat([torch.as_tensor(example["input_ids"]) for example in examples])
         labels = torch.cat([torch.as_tensor(example["labels"]) for example in examples])
@@ -228,7 +249,9 @@ def describe(sampler: PackedBatchSampler, per_device: int, accumulation: int, ma
         lengths = sampler.lengths[block]
         fullest = max(fullest, int(balance(lengths, bins)[1].max()))
         tokens += int(lengths.sum())
-        for start in range(0, lengths.shape[1], per_device):  # the padded run pads each micro-batch to its longest example
+        for start in range(
+            0, lengths.shape[1], per_device
+        ):  # the padded run pads each micro-batch to its longest example
             micro_batch = lengths[:, start : start + per_device]
             padded += int(micro_batch.max(axis=1).sum()) * micro_batch.shape[1]
     fill = tokens / (sampler.steps * bins * fullest) if tokens else 0.0

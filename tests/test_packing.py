@@ -1,0 +1,295 @@
+"""Packed steps against padded ones: the same examples, the same losses, every gradient."""
+
+import copy
+import doctest
+import time
+
+import numpy as np
+import pytest
+import torch
+from accelerate.data_loader import prepare_data_loader, skip_first_batches
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader, RandomSampler
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from sft import packing
+from sft.loss import labelled_head, summed_loss
+from sft.packing import IGNORE_INDEX, PackedBatchSampler, PackedCollator, balance, describe, permutation
+
+
+def test_drawn_examples():
+    assert doctest.testmod(packing).failed == 0 and doctest.testmod(packing).attempted >= 4
+
+
+def samplers(lengths, world_size, **options):
+    return [PackedBatchSampler(lengths, world_size=world_size, rank=rank, **options) for rank in range(world_size)]
+
+
+# ------------------------------------------------------------------------------------------------- who is in which step
+
+
+def stock_order(examples: int, seed: int, epoch: int) -> list[int]:
+    """The order that the Trainer's loader gives: a RandomSampler that Accelerate makes seedable."""
+    loader = DataLoader(range(examples), batch_size=1, sampler=RandomSampler(range(examples)))
+    loader = prepare_data_loader(loader, put_on_device=False, use_seedable_sampler=True, data_seed=seed)
+    loader.set_epoch(epoch)
+    return [int(batch) for batch in loader]
+
+
+@pytest.mark.parametrize("seed, epoch", [(42, 0), (42, 1), (7, 3)])
+def test_the_permutation_is_the_stock_trainers(seed, epoch):
+    assert permutation(23, seed, epoch).tolist() == stock_order(23, seed, epoch)
+    assert permutation(23, seed, epoch).tolist() != stock_order(23, seed, epoch + 1)
+
+
+def test_several_ranks_share_the_stock_steps():
+    """Stock Accelerate deals micro-batches of one permutation to the ranks in turn; the union over a step is ours."""
+    examples, per_device, accumulation, ranks = 37, 2, 3, 2
+    step_size = per_device * accumulation * ranks
+    stock = []
+    for rank in range(ranks):
+        loader = DataLoader(range(examples), batch_size=per_device, sampler=RandomSampler(range(examples)))
+        loader = prepare_data_loader(
+            loader, num_processes=ranks, process_index=rank, put_on_device=False, use_seedable_sampler=True, data_seed=5
+        )
+        stock.append([batch.tolist() for batch in loader])
+    whole_steps = examples // step_size
+    for number in range(whole_steps):
+        micro_batches = slice(number * accumulation, (number + 1) * accumulation)
+        seen = sorted(index for rank in stock for batch in rank[micro_batches] for index in batch)
+        assert seen == sorted(permutation(examples, 5, 0)[number * step_size : (number + 1) * step_size].tolist())
+    # The stock loader fills the last round of micro-batches with examples from the beginning: here 37 become 40.
+    assert sum(len(batch) for rank in stock for batch in rank) == 40
+    ours = samplers([5] * examples, ranks, examples_per_step=step_size, max_tokens=10, seed=5, padded=per_device)
+    assert list(ours[0])[: whole_steps * accumulation] == stock[0][: whole_steps * accumulation]
+    assert sorted(index for rank in ours for batch in rank for index in batch) == list(range(examples))
+
+
+def steps_of(ranks: list[PackedBatchSampler]) -> list[list[int]]:
+    """The examples of each step, sorted, over all ranks; every rank must run as many micro-batches."""
+    batches = [list(rank) for rank in ranks]
+    assert {len(rank) for rank in batches} == {len(ranks[0])}
+    size = ranks[0].micro_batches
+    return [
+        sorted(index for rank in batches for batch in rank[first : first + size] for index in batch)
+        for first in range(0, len(ranks[0]), size)
+    ]
+
+
+LENGTHS = st.one_of(
+    st.lists(st.integers(1, 64), min_size=1, max_size=60),
+    st.integers(1, 60).map(lambda count: [64] * count),  # all equal, all full
+    st.integers(1, 200).map(lambda count: [1] * count),  # many tiny
+    st.lists(st.integers(1, 3), min_size=0, max_size=40).map(lambda tiny: [*tiny, 64]),  # one giant
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(LENGTHS, st.integers(1, 3), st.integers(1, 4), st.integers(1, 5), st.integers(0, 3), st.booleans())
+def test_any_lengths_keep_the_recipe(lengths, per_device, accumulation, ranks, epoch, drop_last):
+    step_size, budget = per_device * accumulation * ranks, per_device * 64
+    options = {"examples_per_step": step_size, "seed": 1, "drop_last": drop_last, "epochs": 4}
+    ours = samplers(lengths, ranks, max_tokens=budget, **options)
+    padded = samplers(lengths, ranks, max_tokens=budget, padded=per_device, **options)
+    for sampler in ours + padded:
+        sampler.set_epoch(epoch)
+    order = permutation(len(lengths), 1, epoch).tolist()
+    expected = [sorted(order[first : first + step_size]) for first in range(0, len(order), step_size)]
+    if drop_last and len(order) % step_size:
+        expected.pop()
+    assert steps_of(ours) == steps_of(padded) == expected
+    assert ours[0].micro_batches <= accumulation  # the padded run's budget always suffices
+    for rank in ours:
+        assert all(sum(lengths[index] for index in batch) <= budget for batch in rank)
+
+
+def test_the_number_of_micro_batches_is_the_smallest():
+    lengths = [60, 60, 60, 60, 10, 10, 10, 10]
+    assert PackedBatchSampler(lengths, 4, 1, 0, max_tokens=120, seed=0, shuffle=False).micro_batches == 2
+    assert PackedBatchSampler(lengths, 4, 1, 0, max_tokens=240, seed=0, shuffle=False).micro_batches == 1
+    assert PackedBatchSampler(lengths, 4, 2, 0, max_tokens=120, seed=0, shuffle=False).micro_batches == 1
+    with pytest.raises(AssertionError, match="60 tokens cannot lie"):
+        PackedBatchSampler(lengths, 4, 1, 0, max_tokens=59, seed=0)
+
+
+def test_bins_are_balanced():
+    lengths = np.random.default_rng(0).integers(20, 1000, (50, 128))
+    _, loads = balance(lengths, bins=8)
+    assert (loads.max(axis=1) / loads.mean(axis=1)).max() < 1.03
+
+
+def test_resume_skips_exactly_what_was_trained():
+    lengths = list(range(1, 41))
+    sampler = PackedBatchSampler(lengths, 8, 1, 0, max_tokens=80, seed=3, epochs=3)
+    sampler.set_epoch(2)
+    whole = list(sampler)
+    fresh = PackedBatchSampler(lengths, 8, 1, 0, max_tokens=80, seed=3, epochs=3)
+    loader = skip_first_batches(DataLoader(range(40), batch_sampler=fresh, collate_fn=list), 5)
+    fresh.set_epoch(2)
+    assert list(loader) == whole[5:]
+
+
+def test_a_million_rows_are_planned_in_two_seconds():
+    lengths = np.minimum(np.random.default_rng(0).lognormal(5.2, 0.6, 1_000_000).astype(int) + 5, 1024)
+    start = time.perf_counter()
+    sampler = PackedBatchSampler(lengths, 64, world_size=4, rank=1, max_tokens=2048, seed=0)
+    plan = describe(sampler, per_device=2, accumulation=8, max_length=1024, reason="test")
+    examples = sum(len(batch) for batch in sampler)
+    assert time.perf_counter() - start < 4  # 0.3 s on an idle machine; planning and a whole epoch of batches
+    assert 200_000 < examples < 300_000 and plan.micro_batches == 3 and 0.6 < plan.fill <= 1
+
+
+def test_the_plan_line():
+    sampler = PackedBatchSampler([10, 30, 20, 20], 4, 1, 0, max_tokens=80, seed=0, shuffle=False)
+    assert str(describe(sampler, per_device=2, accumulation=2, max_length=40, reason="auto")) == (
+        "packing: asked 2 micro-batches of 2 x 40 tokens per device and step; runs 1 of at most 80 (budget 80, auto), 100% full; "
+        "padding saved: 20% of the padded run's tokens"
+    )
+
+
+# ------------------------------------------------------------------------------------------------- losses and gradients
+
+
+def small_llama(**config) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
+    shape |= {"num_key_value_heads": 2, "vocab_size": 211, "max_position_embeddings": 256}
+    model = LlamaForCausalLM(LlamaConfig(**(shape | config)))
+    for weight in model.parameters():  # at the usual scale all losses are log(vocabulary) and nothing would show
+        weight.data *= 4 if weight.dim() > 1 else 1
+    model.config.use_cache = False
+    return model
+
+
+def rows(count: int, seed: int = 0) -> list[dict]:
+    """Examples of 3 to 60 tokens whose prompt, the first third or so, is masked."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for length in torch.randint(3, 61, (count,), generator=generator).tolist():
+        ids = torch.randint(0, 211, (length,), generator=generator)
+        labels = ids.clone()
+        labels[: max(1, length // 3)] = IGNORE_INDEX
+        made.append({"input_ids": ids, "labels": labels})
+    return made
+
+
+def padded_batch(examples: list[dict]) -> dict:
+    pad = torch.nn.utils.rnn.pad_sequence
+    lengths = torch.tensor([len(example["input_ids"]) for example in examples])
+    return {
+        "input_ids": pad([example["input_ids"] for example in examples], batch_first=True),
+        "labels": pad([example["labels"] for example in examples], batch_first=True, padding_value=IGNORE_INDEX),
+        "attention_mask": (torch.arange(lengths.max()) < lengths[:, None]).long(),
+    }
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def padded_step(model, micro_batches: list[list[dict]]):
+    """One optimizer step's loss and gradients as the stock Trainer computes them."""
+    model.zero_grad()
+    batches = [padded_batch(examples) for examples in micro_batches]
+    tokens = sum((batch["labels"][:, 1:] != IGNORE_INDEX).sum() for batch in batches)
+    loss = torch.zeros(())
+    for batch in batches:
+        part = model(**batch, num_items_in_batch=tokens).loss
+        part.backward()
+        loss += part.detach()
+    return loss, gradients(model)
+
+
+def packed_step(model, micro_batches: list[list[dict]]):
+    model.zero_grad()
+    head = labelled_head(model)
+    batches = [PackedCollator()(examples) for examples in micro_batches]
+    tokens = sum((batch["labels"][:, 1:] != IGNORE_INDEX).sum() for batch in batches)
+    loss = torch.zeros(())
+    for batch in batches:
+        part = summed_loss(model, head, batch) / tokens
+        part.backward()
+        loss += part.detach()
+    return loss, gradients(model)
+
+
+def largest_error(found: dict, expected: dict) -> float:
+    """Over all parameters, ||a - b|| / ||b||; NaN never passes a comparison with it."""
+    assert found.keys() == expected.keys()
+    return max(float((found[name] - expected[name]).norm() / expected[name].norm()) for name in expected)
+
+
+def test_packed_steps_give_the_padded_losses_and_gradients():
+    padded_model = small_llama(attn_implementation="sdpa")
+    packed_model = copy.deepcopy(padded_model)
+    packed_model.set_attn_implementation("per_example")
+    data = rows(23)
+    lengths = [len(example["input_ids"]) for example in data]
+    options = {"examples_per_step": 8, "world_size": 1, "rank": 0, "seed": 0}
+    reference = PackedBatchSampler(lengths, max_tokens=120, padded=2, **options)
+    expected = []
+    batches = list(reference)
+    for first in range(0, len(reference), reference.micro_batches):
+        micro_batches = [[data[index] for index in batch] for batch in batches[first : first + reference.micro_batches]]
+        expected.append(padded_step(padded_model, [batch for batch in micro_batches if batch]))
+    losses = [float(loss) for loss, _ in expected]
+    assert max(losses) - min(losses) > 0.1, "steps that all lose the same would prove nothing"
+    counts = set()
+    for budget in (60, 90, 120, 10_000):
+        sampler = PackedBatchSampler(lengths, max_tokens=budget, **options)
+        counts.add(sampler.micro_batches)
+        batches = list(sampler)
+        for number, (loss, gradient) in enumerate(expected):
+            part = batches[number * sampler.micro_batches : (number + 1) * sampler.micro_batches]
+            found_loss, found = packed_step(packed_model, [[data[index] for index in batch] for batch in part])
+            assert float(found_loss) == pytest.approx(float(loss), rel=2e-6)
+            assert largest_error(found, gradient) < 5e-6
+    assert len(counts) >= 3
+
+
+def test_tied_embeddings_and_one_head_group():
+    padded_model = small_llama(attn_implementation="sdpa", tie_word_embeddings=True, num_key_value_heads=4)
+    packed_model = copy.deepcopy(padded_model)
+    packed_model.set_attn_implementation("per_example")
+    data = rows(6)
+    loss, expected = padded_step(padded_model, [data[:3], data[3:]])
+    found_loss, found = packed_step(packed_model, [data])
+    assert float(found_loss) == pytest.approx(float(loss), rel=2e-6) and largest_error(found, expected) < 5e-6
+
+
+@pytest.mark.parametrize("fault", ["positions not reset", "mask passed", "first label kept", "examples not kept apart"])
+def test_a_wrong_packed_row_is_seen(fault):
+    """The comparison above can fail: each fault alone moves the gradient far beyond rounding."""
+    model = small_llama(attn_implementation="sdpa")
+    data = rows(4)
+    for example in data:
+        example["labels"] = example[
+            "input_ids"
+        ].clone()  # no prompt masked: the first label would count if it were kept
+    _, expected = padded_step(model, [data])
+    batch = PackedCollator()(data)
+    packed = {key: batch[key] for key in ("input_ids", "labels", "position_ids")}
+    if fault == "positions not reset":
+        packed["position_ids"] = torch.arange(batch["input_ids"].shape[1])[None]
+    elif fault == "mask passed":
+        packed["attention_mask"] = torch.ones_like(batch["input_ids"])
+    elif fault == "first label kept":
+        packed["labels"] = batch["input_ids"].clone()
+    else:
+        model.set_attn_implementation("per_example")
+        packed |= {"cu_seq_lens_q": torch.tensor([0, batch["input_ids"].shape[1]], dtype=torch.int32)}
+    tokens = (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
+    model.zero_grad()
+    model(**packed, num_items_in_batch=tokens).loss.backward()
+    assert largest_error(gradients(model), expected) > 1e-2
+
+
+def test_a_placeholder_trains_nothing_and_reaches_every_parameter():
+    model = small_llama(attn_implementation="per_example")
+    batch = PackedCollator()([])
+    assert (batch["labels"] == IGNORE_INDEX).all()
+    loss = summed_loss(model, labelled_head(model), batch)
+    loss.backward()
+    assert loss.item() == 0.0
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())
