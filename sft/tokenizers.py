@@ -24,9 +24,6 @@ from sft.arguments import UserError, say
 SPACE = "▁"  # U+2581, how SentencePiece writes a space
 LEADING_SPACE = r"\A "
 
-# The types of a SentencePiece piece (sentencepiece_model.proto, ModelProto.SentencePiece.Type).
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-
 # What tokenizers have been seen to differ on: runs of spaces, edges, line ends, code, marks, scripts, control texts, length.
 PROBES = [
     "The quick brown fox jumps over the lazy dog.",
@@ -43,7 +40,7 @@ PROBES = [
     " \n \n ",
     "def f(x):\n    if x > 0:\n        return {'a': [1, 2, 3]}  # why?\n\n\tprint(f\"{x!r:>10}\")\n",
     "for (int i = 0; i < n; ++i) { a[i] += b[i] & 0xFF; } // https://example.org/a?b=c&d=%20",
-    "<p class=\"x\">1 &lt; 2</p></s><s><unk><pad>[INST] <|endoftext|> <0x0A>",
+    '<p class="x">1 &lt; 2</p></s><s><unk><pad>[INST] <|endoftext|> <0x0A>',
     "3.14159 1,000,000 12345678901234567890 1e-9 ½ ² ①",
     "don't WON'T they're we'll I'd o'clock aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
     "naïve café Ångström e\u0301 A\u030a o\u0308\u0304 ﬁne ﬀ \ufb03",
@@ -68,40 +65,53 @@ def load_llama_tokenizer(model_args, training_args) -> PreTrainedTokenizerBase:
 
     Raises UserError when there is no tokenizer, when it has no EOS, or when it cannot be made equal to SentencePiece.
     """
-    model_file = _find_file(model_args, "tokenizer.model")
-    json_file = _find_file(model_args, "tokenizer.json")
-    if not model_file and not json_file:
+    model_file, json_file = (_find_file(model_args, name) for name in ("tokenizer.model", "tokenizer.json"))
+    proto = _read_sentencepiece(model_file) if model_file else None
+    if json_file:
+        tokenizer = _load_published(model_args)
+        if model_file and proto:
+            tokenizer = _reconcile(tokenizer, proto, model_file, model_args)
+    elif proto:
+        tokenizer = _wrap_sentencepiece(proto, model_args, None)
+        say(f"tokenizer: built from {model_file}")
+    elif model_file:
+        raise UserError(
+            f"{model_file}: not a SentencePiece model, and there is no tokenizer.json beside it. Download it again, or add tokenizer.json."
+        )
+    else:
         raise UserError(
             f"{model_args.model_name_or_path}: neither tokenizer.json nor tokenizer.model is there. "
             "Name a folder or a hub repository that holds the model together with its tokenizer."
         )
-    proto = _read_sentencepiece(model_file) if model_file else None
-    if model_file and proto is None and not json_file:
-        raise UserError(f"{model_file}: not a SentencePiece model, and there is no tokenizer.json beside it. Download it again, or add tokenizer.json.")
-
-    published = _load_published(model_args) if json_file else None
-    if proto is None:
-        tokenizer = published
-    elif published is None:
-        tokenizer = _wrap_sentencepiece(proto, model_args, None)
-        say(f"tokenizer: built from {model_file}")
-    else:
-        _refuse_other_vocabulary(published, proto, model_file)
-        differences = _differences(published, model_file, PROBES)
-        if differences:
-            tokenizer = _wrap_sentencepiece(proto, model_args, published)
-            say(
-                f"tokenizer: tokenizer.json differs from tokenizer.model on {len(differences)} of {len(PROBES)} probe texts; training and the saved "
-                f"model use tokenizer.model's ids, those of pre-training. First difference: {_show_difference(*differences[0])}"
-            )
-        else:
-            tokenizer = published
-    tokenizer.sentencepiece_model = model_file if proto is not None else None
+    tokenizer.sentencepiece_model = model_file if proto else None
     _finish(tokenizer, model_args, training_args)
-    if tokenizer.sentencepiece_model:
+    if proto:
         compare_with_sentencepiece(tokenizer, PROBES)
         say(f"tokenizer: equals SentencePiece on {len(PROBES)} probe texts")
     return tokenizer
+
+
+def _reconcile(published: PreTrainedTokenizerBase, proto, model_file: str, model_args) -> PreTrainedTokenizerBase:
+    """The published tokenizer.json if it equals the SentencePiece model beside it, else that model converted here.
+
+    Pre-training used SentencePiece; a tokenizer.json was converted from it later, often wrongly. What the folder adds to it is kept.
+    """
+    vocab = published.get_vocab()
+    other = [(i, p.piece) for i, p in enumerate(proto.pieces) if p.type == p.NORMAL and vocab.get(p.piece) != i]
+    if other:
+        i, piece = other[0]
+        raise UserError(
+            f"{model_file} and the tokenizer.json beside it are different vocabularies: {len(other)} pieces have other ids, for example {piece!r}, "
+            f"{i} in tokenizer.model and {vocab.get(piece)} in tokenizer.json. Keep the file that the model was trained with and remove the other."
+        )
+    differences = _differences(published, model_file, PROBES)
+    if not differences:
+        return published
+    say(
+        f"tokenizer: tokenizer.json differs from tokenizer.model on {len(differences)} of {len(PROBES)} probe texts; training and the saved "
+        f"model use tokenizer.model's ids, those of pre-training. First difference: {_show_difference(*differences[0])}"
+    )
+    return _wrap_sentencepiece(proto, model_args, published)
 
 
 def compare_with_sentencepiece(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> None:
@@ -124,15 +134,17 @@ def _differences(tokenizer, model_file: str, texts: list[str]) -> list[tuple[str
 
 
 def _show_difference(text: str, ours: list[int], reference: list[int]) -> str:
-    first = next((i for i, (a, b) in enumerate(zip(ours, reference, strict=False)) if a != b), min(len(ours), len(reference)))
+    first = next(
+        (i for i, (a, b) in enumerate(zip(ours, reference, strict=False)) if a != b), min(len(ours), len(reference))
+    )
     window = slice(max(0, first - 2), first + 6)
     shown = text if len(text) <= 120 else text[:120] + "…"
     return f"{shown!r} from token {first}: {ours[window]}, SentencePiece {reference[window]}"
 
 
-def _read_sentencepiece(path: str) -> sentencepiece_model_pb2.ModelProto | None:
+def _read_sentencepiece(path: str):
     """The parsed model, or None if the file is no SentencePiece model (Llama 3 publishes a tiktoken file by that name)."""
-    proto = sentencepiece_model_pb2.ModelProto()
+    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # protobuf makes it on import
     with open(path, "rb") as file:
         try:
             proto.ParseFromString(file.read())
@@ -140,9 +152,12 @@ def _read_sentencepiece(path: str) -> sentencepiece_model_pb2.ModelProto | None:
             return None
     if not proto.pieces:
         return None
-    if proto.trainer_spec.model_type != sentencepiece_model_pb2.TrainerSpec.BPE:
-        kind = sentencepiece_model_pb2.TrainerSpec.ModelType.Name(proto.trainer_spec.model_type)
-        raise UserError(f"{path}: a SentencePiece model of type {kind}; LLaMA's are of type BPE, and only these are converted here.")
+    spec = proto.trainer_spec
+    if spec.model_type != spec.BPE:
+        kind = spec.ModelType.Name(spec.model_type)
+        raise UserError(
+            f"{path}: a SentencePiece model of type {kind}; LLaMA's are of type BPE, and only these are converted here."
+        )
     return proto
 
 
@@ -155,13 +170,12 @@ def _sentencepiece_backend(proto) -> Tokenizer:
     pieces, spec = proto.pieces, proto.normalizer_spec
     vocab = {piece.piece: i for i, piece in enumerate(pieces)}
     # Only these are ever made by merging (bpe_model.cc looks up no control, unknown or byte piece).
-    scores = {piece.piece: piece.score for piece in pieces if piece.type in (NORMAL, UNUSED)}
-    skipped = {piece.piece for piece in pieces if piece.type not in (NORMAL, UNUSED)}
-    user_defined = sorted((piece.piece for piece in pieces if piece.type == USER_DEFINED), key=len, reverse=True)
+    scores = {piece.piece: piece.score for piece in pieces if piece.type in (piece.NORMAL, piece.UNUSED)}
+    user_defined = [piece.piece for piece in pieces if piece.type == piece.USER_DEFINED]
     backend = Tokenizer(
         BPE(
             vocab=vocab,
-            merges=generate_merges(vocab, scores, skip_tokens=skipped),
+            merges=generate_merges(vocab, scores, skip_tokens=vocab.keys() - scores.keys()),
             unk_token=pieces[proto.trainer_spec.unk_id].piece,
             fuse_unk=True,
             byte_fallback=proto.trainer_spec.byte_fallback,
@@ -170,10 +184,12 @@ def _sentencepiece_backend(proto) -> Tokenizer:
     )
     steps: list = []
     if spec.precompiled_charsmap:
+        # Precompiled looks up a grapheme at a time and takes the shortest match (tokenizers 0.23): a decomposed Vietnamese letter
+        # would lose its tone, Korean would stay in jamo, and CR LF would be one space. So nothing that is one grapheme is left in parts.
         if "nfkc" in spec.name:
-            # Precompiled looks up one grapheme and takes its shortest match (tokenizers 0.23): a decomposed Vietnamese letter would
-            # lose its tone and Korean would stay in jamo. Composed first, what is left to look up is single characters.
             steps.append(normalizers.NFC())
+        if "nmt" in spec.name:
+            steps.append(normalizers.Replace("\r", "\n"))  # each is a space in nmt_nfkc
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:
         steps += [normalizers.Replace(Regex(" {2,}"), " "), normalizers.Replace(Regex(rf"[ {SPACE}]+\z"), "")]
@@ -190,8 +206,9 @@ def _sentencepiece_backend(proto) -> Tokenizer:
     if spec.add_dummy_prefix:
         splits.insert(0, pre_tokenizers.Metaspace(replacement=" ", prepend_scheme="first", split=False))
     if user_defined:
-        # The longest one wins; each is one token whatever surrounds it.
-        splits.append(pre_tokenizers.Split(Regex("|".join(map(_escape_regex, user_defined))), behavior="isolated"))
+        # Each is one token whatever surrounds it (ignore_merges above), and the longest one wins.
+        longest_first = sorted(user_defined, key=len, reverse=True)
+        splits.append(pre_tokenizers.Split(Regex("|".join(map(_escape_regex, longest_first))), behavior="isolated"))
     backend.pre_tokenizer = pre_tokenizers.Sequence(splits)
     cleaning: list = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if spec.add_dummy_prefix:
@@ -211,8 +228,8 @@ def _wrap_sentencepiece(proto, model_args, published: PreTrainedTokenizerBase | 
     spec = proto.trainer_spec
     piece_of = {"unk_token": spec.unk_id, "bos_token": spec.bos_id, "eos_token": spec.eos_id}
     special = {name: proto.pieces[i].piece for name, i in piece_of.items() if 0 <= i < len(proto.pieces)}
-    for piece in (piece for piece in proto.pieces if piece.type in (CONTROL, UNKNOWN)):
-        backend.add_special_tokens([AddedToken(piece.piece, normalized=False, special=True)])
+    control = [piece.piece for piece in proto.pieces if piece.type in (piece.CONTROL, piece.UNKNOWN)]
+    backend.add_special_tokens([AddedToken(piece, normalized=False, special=True) for piece in control])
 
     added = _added_tokens(model_args, config, published, len(proto.pieces))
     for i, token in sorted(added.items()):
@@ -228,7 +245,10 @@ def _wrap_sentencepiece(proto, model_args, published: PreTrainedTokenizerBase | 
         if declared and backend.token_to_id(declared) is not None:  # LLaMA's first conversions declare them as ""
             special[name] = declared
     if config.get("add_bos_token", True) is not False and "bos_token" in special:
-        backend.post_processor = _bos_first(special["bos_token"], backend.token_to_id(special["bos_token"]))
+        bos = special["bos_token"]
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, backend.token_to_id(bos))]
+        )
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         clean_up_tokenization_spaces=False,
@@ -237,7 +257,9 @@ def _wrap_sentencepiece(proto, model_args, published: PreTrainedTokenizerBase | 
     )
 
 
-def _added_tokens(model_args, config: dict, published: PreTrainedTokenizerBase | None, first_id: int) -> dict[int, AddedToken]:
+def _added_tokens(
+    model_args, config: dict, published: PreTrainedTokenizerBase | None, first_id: int
+) -> dict[int, AddedToken]:
     """Tokens that the folder adds after tokenizer.model's pieces, by id."""
     if published is not None:
         return {i: token for i, token in published.added_tokens_decoder.items() if i >= first_id}
@@ -251,20 +273,10 @@ def _added_tokens(model_args, config: dict, published: PreTrainedTokenizerBase |
     return {i: token for i, token in added.items() if i >= first_id}
 
 
-def _refuse_other_vocabulary(published: PreTrainedTokenizerBase, proto, model_file: str) -> None:
-    vocab = published.get_vocab()
-    other = [(i, piece.piece) for i, piece in enumerate(proto.pieces) if piece.type == NORMAL and vocab.get(piece.piece) != i]
-    if other:
-        i, piece = other[0]
-        raise UserError(
-            f"{model_file} and the tokenizer.json beside it are different vocabularies: {len(other)} pieces have other ids, for example {piece!r}, "
-            f"{i} in tokenizer.model and {vocab.get(piece)} in tokenizer.json. Keep the file that the model was trained with and remove the other."
-        )
-
-
 # ---------------------------------------------------------------------------------------------------------------- XGen
 
 XGEN_EOS, XGEN_EOS_ID, XGEN_VOCABULARY = "<|endoftext|>", 50256, 51200
+TIKTOKEN_PATIENCE_S = 60  # it downloads 1.5 MB, once
 _FIM = (
     "<fim_prefix> <fim_middle> <fim_suffix> <fim_pad> <filename> <gh_stars> <issue_start> <issue_comment> <issue_closed> "
     "<jupyter_start> <jupyter_text> <jupyter_code> <jupyter_output> <empty_output> <commit_before> <commit_msg> <commit_after> <reponame>"
@@ -332,8 +344,8 @@ def _ranks_from_tiktoken() -> dict[bytes, int]:
     # tiktoken 0.14 downloads without a time limit; a machine whose network swallows packets would wait for ever.
     thread = threading.Thread(target=download, daemon=True)
     thread.start()
-    thread.join(timeout=60)
-    outcome = result[0] if result else TimeoutError("no answer in 60 s")
+    thread.join(timeout=TIKTOKEN_PATIENCE_S)
+    outcome = result[0] if result else TimeoutError(f"no answer in {TIKTOKEN_PATIENCE_S} s")
     if isinstance(outcome, Exception):
         raise UserError(
             f"xgen tokenizer: tiktoken cannot get GPT-2's files ({type(outcome).__name__}: {str(outcome)[:200]}). On a machine without a network, copy GPT-2's "
@@ -351,7 +363,9 @@ def _ranks_from_files(folder: str) -> dict[bytes, int]:
         with open(os.path.join(folder, "merges.txt"), encoding="utf-8") as file:
             merges = [line.rstrip("\n") for line in file if not line.startswith("#version") and line.strip()]
     except (OSError, ValueError) as error:
-        raise UserError(f"--gpt2_files {folder}: vocab.json and merges.txt cannot be read from it ({error}).") from error
+        raise UserError(
+            f"--gpt2_files {folder}: vocab.json and merges.txt cannot be read from it ({error})."
+        ) from error
     ids = [vocab.get(merge.replace(" ", "")) for merge in merges]
     if vocab.pop(XGEN_EOS, None) != XGEN_EOS_ID or len(vocab) != XGEN_EOS_ID or ids != list(range(256, XGEN_EOS_ID)):
         raise UserError(
@@ -368,7 +382,11 @@ def _check_xgen(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
     vocab = tokenizer.get_vocab()
     wrong = [(token, i) for token, i in expected.items() if vocab.get(token) != i]
     if wrong or sorted(vocab.values()) != list(range(XGEN_VOCABULARY)):
-        detail = f"{wrong[0][0]!r} has id {vocab.get(wrong[0][0])}, XGen's is {wrong[0][1]}" if wrong else f"it has {len(vocab)} tokens, XGen {XGEN_VOCABULARY}"
+        detail = (
+            f"{wrong[0][0]!r} has id {vocab.get(wrong[0][0])}, XGen's is {wrong[0][1]}"
+            if wrong
+            else f"it has {len(vocab)} tokens, XGen {XGEN_VOCABULARY}"
+        )
         raise UserError(
             f"{where}: not XGen's tokenizer: {detail}. Use llama_training.py for a LLaMA model, or take tokenizer.json out of the folder so that XGen's is built."
         )
@@ -397,7 +415,9 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model_config) -> list[s
     return problems
 
 
-def encode_prompts(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, allow_control_tokens: bool = False) -> list[list[int]]:
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], *, allow_control_tokens: bool = False
+) -> list[list[int]]:
     """Ids of each text as generation will see it, with BOS where the tokenizer puts one.
 
     A control token's text inside a cell (`</s>`, `<|endoftext|>`) stays text unless `allow_control_tokens`.
@@ -408,7 +428,9 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, allo
     return [encoding.ids for encoding in encoder.encode_batch_fast(texts, add_special_tokens=True)]
 
 
-def encode_responses(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, allow_control_tokens: bool = False) -> list[list[int]]:
+def encode_responses(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], *, allow_control_tokens: bool = False
+) -> list[list[int]]:
     """Ids of each text as the continuation of a prompt: no BOS, no dummy-prefix space, no EOS.
 
     Equal to `tokenizer(eos_token + text, add_special_tokens=False).input_ids[1:]` where the text holds no control token's text
@@ -464,7 +486,10 @@ def _find_file(model_args, name: str) -> str | None:
     """Local path of a file of the model (downloaded and cached when the model is a hub repository), or None if it has none."""
     try:
         return cached_file(
-            model_args.model_name_or_path, name, cache_dir=model_args.cache_dir, _raise_exceptions_for_missing_entries=False
+            model_args.model_name_or_path,
+            name,
+            cache_dir=model_args.cache_dir,
+            _raise_exceptions_for_missing_entries=False,
         )
     except OSError as error:
         raise UserError(f"--model_name_or_path {model_args.model_name_or_path}: {error}") from error
@@ -474,23 +499,21 @@ def _load_published(model_args) -> PreTrainedTokenizerBase:
     """The tokenizer as plain transformers loads it from tokenizer.json."""
     try:
         return AutoTokenizer.from_pretrained(
-            model_args.model_name_or_path, cache_dir=model_args.cache_dir, trust_remote_code=model_args.trust_remote_code
+            model_args.model_name_or_path,
+            cache_dir=model_args.cache_dir,
+            trust_remote_code=model_args.trust_remote_code,
         )
     except (OSError, ValueError) as error:
         raise UserError(f"{model_args.model_name_or_path}: transformers cannot load its tokenizer: {error}") from error
-
-
-def _bos_first(bos_token: str, bos_token_id: int) -> processors.TemplateProcessing:
-    return processors.TemplateProcessing(
-        single=f"{bos_token} $A", pair=f"{bos_token} $A {bos_token}:1 $B:1", special_tokens=[(bos_token, bos_token_id)]
-    )
 
 
 def _finish(tokenizer: PreTrainedTokenizerBase, model_args, training_args) -> None:
     """EOS there and not added by itself, pad, padding side, length; and the ids of prompts and responses proved on this very tokenizer."""
     where = model_args.model_name_or_path
     if tokenizer.eos_token_id is None:
-        raise UserError(f"{where}: the tokenizer has no EOS token, so a response could not be ended. Name one as eos_token in tokenizer_config.json.")
+        raise UserError(
+            f"{where}: the tokenizer has no EOS token, so a response could not be ended. Name one as eos_token in tokenizer_config.json."
+        )
     ids = tokenizer("a").input_ids
     if ids[-1] == tokenizer.eos_token_id:
         # `add_eos_token = False` rebuilds the template from flags that may have lost BOS (transformers 5.23): keep what was there.
@@ -520,7 +543,9 @@ def _slow_continuation(tokenizer: PreTrainedTokenizerBase, text: str, allow_cont
     literal = not allow_control_tokens and any(token in text for token in tokenizer.all_special_tokens)
     ids = _after(tokenizer, "\n" if literal else tokenizer.eos_token, text, split_special_tokens=literal)
     if ids is None:
-        raise UserError(f"tokenizer: {text[:80]!r} merges with what comes before it, so its ids as a response are not defined. Use a fast tokenizer.")
+        raise UserError(
+            f"tokenizer: {text[:80]!r} merges with what comes before it, so its ids as a response are not defined. Use a fast tokenizer."
+        )
     return ids
 
 
@@ -530,9 +555,13 @@ def _prove_ids(tokenizer: PreTrainedTokenizerBase) -> None:
     A line end in place of EOS proves it too: older LLaMA pipelines put their prefix space after every control token.
     """
     plain = [text for text in PROBES if not any(token in text for token in tokenizer.all_special_tokens)]
-    for text, prompt_ids, response_ids in zip(plain, encode_prompts(tokenizer, plain), encode_responses(tokenizer, plain), strict=True):
+    for text, prompt_ids, response_ids in zip(
+        plain, encode_prompts(tokenizer, plain), encode_responses(tokenizer, plain), strict=True
+    ):
         if prompt_ids != tokenizer(text).input_ids:
-            raise UserError(f"tokenizer: the prompt {text[:80]!r} gets {prompt_ids[:8]}…, but generation gives {tokenizer(text).input_ids[:8]}…. Report this model.")
+            raise UserError(
+                f"tokenizer: the prompt {text[:80]!r} gets {prompt_ids[:8]}…, but generation gives {tokenizer(text).input_ids[:8]}…. Report this model."
+            )
         if all(_after(tokenizer, anchor, text) != response_ids for anchor in (tokenizer.eos_token, "\n")):
             raise UserError(
                 f"tokenizer: the response {text[:80]!r} gets {response_ids[:8]}…, but after EOS it is {(_after(tokenizer, tokenizer.eos_token, text) or [])[:8]}…. "
