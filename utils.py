@@ -7,11 +7,9 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +30,7 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput
 
-from sft import cache, evaluation
+from sft import audit, cache, evaluation
 from sft.arguments import (
     DataArguments,
     ModelArguments,
@@ -47,7 +45,7 @@ from sft.card import write_card
 from sft.evaluation import AnswersCallback, EvalBatchSampler, token_weighted_loop
 from sft.preflight import check_deepspeed
 from sft.report import Report, ReportCallback, replace_progress, tracker_problems
-from sft.rows import header_problems, printable, read_csv
+from sft.rows import header_problems, read_csv
 from sft.template import TEMPLATE_FILE, load_template
 from sft.throughput import CountingCollator, Meter, ModelFlops, device_name, take_counts
 from sft.tokenizers import check_vocabulary, compare_with_sentencepiece, encode_prompts, encode_responses
@@ -59,15 +57,13 @@ IGNORE_INDEX = -100
 ROWS_PER_BATCH, CHARACTERS_PER_BATCH = 1024, 2**22  # one call of the tokenizer: enough for all cores, bounded in memory
 
 
-def read_batches(data_path: str, data_args: DataArguments) -> Iterator[list[tuple[str, str]]]:
+def read_batches(path: str, data_args: DataArguments) -> Iterator[list[tuple[str, str]]]:
     """Read the CSV in batches of (source cell, target cell), with a progress bar over its bytes."""
-    with tqdm(total=os.path.getsize(data_path), unit="B", unit_scale=True, desc=f"tokenizing {data_path}") as bar:
+    with tqdm(total=os.path.getsize(path), unit="B", unit_scale=True, desc=f"tokenizing {path}") as bar:
         batch, characters = [], 0
-        for _, source, target in read_csv(
-            data_path, data_args.source, data_args.target, lambda at: bar.update(at - bar.n)
-        ):
-            batch.append((source, target))
-            characters += len(source) + len(target)
+        for _, *cells in read_csv(path, data_args.source, data_args.target, lambda at: bar.update(at - bar.n)):
+            batch.append(cells)
+            characters += len(cells[0]) + len(cells[1])
             if len(batch) == ROWS_PER_BATCH or characters > CHARACTERS_PER_BATCH:
                 yield batch
                 batch, characters = [], 0
@@ -77,28 +73,21 @@ def read_batches(data_path: str, data_args: DataArguments) -> Iterator[list[tupl
 # ----------------------------------------------------------------------------------------------- tokens and labels
 
 
-def tokenize(
-    batch: list[tuple[str, str]],
-    tokenizer: PreTrainedTokenizerBase,
-    template: str,
-    data_args: DataArguments,
-    max_length: int,
-) -> cache.Batch:
+def tokenize(batch, tokenizer, template: str, allow_control_tokens: bool, max_length: int) -> cache.Batch:
     """Encode prompts, and responses as their continuation; drop rows without text or room, cut rows that are too long.
 
         input_ids  prompt, response, EOS
         labels     IGNORE_INDEX over the prompt; response, EOS
 
-    Labels follow from the prompt's length, which is kept in their place. A cut row has lost its EOS: it does not end there.
+    Labels follow from the prompt's length, which is kept in their place. A cut row loses its EOS: it does not end there.
     """
     outcomes = np.full(len(batch), cache.EMPTY, np.uint8)
     filled = [index for index, (source, target) in enumerate(batch) if source.strip() and target.strip()]
-    sources = [template.replace("{instruction}", batch[index][0]) for index in filled]
-    targets = [batch[index][1] for index in filled]
-    prompts = encode_prompts(tokenizer, sources, allow_control_tokens=data_args.allow_control_tokens)
-    responses = encode_responses(tokenizer, targets, allow_control_tokens=data_args.allow_control_tokens)
-    tokens: list[int] = []
-    lengths, prompt_lengths = [], []
+    prompts = [template.replace("{instruction}", batch[index][0]) for index in filled]
+    prompts = encode_prompts(tokenizer, prompts, allow_control_tokens=allow_control_tokens)
+    responses = [batch[index][1] for index in filled]
+    responses = encode_responses(tokenizer, responses, allow_control_tokens=allow_control_tokens)
+    tokens, lengths, prompt_lengths = [], [], []
     for index, prompt_ids, response_ids in zip(filled, prompts, responses, strict=True):
         room = max_length - len(prompt_ids)
         if room < 1:
@@ -107,60 +96,39 @@ def tokenize(
         trained_ids = [*response_ids, tokenizer.eos_token_id]
         outcomes[index] = cache.KEPT if len(trained_ids) <= room else cache.CUT
         trained_ids = trained_ids[:room]
-        tokens += prompt_ids
-        tokens += trained_ids
+        tokens += [*prompt_ids, *trained_ids]
         lengths.append(len(prompt_ids) + len(trained_ids))
         prompt_lengths.append(len(prompt_ids))
-    return cache.Batch(
-        np.array(tokens, np.int32), np.array(lengths, np.int32), np.array(prompt_lengths, np.int32), outcomes
-    )
+    return cache.Batch(*(np.array(part, np.int32) for part in (tokens, lengths, prompt_lengths)), outcomes)
 
 
-def tokenize_csv(
-    data_path: str, tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, max_length: int
-) -> cache.TokenizedRows:
-    """Tokenize a CSV once for each machine, or open what an earlier run left.
-
-    Raises:
-        UserError: every fault of the CSV, or no row that can be trained on.
-    """
+def tokenize_csv(path: str, tokenizer, data_args: DataArguments, max_length: int) -> cache.TokenizedRows:
+    """Tokenize a CSV once for each machine, or open what an earlier run left."""
     template = load_template(data_args.prompt_template)
     sentencepiece_model = getattr(tokenizer, "sentencepiece_model", None)
+    decides = {"template": template, "max_length": max_length, "allow_control_tokens": data_args.allow_control_tokens}
+    key = {
+        **decides,
+        "version": cache.VERSION,
+        "csv": cache.file_digest(path),
+        "columns": [data_args.source, data_args.target],
+        "tokenizer": cache.tokenizer_digest(tokenizer),
+        "sentencepiece_model": sentencepiece_model and cache.file_digest(sentencepiece_model),
+        "libraries": [transformers.__version__, tokenizers.__version__],
+    }
 
     def build() -> Iterator[cache.Batch]:
-        batches = read_batches(data_path, data_args)
+        batches = read_batches(path, data_args)
         if sentencepiece_model:
             first = next(batches)
             prompts = [template.replace("{instruction}", source) for source, _ in first]
             compare_with_sentencepiece(tokenizer, prompts + [target for _, target in first])
             batches = chain([first], batches)
-        # A fast tokenizer uses all cores by itself and lets go of the interpreter meanwhile: one thread keeps it busy while
-        # this one reads and writes. A tokenizer written in Python needs processes.
-        cores = os.cpu_count() or 1
-        workers = ThreadPoolExecutor(1) if tokenizer.is_fast else ProcessPoolExecutor(cores, get_context("fork"))
-        encode = partial(tokenize, tokenizer=tokenizer, template=template, data_args=data_args, max_length=max_length)
-        with workers:
-            yield from cache.map_ahead(lambda batch: workers.submit(encode, batch), batches, ahead=2 * cores)
-
-    key = {
-        "version": cache.VERSION,
-        "csv": cache.file_digest(data_path),
-        "columns": [data_args.source, data_args.target],
-        "template": template,
-        "allow_control_tokens": data_args.allow_control_tokens,
-        "tokenizer": cache.tokenizer_digest(tokenizer),
-        "sentencepiece_model": sentencepiece_model and cache.file_digest(sentencepiece_model),
-        "model_max_length": max_length,
-        "libraries": [transformers.__version__, tokenizers.__version__],
-    }
-    rows = cache.load_or_build(Path(data_args.data_cache_dir or cache.default_cache_dir()), key, build)
-    if not len(rows.lengths):
-        counts = rows.counts()
-        raise UserError(
-            f"{data_path}: none of its {counts['rows_read']:,} rows can be trained on: {counts['rows_empty']:,} with an empty "
-            f"prompt or response, {counts['rows_no_room']:,} whose prompt leaves no room in --model_max_length {max_length}."
+        return cache.map_ahead(
+            partial(tokenize, tokenizer=tokenizer, **decides), batches, processes=not tokenizer.is_fast
         )
-    return rows
+
+    return cache.load_or_build(Path(data_args.data_cache_dir or cache.default_cache_dir()), key, build)
 
 
 # --------------------------------------------------------------------------------------------------------- dataset
@@ -208,13 +176,11 @@ class DataCollatorForSupervisedDataset:
     tokenizer: PreTrainedTokenizerBase
 
     def __call__(self, examples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        sequences = [example["input_ids"] for example in examples]
-        lengths = torch.tensor([len(sequence) for sequence in sequences])
+        input_ids, labels = ([example[name] for example in examples] for name in ("input_ids", "labels"))
+        lengths = torch.tensor([len(ids) for ids in input_ids])
         return {
-            "input_ids": pad_sequence(sequences, batch_first=True, padding_value=self.tokenizer.pad_token_id),
-            "labels": pad_sequence(
-                [example["labels"] for example in examples], batch_first=True, padding_value=IGNORE_INDEX
-            ),
+            "input_ids": pad_sequence(input_ids, batch_first=True, padding_value=self.tokenizer.pad_token_id),
+            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
             "attention_mask": (torch.arange(lengths.max()) < lengths[:, None]).long(),
         }
 
@@ -231,63 +197,46 @@ def data_problems(data_args: DataArguments) -> list[str]:
         problems += error.problems
     if data_args.eval_data_path and data_args.eval_split:
         problems.append("--eval_data_path and --eval_split both name the evaluation data. Give one of them.")
+    if not 0 <= data_args.eval_split < 1:
+        problems.append(f"--eval_split {data_args.eval_split:g}: give a share from 0 up to 1, such as 0.02.")
     for path in filter(None, (data_args.data_path, data_args.eval_data_path)):
         problems += header_problems(path, data_args.source, data_args.target)
     return problems
 
 
-def make_supervised_data_module(
-    tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, training_args: TrainingArguments
-) -> dict:
+def make_supervised_data_module(tokenizer, data_args: DataArguments, training_args: TrainingArguments) -> dict:
     """Make the Trainer's train_dataset, eval_dataset (or None) and data_collator, and say what became of the rows."""
-    if problems := data_problems(data_args):
-        raise UserError(problems)
-    rows = tokenize_csv(data_args.data_path, tokenizer, data_args, training_args.model_max_length)
-    train_dataset, eval_dataset = SupervisedDataset(rows), None
-    if data_args.eval_data_path:
-        eval_rows = tokenize_csv(data_args.eval_data_path, tokenizer, data_args, training_args.model_max_length)
-        eval_dataset = SupervisedDataset(eval_rows)
-    elif data_args.eval_split:
+    datasets = {}
+    for path in filter(None, (data_args.data_path, data_args.eval_data_path)):
+        rows = tokenize_csv(path, tokenizer, data_args, training_args.model_max_length)
+        became = audit.describe_rows(path, rows.counts())
+        if not len(rows.lengths):
+            raise UserError(f"{became}. Nothing is left to train on: raise --model_max_length or mend the rows.")
+        say(became)
+        datasets[path] = SupervisedDataset(rows)
+    train_dataset, eval_dataset = datasets[data_args.data_path], datasets.get(data_args.eval_data_path)
+    if data_args.eval_split:
         order = np.random.default_rng(EVAL_SPLIT_SEED).permutation(len(train_dataset))
         held_out = max(1, round(len(order) * data_args.eval_split))
         if held_out == len(order):
-            raise UserError(
-                f"{data_args.data_path}: --eval_split {data_args.eval_split} of {len(order)} rows leaves none to train on."
-            )
-        train_dataset, eval_dataset = (
-            SupervisedDataset(rows, np.sort(part)) for part in (order[held_out:], order[:held_out])
-        )
-    say(describe_rows(data_args.data_path, train_dataset))
-    if eval_dataset:
-        say(describe_rows(data_args.eval_data_path or f"--eval_split {data_args.eval_split}", eval_dataset))
-    say(describe_example(tokenizer, train_dataset, 0, colour=sys.stdout.isatty()))
+            raise UserError(f"--eval_split {data_args.eval_split:g} leaves none of {len(order)} examples to train on.")
+        rows = train_dataset.rows
+        train_dataset = SupervisedDataset(rows, np.sort(order[held_out:]))
+        eval_dataset = SupervisedDataset(rows, np.sort(order[:held_out]))
+    say(audit.describe_datasets(train_dataset, eval_dataset))
+    say(audit.describe_example(tokenizer, train_dataset, 0, colour=sys.stdout.isatty()))
     collator = DataCollatorForSupervisedDataset(tokenizer)
     return {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "data_collator": collator}
 
 
-def describe_rows(name: str, dataset: SupervisedDataset) -> str:
-    """Two lines: what became of the rows, and how long the examples are."""
-    counts, lengths = dataset.counts, dataset.lengths
-    middle, high = np.percentile(lengths, (50, 99))
-    return (
-        f"{name}: {counts['rows_read']:,} rows read, {counts['rows_empty']:,} dropped as empty, {counts['rows_no_room']:,} dropped "
-        f"because the prompt leaves no room, {counts['rows_cut']:,} cut (they lost their EOS); {counts['kept']:,} examples\n"
-        f"tokens: {counts['tokens']:,}, of which {counts['trained_tokens']:,} trained "
-        f"({counts['trained_tokens'] / counts['tokens']:.0%}); per example mean {lengths.mean():.0f}, median {middle:.0f}, "
-        f"99 % {high:.0f}, longest {lengths.max()}"
-    )
-
-
-def describe_example(tokenizer: PreTrainedTokenizerBase, dataset: SupervisedDataset, index: int, colour: bool) -> str:
-    """One example as the model sees it, its trained tokens green on a terminal and in [...] elsewhere."""
-    ids = dataset[index]["input_ids"].tolist()
-    whole, prompt = tokenizer.decode(ids), tokenizer.decode(ids[: dataset.prompt_lengths[index]])
-    prompt = (
-        prompt if whole.startswith(prompt) else os.path.commonprefix([whole, prompt])
-    )  # a cleaned-up or split character
-    before, after = ("\033[32m", "\033[0m") if colour else ("[", "]")
-    row = dataset.row_numbers[index]
-    return f"row {row}, trained tokens marked:\n{printable(prompt)}{before}{printable(whole[len(prompt) :])}{after}"
+def check_data(tokenizer, data_args: DataArguments, training_args: TrainingArguments, vocabulary_size: int) -> int:
+    """Audit the training data in place of training; the exit code, 1 when a run would be useless."""
+    dataset = SupervisedDataset(tokenize_csv(data_args.data_path, tokenizer, data_args, training_args.model_max_length))
+    if rank() != 0:
+        return 0
+    cells = read_csv(data_args.data_path, data_args.source, data_args.target)
+    template, encode = load_template(data_args.prompt_template), partial(encode_responses, tokenizer)
+    return audit.audit(dataset, cells, template, tokenizer, encode, data_args.data_path, training_args, vocabulary_size)
 
 
 # ------------------------------------------------------------------------------------------------------------ model
@@ -542,8 +491,11 @@ def train(load_tokenizer: LoadTokenizer, argv: list[str] | None = None) -> Super
     )
     keep_other_ranks_quiet()
     report = Report(model_args, data_args, training_args)
-    with report.phase("data"), all_ranks_or_none():
+    with all_ranks_or_none():
         tokenizer = load_tokenizer(model_args, training_args)
+    if data_args.check_data:
+        raise SystemExit(check_data(tokenizer, data_args, training_args, load_config(model_args).vocab_size))
+    with report.phase("data"), all_ranks_or_none():
         data_module = make_supervised_data_module(tokenizer, data_args, training_args)
         check_ids(tokenizer, data_module, load_config(model_args))
     say(describe_plan(training_args, data_module["train_dataset"]))

@@ -23,7 +23,9 @@ import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,8 +35,8 @@ import psutil
 from sft.arguments import UserError, say
 
 VERSION = 1  # raise it when the same parts of a key come to mean other tokens, or the files another form
+OUTCOMES = ("kept", "cut", "empty", "no_room")  # of a row of the CSV
 KEPT, CUT, EMPTY, NO_ROOM = range(4)
-BLOCK = 2**24  # bytes read at a time
 
 
 class Batch(NamedTuple):
@@ -61,22 +63,22 @@ class TokenizedRows:
 
     def __post_init__(self):
         self.offsets = np.cumsum(self.lengths, dtype=np.int64) - self.lengths
-        self.row_numbers = self.rows_with(KEPT, CUT)
+        self.row_numbers = self.rows_with("kept", "cut")
 
     def __reduce__(self):
         return _open_entry, (Path(self.folder),)
 
     def key(self) -> dict[str, Any]:
-        """The parts that decided the content: digests of the CSV and the tokenizer, the template, and so on."""
+        """The parts that decided the content."""
         return json.loads((Path(self.folder) / "meta.json").read_text())["key"]
 
-    def rows_with(self, *outcomes: int) -> np.ndarray:
-        """Numbers of the CSV's rows that met one of these outcomes; the header is row 1."""
-        return np.flatnonzero(np.isin(self.outcomes, outcomes)) + 2
+    def rows_with(self, *outcomes: str) -> np.ndarray:
+        """Numbers of the CSV's rows that met one of these of OUTCOMES; the header is row 1."""
+        return np.flatnonzero(np.isin(self.outcomes, [OUTCOMES.index(outcome) for outcome in outcomes])) + 2
 
     def counts(self) -> dict[str, int]:
         """How many rows were read, kept, cut and dropped, and how many tokens they have."""
-        kept, cut, empty, no_room = (int(np.count_nonzero(self.outcomes == outcome)) for outcome in range(4))
+        kept, cut, empty, no_room = np.bincount(self.outcomes, minlength=4).tolist()
         return {
             "rows_read": len(self.outcomes),
             "rows_empty": empty,
@@ -115,7 +117,8 @@ def load_or_build(cache_dir: Path, key: dict[str, Any], build: Callable[[], Iter
         if entry.exists():
             say(f"data: the tokenized rows in {entry} are damaged; building them again")
         try:
-            _build(entry, key, build())
+            with _writing(cache_dir):
+                _build(entry, key, build())
         except UserError as error:
             with contextlib.suppress(OSError):  # the note spares the others a second attempt; the error itself follows
                 failure.write_text(json.dumps({"time": time.time(), "pid": os.getpid(), "problems": error.problems}))
@@ -124,23 +127,30 @@ def load_or_build(cache_dir: Path, key: dict[str, Any], build: Callable[[], Iter
     return _open_entry(entry)
 
 
-def map_ahead(submit: Callable, items: Iterable, ahead: int) -> Iterator:
-    """Results of submit(item) in order, while at most `ahead` further items are in work: bounded memory, no idle cores."""
+def map_ahead(function: Callable, items: Iterable, processes: bool) -> Iterator:
+    """Results of function(item) in order, with as many items in work as keep the cores busy, and no more: bounded memory.
+
+    Args:
+        processes: whether the function is Python's own work and needs a process for each core. A fast tokenizer uses all
+            cores by itself and lets go of the interpreter meanwhile: one thread keeps it busy while this one reads and writes.
+    """
+    cores = os.cpu_count() or 1
+    workers = ProcessPoolExecutor(cores, get_context("fork")) if processes else ThreadPoolExecutor(1)
     waiting: deque = deque()
-    for item in items:
-        waiting.append(submit(item))
-        if len(waiting) > ahead:
+    with workers:
+        for item in items:
+            waiting.append(workers.submit(function, item))
+            if len(waiting) > 2 * cores:
+                yield waiting.popleft().result()
+        while waiting:
             yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
 
 
 def file_digest(path: str) -> str:
-    """Digest of a file's bytes; about 1.3 GiB/s on one core."""
-    digest = hashlib.blake2b(digest_size=16)  # hashlib.file_digest is newer than Python 3.10
-    with open(path, "rb") as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
+    """Digest of a file's bytes; about 1.3 GiB/s on one core, with or without SHA instructions."""
+    digest = hashlib.blake2b(digest_size=16)
+    for block in _blocks(path):
+        digest.update(block)
     return digest.hexdigest()
 
 
@@ -149,8 +159,8 @@ def tokenizer_digest(tokenizer: Any) -> str:
     if tokenizer.is_fast:
         content = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
     else:
-        files = {name: file_digest(path) for name, path in sorted(tokenizer.init_kwargs.items()) if os.path.isfile(str(path))}
-        content = {"vocabulary": sorted(tokenizer.get_vocab().items()), "files": files}
+        files = [str(value) for _, value in sorted(tokenizer.init_kwargs.items()) if os.path.isfile(str(value))]
+        content = [sorted(tokenizer.get_vocab().items()), [file_digest(path) for path in files]]
     content = [type(tokenizer).__name__, content, {k: str(v) for k, v in tokenizer.special_tokens_map.items()}]
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
@@ -160,36 +170,30 @@ def tokenizer_digest(tokenizer: Any) -> str:
 
 def _build(entry: Path, key: dict[str, Any], batches: Iterable[Batch]) -> None:
     building = entry.with_suffix(".building")
-    lengths, prompt_lengths, outcomes = [], [], []
-    checksum, largest_id = 0, 0
-    with _writing(entry.parent):
-        for left in (building, entry):  # by a run that was killed, and damaged; the lock says that nobody writes there
-            if left.exists():
-                shutil.rmtree(left)
-        building.mkdir()
-        tokens = open(building / "tokens.bin", "wb")
+    for left in (building, entry):  # by a run that was killed, and damaged; the lock says that nobody writes there
+        if left.exists():
+            shutil.rmtree(left)
+    building.mkdir()
     try:
-        with tokens:
+        checksum, largest_id = 0, 0
+        index: dict[str, list[np.ndarray]] = {"lengths": [], "prompt_lengths": [], "outcomes": []}
+        with open(building / "tokens.bin", "wb") as tokens:
             for batch in batches:
-                with _writing(entry.parent):
-                    tokens.write(batch.tokens)
+                tokens.write(batch.tokens)
                 checksum = zlib.crc32(batch.tokens, checksum)
                 largest_id = max(largest_id, int(batch.tokens.max(initial=0)))
-                lengths.append(batch.lengths)
-                prompt_lengths.append(batch.prompt_lengths)
-                outcomes.append(batch.outcomes)
-            with _writing(entry.parent):
-                tokens.flush()
-        with _writing(entry.parent):
-            for name, parts in (("lengths", lengths), ("prompt_lengths", prompt_lengths), ("outcomes", outcomes)):
-                np.save(building / f"{name}.npy", np.concatenate(parts))
-            files = {path.name: [path.stat().st_size, _crc32(path)] for path in sorted(building.glob("*.npy"))}
-            files["tokens.bin"] = [(building / "tokens.bin").stat().st_size, checksum]
-            (building / "meta.json").write_text(json.dumps({"key": key, "files": files, "largest_id": largest_id}, indent=1))
-            for path in [*building.iterdir(), building]:
-                _sync(path)
-            building.rename(entry)
-            _sync(entry.parent)
+                for name, parts in index.items():
+                    parts.append(getattr(batch, name))
+        for name, parts in index.items():
+            np.save(building / f"{name}.npy", np.concatenate(parts))
+        files = {path.name: [path.stat().st_size, _crc32(path)] for path in sorted(building.glob("*.npy"))}
+        files["tokens.bin"] = [(building / "tokens.bin").stat().st_size, checksum]
+        meta = {"key": key, "files": files, "largest_id": largest_id}
+        (building / "meta.json").write_text(json.dumps(meta, indent=1))
+        for path in [*building.iterdir(), building]:
+            _sync(path)
+        building.rename(entry)
+        _sync(entry.parent)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)  # what cannot be removed is removed by the next build
         raise
@@ -209,18 +213,26 @@ def _open_whole(entry: Path) -> TokenizedRows | None:
 
 def _open_entry(entry: Path) -> TokenizedRows:
     arrays = {name: np.load(entry / f"{name}.npy") for name in ("lengths", "prompt_lengths", "outcomes")}
-    tokens = np.memmap(entry / "tokens.bin", dtype=np.int32, mode="r") if arrays["lengths"].size else np.empty(0, np.int32)
+    if arrays["lengths"].size:
+        tokens = np.asarray(np.memmap(entry / "tokens.bin", dtype=np.int32, mode="r"))
+    else:
+        tokens = np.empty(0, np.int32)  # an empty file cannot be mapped
     largest_id = json.loads((entry / "meta.json").read_text())["largest_id"]
-    return TokenizedRows(folder=str(entry), tokens=np.asarray(tokens), largest_id=largest_id, **arrays)
+    return TokenizedRows(folder=str(entry), tokens=tokens, largest_id=largest_id, **arrays)
 
 
 def _crc32(path: Path) -> int:
-    """CRC-32 of a file, read in blocks: pages of a memory map would count as this process's memory."""
     checksum = 0
-    with open(path, "rb") as file:
-        while block := file.read(BLOCK):
-            checksum = zlib.crc32(block, checksum)
+    for block in _blocks(path):
+        checksum = zlib.crc32(block, checksum)
     return checksum
+
+
+def _blocks(path: str | Path) -> Iterator[bytes]:
+    """Read a file in blocks; through a memory map its pages would count as this process's memory."""
+    with open(path, "rb") as file:
+        while block := file.read(2**24):
+            yield block
 
 
 def _sync(path: Path) -> None:

@@ -61,6 +61,8 @@ def read_csv(
                     break
         except UnicodeDecodeError:
             problems.append(_bad_byte(path))
+        except OSError as error:
+            problems.append(f"{path}, row {row_number + 1}: reading failed: {error.strerror}.")
         except csv.Error as error:
             problems.append(f"{path}, row {row_number + 1}: {_CURES.get(str(error).split(' (')[0], str(error))}")
     if problems:
@@ -87,11 +89,6 @@ def header_problems(path: str, source: str, target: str | None) -> list[str]:
     except (UnicodeDecodeError, csv.Error):
         return []  # reading the rows finds it again, and says where it stands
     return _header_problems(path, header, source, target)
-
-
-def printable(text: str) -> str:
-    """The text with everything that could steer a terminal spelt out, line feeds and tabs excepted."""
-    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
 def quoted(text: str, longest: int = 60) -> str:
@@ -122,8 +119,9 @@ def _header_problems(path: str, header: list[str], source: str, target: str | No
         for name, flag in ((source, "--source"), (target, "--target"))
         if name is not None and name not in header
     ]
-    repeated = dict.fromkeys(name for name in header if name and header.count(name) > 1)  # spreadsheets add unnamed ones
-    problems += [f"{path}: {header.count(name)} columns are named {quoted(name)}. Rename or remove one." for name in repeated]
+    for name in dict.fromkeys(header):
+        if name and header.count(name) > 1:  # unnamed columns are what spreadsheets add
+            problems.append(f"{path}: {header.count(name)} columns are named {quoted(name)}. Rename or remove one.")
     if source == target:
         problems.append(f"{path}: --source and --target are both {quoted(source)}. Name two columns.")
     return problems
