@@ -6,6 +6,7 @@ CSV -> template -> tokens and labels -> dataset -> collator -> model -> trainer 
 import math
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +31,7 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput
 
-from sft import audit, cache, evaluation
+from sft import audit, cache, evaluation, lora
 from sft.arguments import (
     DataArguments,
     ModelArguments,
@@ -265,7 +266,7 @@ def check_model(flags) -> list[str]:
         f"Its decoder layer: {', '.join(sorted(c for c in present if 'Layer' in c))}."
         for wrap_class in wrap_classes
         if wrap_class not in present
-    ]
+    ] + lora.target_problems(config, flags.lora_target_modules)
 
 
 def load_config(model_args):
@@ -275,8 +276,10 @@ def load_config(model_args):
     )
 
 
-def load_model(model_args: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """Load the weights in float32, whatever type the checkpoint stores.
+def load_model(
+    model_args: ModelArguments, training_args: TrainingArguments, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedModel:
+    """Load the weights in float32, whatever type the checkpoint stores (frozen weights: sft/lora.py).
 
     transformers 5 would keep the stored type, and at a learning rate of 2e-5 most updates of a bfloat16 weight round
     to nothing. bfloat16 is the type of the computation instead: autocast, FSDP or DeepSpeed see to that.
@@ -286,12 +289,12 @@ def load_model(model_args: ModelArguments, tokenizer: PreTrainedTokenizerBase) -
         cache_dir=model_args.cache_dir,
         trust_remote_code=model_args.trust_remote_code,
         attn_implementation=model_args.attn_implementation,
-        dtype=torch.float32,
+        **(lora.load_options(model_args, training_args) if model_args.use_lora else {"dtype": torch.float32}),
     )
     model.config.use_cache = False
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
     make_generation_config_valid(model)
-    return model
+    return lora.add_adapters(model, model_args, training_args) if model_args.use_lora else model
 
 
 def make_generation_config_valid(model: PreTrainedModel) -> None:
@@ -423,17 +426,21 @@ def plan(args: TrainingArguments, train_dataset: SupervisedDataset) -> dict[str,
     }
 
 
-def precision(args: TrainingArguments) -> dict[str, str]:
+def precision(model_args: ModelArguments, args: TrainingArguments) -> dict[str, str]:
     """The number type of each part."""
     names = {"weights": torch.float32, "gradients": torch.float32, "optimizer": torch.float32}
     names |= {"compute": compute_dtype(args), "export": export_dtype(args)}
-    return {part: str(dtype).removeprefix("torch.") for part, dtype in names.items()}
+    types = {part: str(dtype).removeprefix("torch.") for part, dtype in names.items()}
+    if model_args.use_lora:
+        types["frozen"] = "4 bits (nf4)" if model_args.load_in_4bit else types["compute"]
+    return types
 
 
-def describe_plan(args: TrainingArguments, train_dataset: SupervisedDataset) -> str:
+def describe_plan(model_args: ModelArguments, args: TrainingArguments, train_dataset: SupervisedDataset) -> str:
     """The arithmetic of the run and its number types, in the lines that a user checks first."""
-    arithmetic, types = plan(args, train_dataset), precision(args)
+    arithmetic, types = plan(args, train_dataset), precision(model_args, args)
     device = "CPU process" if args.device.type == "cpu" else "GPU"
+    frozen = f"frozen weights in {types['frozen']}; trained additions: " if "frozen" in types else ""
     many = "" if args.world_size == 1 else "s" if device == "GPU" else "es"
     return "\n".join(
         [
@@ -441,14 +448,25 @@ def describe_plan(args: TrainingArguments, train_dataset: SupervisedDataset) -> 
             "optimizer step".format(device=device + many, **arithmetic),
             f"{len(train_dataset):,} examples: {arithmetic['steps_per_epoch']:,} optimizer steps per epoch, "
             f"{arithmetic['steps']:,} in this run",
-            f"precision: {types['weights']} weights, gradients and optimizer state, {types['compute']} compute, "
+            f"precision: {frozen}{types['weights']} weights, gradients and optimizer state, {types['compute']} compute, "
             f"exported as {types['export']}",
         ]
     )
 
 
-def export(trainer: SupervisedTrainer, data_args: DataArguments) -> None:
+def export(trainer: SupervisedTrainer, model_args: ModelArguments, data_args: DataArguments) -> None:
     """Write the tuned model, its tokenizer and its prompt template to the output folder, for plain transformers."""
+    if model_args.use_lora:
+        lora.save(trainer, model_args, export_dtype(trainer.args))
+    else:
+        save_whole_model(trainer)
+    if trainer.args.should_save:
+        template = load_template(data_args.prompt_template)
+        Path(trainer.args.output_dir, TEMPLATE_FILE).write_text(template, encoding="utf-8")
+    say(f"model saved in {trainer.args.output_dir}")
+
+
+def save_whole_model(trainer: SupervisedTrainer) -> None:
     trainer.model.config.use_cache = True
     trainer.save_dtype = export_dtype(trainer.args)
     trainer.save_model()
@@ -458,8 +476,6 @@ def export(trainer: SupervisedTrainer, data_args: DataArguments) -> None:
         config = AutoConfig.from_pretrained(folder)
         config.dtype = export_dtype(trainer.args)  # save_pretrained (5.23) writes the type of the live weights
         config.save_pretrained(folder)
-        (folder / TEMPLATE_FILE).write_text(load_template(data_args.prompt_template), encoding="utf-8")
-    say(f"model saved in {trainer.args.output_dir}")
 
 
 # ------------------------------------------------------------------------------------------------------------ train
@@ -470,7 +486,8 @@ LoadTokenizer = Callable[[ModelArguments, TrainingArguments], PreTrainedTokenize
 def check_output(flags) -> list[str]:
     """Refuse to train over a finished model, unless told to."""
     folder = Path(flags.output_dir or "")
-    finished = flags.output_dir and (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+    described = any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
+    finished = flags.output_dir and described and any(folder.glob("*.safetensors"))
     if not finished or flags.overwrite_output_dir or flags.check_data:
         return []
     return [f"{folder}: it holds a finished model. Name another --output_dir, or give --overwrite_output_dir True."]
@@ -483,11 +500,35 @@ def keep_other_ranks_quiet() -> None:
         transformers.utils.logging.set_verbosity_error()
 
 
+def start_deepspeed(training_args: TrainingArguments) -> None:
+    """Tell DeepSpeed about the ranks before the model loads: ZeRO-3 splits the weights while they are read.
+
+    Accelerate does this on a GPU. On the CPU it starts torch.distributed alone (1.15, state.py), and DeepSpeed would
+    believe in a world of one.
+    """
+    if not training_args.deepspeed:
+        return
+    # deepspeed 0.19.8 on torch 2.13: hundreds of lines about the new names of two collectives
+    warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)
+    if training_args.device.type == "cpu":
+        import deepspeed
+
+        deepspeed.init_distributed(dist_backend="gloo")
+
+
 def train(load_tokenizer: LoadTokenizer, argv: list[str] | None = None) -> SupervisedTrainer:
     """Everything, in the order in which it happens. What can be known before weights load is refused before they do."""
     model_args, data_args, training_args = parse(
         argv,
-        checks=(data_problems, check_model, check_output, check_deepspeed, evaluation.problems, tracker_problems),
+        checks=(
+            data_problems,
+            check_model,
+            check_output,
+            check_deepspeed,
+            lora.problems,
+            evaluation.problems,
+            tracker_problems,
+        ),
     )
     keep_other_ranks_quiet()
     report = Report(model_args, data_args, training_args)
@@ -498,22 +539,23 @@ def train(load_tokenizer: LoadTokenizer, argv: list[str] | None = None) -> Super
     with report.phase("data"), all_ranks_or_none():
         data_module = make_supervised_data_module(tokenizer, data_args, training_args)
         check_ids(tokenizer, data_module, load_config(model_args))
-    say(describe_plan(training_args, data_module["train_dataset"]))
+    say(describe_plan(model_args, training_args, data_module["train_dataset"]))
     set_seed(training_args.seed)
     with report.phase("load"):
-        model = load_model(model_args, tokenizer)
+        start_deepspeed(training_args)
+        model = load_model(model_args, training_args, tokenizer)
     trainer = SupervisedTrainer(model=model, args=training_args, processing_class=tokenizer, **data_module)
     watch(trainer, report)
     report.note_facts(
         trainer,
         template=load_template(data_args.prompt_template),
         batch=plan(training_args, data_module["train_dataset"]),
-        precision=precision(training_args),
+        precision=precision(model_args, training_args),
     )
     with report.phase("train"):
         trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     with report.phase("save"):
-        export(trainer, data_args)
+        export(trainer, model_args, data_args)
     report.finish(trainer.meter.summary())
     if trainer.is_world_process_zero():
         write_card(Path(training_args.output_dir), training_args.hub_model_id)

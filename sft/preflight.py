@@ -59,6 +59,16 @@ def check_deepspeed(flags) -> list[str]:
     if not flags.deepspeed:
         return []
     findings = lint(flags.deepspeed, flags)
+    if "RANK" not in os.environ:
+        # deepspeed 0.19.8, comm/comm.py: without torchrun's variables it looks for MPI
+        findings.append(
+            Finding(
+                "error",
+                "--deepspeed without torchrun",
+                "DeepSpeed finds no ranks",
+                "Start the script with: torchrun --nproc_per_node=1",
+            )
+        )
     for finding in findings:
         if finding.severity != "error":
             say(f"{finding.severity}: {finding}")

@@ -45,7 +45,16 @@ def test_a_run_without_deepspeed_has_nothing_to_say(capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_errors_are_returned_and_the_rest_is_printed(tmp_path, capsys):
+def test_deepspeed_needs_torchrun(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    (problem,) = preflight.check_deepspeed(flags("--deepspeed", str(REPOSITORY / "ds_config.json")))
+    assert problem == (
+        "--deepspeed without torchrun: DeepSpeed finds no ranks. Start the script with: torchrun --nproc_per_node=1"
+    )
+
+
+def test_errors_are_returned_and_the_rest_is_printed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
     file = tmp_path / "ds.json"
     file.write_text(json.dumps({**OURS, "scheduler": {"type": "WarmupLR"}, "train_batch_size": 7}))
     problems = preflight.check_deepspeed(flags("--deepspeed", str(file)))
