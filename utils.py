@@ -516,6 +516,12 @@ def start_deepspeed(training_args: TrainingArguments) -> None:
         deepspeed.init_distributed(dist_backend="gloo")
 
 
+def end_together(trainer: SupervisedTrainer) -> None:
+    """A rank that leaves while another still merges or writes aborts now and then (gloo's threads, torch 2.13)."""
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
+
+
 def train(load_tokenizer: LoadTokenizer, argv: list[str] | None = None) -> SupervisedTrainer:
     """Everything, in the order in which it happens. What can be known before weights load is refused before they do."""
     model_args, data_args, training_args = parse(
@@ -559,4 +565,5 @@ def train(load_tokenizer: LoadTokenizer, argv: list[str] | None = None) -> Super
     report.finish(trainer.meter.summary())
     if trainer.is_world_process_zero():
         write_card(Path(training_args.output_dir), training_args.hub_model_id)
+    end_together(trainer)
     return trainer
