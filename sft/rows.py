@@ -80,15 +80,12 @@ _CURES = {  # what csv.reader says -> what to do
 
 
 def header_problems(path: str, source: str, target: str | None) -> list[str]:
-    """What can be said of a CSV from its first row: the file, and its columns."""
+    """What can be said of a CSV from its first rows: the file, and its columns."""
     try:
-        with _open(path) as file:
-            header = next(csv.reader(file, strict=True), [])
+        next(read_csv(path, source, target))
     except UserError as error:
         return error.problems
-    except (UnicodeDecodeError, csv.Error):
-        return []  # reading the rows finds it again, and says where it stands
-    return _header_problems(path, header, source, target)
+    return []
 
 
 def quoted(text: str, longest: int = 60) -> str:
