@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run_script, save_llama
+from conftest import QUESTIONS, ROOT, run_script, save_llama
 from safetensors.torch import load_file
+from tokenizer_files import write_gpt2_files
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import utils
@@ -184,6 +185,29 @@ def test_two_ranks_equal_one_through_torchrun(padded_run, tiny_llama, questions_
     expected = load_file(folder / "model.safetensors")
     for name, weight in load_file(tmp_path / "model" / "model.safetensors").items():
         torch.testing.assert_close(weight, expected[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_xgen_script_through_torchrun(questions_csv, tmp_path):
+    base, output = tmp_path / "xgen", tmp_path / "model"
+    save_llama(base, vocab_size=51200, bos_token_id=50256, eos_token_id=50256, hidden_size=16)
+    gpt2_files = write_gpt2_files(tmp_path / "gpt2")
+    flags = flags_for(base, questions_csv, output, "--gpt2_files", str(gpt2_files), "--bf16", "True")
+    flags += ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "16", "--save_dtype", "float32"]
+    flags += ["--fsdp", "full_shard auto_wrap", "--fsdp_transformer_layer_cls_to_wrap", "LlamaDecoderLayer"]
+    printed = run_script("xgen_training.py", *flags, processes=2)
+    assert "2 CPU processes x 1 per device x 16 accumulation = 32 examples per optimizer step" in printed
+    assert "float32 weights, gradients and optimizer state, bfloat16 compute, exported as float32" in printed
+    assert len(printed_losses(printed)) >= 2
+    tokenizer, model = AutoTokenizer.from_pretrained(output), AutoModelForCausalLM.from_pretrained(output)
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id) == (50256, 50256, None)
+    assert (model.config.vocab_size, model.generation_config.eos_token_id) == (51200, 50256)
+    assert tokenizer("a  b\t\tc<fim_prefix>").input_ids[-1] == 50295
+    before = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
+    moved = (load_file(output / "model.safetensors")["model.embed_tokens.weight"] != before).any(dim=1)
+    trained = {i for row in QUESTIONS for i in tokenizer(row[0] + row[1]).input_ids} | {50256}
+    assert moved[sorted(trained)].float().mean() > 0.9
+    assert not moved[50257:].any()  # rows of tokens that no text has; weight decay is 0
 
 
 @pytest.mark.slow
