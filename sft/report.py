@@ -14,6 +14,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -64,9 +65,9 @@ FIELDS = {
     "batch.steps_per_epoch": "optimizer steps of one pass over the data",
     "batch.steps": "optimizer steps of the run",
     "precision.*": "types of parameters, gradients, optimizer state, computation and export",
-    "attention.name": "the kernel that ran",
-    "attention.reason": "why it was chosen",
-    "packing.*": "what was asked, what ran, fill and padding saved; `line` is the printed one",
+    "attention.name?": "the kernel that ran",
+    "attention.reason?": "why it was chosen",
+    "packing.*?": "what was asked, what ran, fill and padding saved; `line` is the printed one",
     "throughput.mfu_convention": "which FLOPs `mfu` counts; `mfu_6n` counts 6 N tokens + 12 layers heads head_dim len^2",
     "throughput.peak_tflops?": "the device's dense 16-bit peak, TFLOP/s, that MFU refers to; absent where it is unknown",
     "log[].step": "optimizer steps done",
@@ -140,7 +141,7 @@ class Report:
             "format": 1,
             "status": "unfinished",
             "started_at": _now(),
-            "command": " ".join([Path(sys.executable).name, *sys.argv]),
+            "command": shlex.join([Path(sys.executable).name, *sys.argv]),
             "flags": {
                 "model": dataclasses.asdict(model_args),
                 "data": dataclasses.asdict(data_args),

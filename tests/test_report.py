@@ -1,7 +1,11 @@
 """What a person sees of a run: counting, MFU, the live line, the record, the picture, the card, the evaluation."""
 
+import contextlib
+import io
 import json
 import math
+import re
+import sys
 import time
 from types import SimpleNamespace
 
@@ -9,9 +13,11 @@ import pytest
 import torch
 import transformers
 
-from sft import card, evaluation, report, throughput
+import utils
+from sft import evaluation, report, throughput
 from sft.arguments import UserError
 from sft.throughput import Meter, ModelFlops, TokenCounts
+from sft.tokenizers import load_llama_tokenizer
 
 # ---------------------------------------------------------------------------------------------------------- counting
 
@@ -181,3 +187,257 @@ def test_memory_is_what_the_system_says():
         high_water_kib = next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
     assert throughput.peak_memory_gib(torch.device("cpu")) == pytest.approx(high_water_kib / 2**20, rel=0.02)
     assert held[-1] == 1
+
+
+# ---------------------------------------------------------------------------------------------------- a run, watched
+
+SECRET = "hf_ThisMustNotBeWrittenAnywhere"
+RUN = "--eval_split 0.25 --eval_strategy steps --eval_steps 4 --eval_on_start True --eval_samples 2"
+RUN += " --per_device_train_batch_size 2 --gradient_accumulation_steps 3 --per_device_eval_batch_size 3"
+RUN += f" --learning_rate 1e-2 --save_strategy no --logging_steps 1 --num_train_epochs 1 --hub_token {SECRET}"
+TEMPLATE = "Question: {instruction}\nAnswer:"
+
+
+def flags_for(model, csv, output, *more):
+    template = output.parent / "template.txt"
+    template.write_text(TEMPLATE)
+    return [
+        "--model_name_or_path", str(model), "--data_path", str(csv), "--output_dir", str(output),
+        "--data_cache_dir", str(output.parent / "cache"), "--prompt_template", str(template),
+        "--model_max_length", "64", "--seed", "3", *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def watched(tiny_llama, questions_csv, tmp_path_factory):
+    """48 examples, 6 to a step: 8 steps, evaluated on 16 rows at steps 0, 4 and 8."""
+    folder = tmp_path_factory.mktemp("watched") / "model"
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setenv("WANDB_API_KEY", "0123456789abcdef-a-key")
+        patch.setattr(sys, "argv", ["llama_training.py", "--hub_token", SECRET, "--run_name", "0123456789abcdef-a-key"])
+        trainer = utils.train(load_llama_tokenizer, flags_for(tiny_llama, questions_csv, folder, *RUN.split()))
+    record = json.loads((folder / "run_report.json").read_text())
+    return SimpleNamespace(trainer=trainer, folder=folder, printed=printed.getvalue(), record=record)
+
+
+def paths(value, at=""):
+    """{"a": {"b": 1}, "c": [{"d": 2}]} -> {"a.b", "c[].d"}"""
+    if isinstance(value, dict) and value:
+        return set().union(*(paths(item, f"{at}.{key}" if at else key) for key, item in value.items()))
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return set().union(*(paths(item, f"{at}[]") for item in value))
+    return {at}
+
+
+def documents(field, path):
+    pattern = re.escape(field.removesuffix("?")).replace(r"\*", r"[^.]+")
+    # what lies under `flags.*.*` and its like is of the user's making
+    return re.fullmatch(pattern + (r"(\..*|\[\].*)?" if field.startswith(("flags", "evaluations")) else ""), path)
+
+
+def test_every_field_is_documented_and_every_documented_field_is_there(watched):
+    written = paths(watched.record)
+    undocumented = [path for path in written if not any(documents(field, path) for field in report.FIELDS)]
+    assert undocumented == []
+    promised = [field for field in report.FIELDS if not field.endswith("?")]
+    assert [field for field in promised if not any(documents(field, path) for path in written)] == []
+
+
+def test_a_new_field_without_documentation_would_be_noticed():
+    assert not any(documents(field, "log[].some_new_number") for field in report.FIELDS)
+    assert any(documents(field, "log[].loss") for field in report.FIELDS)
+
+
+def test_what_the_record_says_of_the_run(watched):
+    record = watched.record
+    assert record["status"] == "finished"
+    assert record["batch"] == {
+        "ranks": 1, "per_device": 2, "accumulation": 3, "examples_per_step": 6, "steps_per_epoch": 8, "steps": 8
+    }  # fmt: skip
+    assert [entry["step"] for entry in record["log"]] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert [entry["step"] for entry in record["evaluations"]] == [0, 4, 8]
+    assert record["template"]["text"] == TEMPLATE
+    train = watched.trainer.train_dataset
+    assert (record["data"]["train"]["kept"], record["data"]["eval"]["kept"]) == (48, 16)
+    assert record["final"]["tokens"] == int(train.lengths.sum())
+    assert record["final"]["trained_tokens"] == int((train.lengths - train.prompt_lengths).sum())
+    shape = watched.trainer.model.config
+    assert record["final"]["model_flops"] == by_hand(shape, train)
+    assert {"data", "load", "train", "evaluate", "save", "report"} <= set(record["durations_s"])
+    assert 0 < record["final"]["train_steps_s"] < record["durations_s"]["train"]
+
+
+def by_hand(shape, dataset):
+    """FLOPs of one pass over the rows of conftest's LLaMA: 2 layers, 32 wide, 64 in the MLP, 4 heads of 8, 2 key heads."""
+    layer = 32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 64
+    real, trained = int(dataset.lengths.sum()), int((dataset.lengths - dataset.prompt_lengths).sum())
+    squared = int((dataset.lengths.astype(int) ** 2).sum())
+    return 6 * 2 * layer * real + 6 * 32 * shape.vocab_size * trained + 6 * 2 * 32 * squared
+
+
+def test_no_secret_is_written(watched):
+    for path in watched.folder.rglob("*"):
+        if path.suffix in (".json", ".md", ".txt"):
+            assert SECRET not in path.read_text() and "0123456789abcdef" not in path.read_text(), path
+    assert watched.record["flags"]["training"]["hub_token"] == report.REMOVED
+    assert watched.record["command"] == "python llama_training.py --hub_token '(removed)' --run_name '(removed)'" or (
+        report.REMOVED in watched.record["command"]
+    )
+    assert watched.record["flags"]["training"]["average_tokens_across_devices"] is True  # not taken for a token
+
+
+def test_the_printed_lines(watched):
+    lines = watched.printed.splitlines()
+    steps = [line for line in lines if line.startswith("step ")]
+    assert len(steps) == 8
+    assert re.fullmatch(
+        r"step 1/8  loss \d\.\d{4}  lr 1\.00e-02  grad \d+\.\d\d  [\d,]+ tok/s/process \([\d,]+ trained\)  "
+        r"padding \d+\.\d%  MFU peak unknown  mem \d+\.\d\d GiB  left \d+:\d\d",
+        steps[0],
+    ), steps[0]
+    evaluations = [line for line in lines if line.startswith("evaluation at step")]
+    assert [line.split(":")[0] for line in evaluations] == [f"evaluation at step {step}" for step in (0, 4, 8)]
+    assert "(lowest so far)" in evaluations[1]
+    assert not any("{'loss'" in line for line in lines)  # the Trainer's own printer is gone
+
+
+# -------------------------------------------------------------------------------------------------------- evaluation
+
+
+def mean_loss_of_rows(folder, dataset):
+    """Row by row, with plain transformers and the whole logits: (mean over trained tokens, trained tokens)."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    total = tokens = 0
+    for index in range(len(dataset)):
+        ids, prompt = dataset[index]["input_ids"], int(dataset.prompt_lengths[index])
+        with torch.no_grad():
+            logits = model(ids[None]).logits[0]
+        losses = torch.nn.functional.cross_entropy(logits[prompt - 1 : -1].double(), ids[prompt:], reduction="sum")
+        total, tokens = total + float(losses), tokens + len(ids) - prompt
+    return total / tokens, tokens
+
+
+def test_the_evaluation_loss_is_the_mean_over_all_tokens(watched):
+    last = watched.record["evaluations"][-1]
+    loss, tokens = mean_loss_of_rows(watched.folder, watched.trainer.eval_dataset)
+    assert last["eval_tokens"] == tokens
+    assert last["eval_loss"] == pytest.approx(loss, rel=1e-5)
+    assert last["eval_perplexity"] == pytest.approx(math.exp(loss), rel=1e-5)
+
+
+def test_evaluation_does_not_depend_on_the_batch_size_or_packing(watched):
+    trainer, losses = watched.trainer, []
+    for packed_rows, size in ((False, 1), (False, 5), (False, 16), (True, 1), (True, 3)):
+        dataset = trainer.eval_dataset
+        limit = {"max_tokens": 64 * size} if packed_rows else {"max_examples": size}
+        sampler = evaluation.EvalBatchSampler(dataset.lengths, world_size=1, rank=0, **limit)
+        if packed_rows != trainer.args.packing:
+            continue
+        loader = torch.utils.data.DataLoader(dataset, batch_sampler=sampler, collate_fn=trainer.data_collator)
+        losses.append(evaluation.token_weighted_loop(trainer, loader, trainer.loss_sum).metrics["eval_loss"])
+    assert len(losses) >= 2
+    assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-6)
+    # and it could: the mean of batch means, which the stock loop gives, is another number
+    assert watched.record["evaluations"][-1]["eval_loss"] == pytest.approx(losses[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("limit", [{"max_tokens": 10}, {"max_examples": 3}])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+@pytest.mark.parametrize("lengths", [[3, 9, 4, 5], [50], [1] * 20, [7, 30, 2, 2, 2, 9, 10, 4]])
+def test_every_evaluation_row_counts_once(lengths, world_size, limit):
+    ranks = [evaluation.EvalBatchSampler(lengths, world_size, rank, **limit) for rank in range(world_size)]
+    assert len({len(rank) for rank in ranks}) == 1  # a forward pass is collective under FSDP and ZeRO
+    counted = [row for rank in ranks for batch in list(rank)[: rank.owned] for row in batch]
+    assert sorted(counted) == list(range(len(lengths)))
+    for batch in (batch for rank in ranks for batch in rank):
+        assert len(batch) <= limit.get("max_examples", 99)
+        assert len(batch) == 1 or sum(lengths[row] for row in batch) <= limit.get("max_tokens", 999)
+
+
+def test_batches_as_drawn():
+    ranks = [evaluation.EvalBatchSampler([3, 9, 4, 5], 2, rank, max_tokens=10) for rank in (0, 1)]
+    assert [list(rank) for rank in ranks] == [[[1], [0]], [[3, 2], [3, 2]]]
+    assert [rank.owned for rank in ranks] == [2, 1]
+
+
+def test_answers_are_what_plain_transformers_generates(watched):
+    samples = watched.record["samples"]
+    assert [sample["step"] for sample in samples] == [0, 0, 4, 4, 8, 8]
+    model = transformers.AutoModelForCausalLM.from_pretrained(watched.folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(watched.folder)
+    for sample in samples[-2:]:
+        assert sample["prompt"].startswith("Question: ") and sample["reference"].endswith(".")
+        ids = tokenizer(sample["prompt"], return_tensors="pt").input_ids
+        answer = model.generate(ids, max_new_tokens=evaluation.ANSWER_TOKENS, do_sample=False)[0, ids.shape[1] :]
+        assert sample["answer"] == tokenizer.decode(answer, skip_special_tokens=True)
+
+
+def test_the_best_model_is_exported_and_the_run_stops_early(tiny_llama, questions_csv, tmp_path):
+    """A learning rate that first learns and then destroys."""
+    flags = "--eval_split 0.25 --eval_strategy steps --eval_steps 1 --save_strategy steps --save_steps 1 --eval_samples 0"
+    flags += " --early_stopping_patience 2 --load_best_model_at_end True --learning_rate 0.2 --num_train_epochs 3"
+    trainer = utils.train(load_llama_tokenizer, flags_for(tiny_llama, questions_csv, tmp_path / "model", *flags.split()))
+    record = json.loads((tmp_path / "model" / "run_report.json").read_text())
+    losses = [entry["eval_loss"] for entry in record["evaluations"]]
+    assert record["status"] == "stopped" and len(losses) < 18
+    assert losses.index(min(losses)) == len(losses) - 3  # two evaluations in a row were no better
+    assert record["final"]["best_step"] == record["evaluations"][-3]["step"]
+    loss, _ = mean_loss_of_rows(tmp_path / "model", trainer.eval_dataset)
+    assert loss == pytest.approx(min(losses), rel=1e-5)
+
+
+def evaluation_flags(**changes):
+    flags = {"eval_data_path": None, "eval_split": 0.0, "eval_strategy": "no", "early_stopping_patience": 0}
+    flags |= {"load_best_model_at_end": False, "eval_samples": 4}
+    return SimpleNamespace(**(flags | changes))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"eval_strategy": "steps"}, "--eval_strategy steps: there are no rows to evaluate. Add --eval_data_path"),
+        ({"eval_split": 0.1}, "--eval_split is given and --eval_strategy is no: the rows would never be used."),
+        ({"eval_data_path": "a.csv"}, "--eval_data_path is given and --eval_strategy is no"),
+        ({"early_stopping_patience": 2}, "--early_stopping_patience compares evaluations: add --eval_strategy epoch"),
+        ({"load_best_model_at_end": True}, "--load_best_model_at_end compares evaluations"),
+        ({"eval_samples": -1}, "--eval_samples -1: it cannot be negative"),
+    ],
+)
+def test_contradictions_of_the_evaluation_flags(flags, message):
+    (problem,) = evaluation.problems(evaluation_flags(**flags))
+    assert problem.startswith(message)
+
+
+def test_flags_without_contradiction():
+    assert evaluation.problems(evaluation_flags()) == []
+    assert evaluation.problems(evaluation_flags(eval_split=0.1, eval_strategy="epoch", early_stopping_patience=2)) == []
+
+
+# --------------------------------------------------------------------------------------------------- speed, on a clock
+
+
+def test_tokens_per_second_against_a_stopwatch(tiny_llama, questions_csv, tmp_path, monkeypatch):
+    """Steps of 60 ms; the stopwatch runs from the first micro-batch to the last one's end."""
+    ends, step = [], utils.SupervisedTrainer.training_step
+
+    def slow_step(self, *arguments):
+        ends.append(time.perf_counter())
+        result = step(self, *arguments)
+        time.sleep(0.06)
+        ends.append(time.perf_counter())
+        return result
+
+    monkeypatch.setattr(utils.SupervisedTrainer, "training_step", slow_step)
+    flags = "--per_device_train_batch_size 8 --learning_rate 1e-3 --save_strategy no --logging_steps 1 --num_train_epochs 2"
+    trainer = utils.train(load_llama_tokenizer, flags_for(tiny_llama, questions_csv, tmp_path / "model", *flags.split()))
+    final = json.loads((tmp_path / "model" / "run_report.json").read_text())["final"]
+    tokens = 2 * int(trainer.train_dataset.lengths.sum())
+    assert final["tokens"] == tokens
+    assert final["tokens_per_s_per_gpu"] == pytest.approx(tokens / (ends[-1] - ends[0]), rel=0.02)
+
+
+def test_a_line_costs_little(watched):
+    """At each logged step the line, the record and the picture, measured by the report itself: under 0.5 % of 100 ms steps."""
+    lines = len(watched.record["log"]) + len(watched.record["evaluations"]) + 1
+    assert watched.record["durations_s"]["report"] / lines < 0.005 * 0.1
