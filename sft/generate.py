@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -72,7 +73,7 @@ class GenerateArguments:
 class TunedModel:
     """A model with its tokenizer and the template that turns an instruction into its prompt."""
 
-    model: PreTrainedModel
+    model: Any  # a PreTrainedModel, or peft's wrapper of one
     tokenizer: PreTrainedTokenizerBase
     template: str
 
@@ -114,6 +115,8 @@ def find_file(name: str, file: str) -> str | None:
     """Local path of a file of the model (downloaded when the model is a hub repository), None if it has no such file."""
     if Path(name).is_dir():
         return str(Path(name, file)) if Path(name, file).is_file() else None
+    if name.startswith((".", "/", "~")):
+        raise UserError(f"--model {name}: no such folder.")
     try:
         return cached_file(name, file, _raise_exceptions_for_missing_entries=False)
     except OSError as error:
@@ -139,7 +142,7 @@ def load_weights(name: str) -> PreTrainedModel:
         raise UserError(f"{name}: the model cannot be loaded: {str(error).strip().splitlines()[0]}") from error
 
 
-def load_adapter(name: str) -> PreTrainedModel:
+def load_adapter(name: str) -> Any:
     try:
         from peft import PeftConfig, PeftModel
     except ImportError:
@@ -180,7 +183,7 @@ def answer_batches(
         )
         for index, row in zip(batch, output[:, width:].tolist(), strict=True):
             ended = eos in row
-            yield index, tuned.tokenizer.decode(row[: row.index(eos)] if ended else row), not ended
+            yield index, str(tuned.tokenizer.decode(row[: row.index(eos)] if ended else row)), not ended
 
 
 def stream(tuned: TunedModel, instruction: str, max_new_tokens: int) -> None:
