@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import psutil
 
 from sft.arguments import UserError, say
 
@@ -100,7 +99,7 @@ def load_or_build(cache_dir: Path, key: dict[str, Any], build: Callable[[], Iter
     """Open the entry of this key, or build it.
 
     Of several processes that want the same entry the first builds and the others wait for its lock, however long it
-    takes. When the builder ends in a UserError, those that were already running raise the same one.
+    takes. When the builder ends in a UserError, those that waited raise the same one.
 
     Args:
         key: the parts that decide the content, as JSON can write them.
@@ -109,11 +108,12 @@ def load_or_build(cache_dir: Path, key: dict[str, Any], build: Callable[[], Iter
     entry = cache_dir / hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=16).hexdigest()
     if rows := _open_whole(entry):
         return rows
+    asked = time.time()
     failure = entry.with_suffix(".failed")
     with _lock(entry.with_suffix(".lock")):
         if rows := _open_whole(entry):
             return rows
-        _raise_noted(failure)
+        _raise_noted(failure, asked)
         if entry.exists():
             say(f"data: the tokenized rows in {entry} are damaged; building them again")
         try:
@@ -121,7 +121,7 @@ def load_or_build(cache_dir: Path, key: dict[str, Any], build: Callable[[], Iter
                 _build(entry, key, build())
         except UserError as error:
             with contextlib.suppress(OSError):  # the note spares the others a second attempt; the error itself follows
-                failure.write_text(json.dumps({"time": time.time(), "pid": os.getpid(), "problems": error.problems}))
+                failure.write_text(json.dumps({"time": time.time(), "problems": error.problems}))
             raise
         failure.unlink(missing_ok=True)
     return _open_entry(entry)
@@ -276,11 +276,11 @@ def _writing(folder: Path) -> Iterator[None]:
         ) from None
 
 
-def _raise_noted(failure: Path) -> None:
-    """Raise the builder's UserError in a process that was started before it happened."""
+def _raise_noted(failure: Path, asked: float) -> None:
+    """Raise the UserError in which another process's build ended while this one waited; an older one may be mended."""
     try:
         note = json.loads(failure.read_text())
     except (FileNotFoundError, ValueError):  # ValueError: a full disk cut the note short
         return
-    if note["pid"] != os.getpid() and psutil.Process().create_time() < note["time"]:
+    if note["time"] > asked:
         raise UserError(note["problems"])

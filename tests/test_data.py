@@ -312,7 +312,7 @@ def test_trained_tokens_are_the_response_and_eos(tmp_path_factory, characters, c
     assert len(kept) == len(batch.lengths)
     for (prompt, response), start, length, prompt_length in zip(kept, starts, batch.lengths, batch.prompt_lengths):
         ids = batch.tokens[start : start + length].tolist()
-        trained = list(response.encode()) + [EOS]
+        trained = [*response.encode(), EOS]
         assert ids[:prompt_length] == [BOS, *prompt.encode()]
         assert ids[prompt_length:] == trained[: max_length - prompt_length]
         assert outcomes[prompt, response] == ("kept" if prompt_length + len(trained) <= max_length else "cut")
