@@ -44,8 +44,10 @@ from sft.arguments import (
 )
 from sft.card import write_card
 from sft.evaluation import AnswersCallback, EvalBatchSampler, token_weighted_loop
+from sft.live import ReportCallback, replace_progress, tracker_problems
+from sft.picture import draw
 from sft.preflight import check_deepspeed
-from sft.report import Report, ReportCallback, replace_progress, tracker_problems
+from sft.record import Report
 from sft.rows import header_problems, read_csv
 from sft.template import TEMPLATE_FILE, load_template
 from sft.throughput import CountingCollator, Meter, ModelFlops, device_name, take_counts
@@ -537,7 +539,7 @@ def train(load_tokenizer: LoadTokenizer, argv: list[str] | None = None) -> Super
         ),
     )
     keep_other_ranks_quiet()
-    report = Report(model_args, data_args, training_args)
+    report = Report(model_args, data_args, training_args, draw)
     with all_ranks_or_none():
         tokenizer = load_tokenizer(model_args, training_args)
     if data_args.check_data:

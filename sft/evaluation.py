@@ -140,7 +140,7 @@ class AnswersCallback(transformers.TrainerCallback):
     Args:
         dataset: the evaluation rows; has `prompt_lengths`.
         count: how many prompts, taken evenly from the first row to the last.
-        keep: called by rank 0 with each {"step", "prompt", "reference", "answer"}.
+        keep: called by rank 0 with each {"step", "prompt", "reference", "answer", "cut"}.
     """
 
     def __init__(self, dataset: Any, count: int, keep: Callable[[dict[str, Any]], None]):
@@ -159,6 +159,7 @@ class AnswersCallback(transformers.TrainerCallback):
                 "prompt": processing_class.decode(prompt, skip_special_tokens=True),
                 "reference": processing_class.decode(reference, skip_special_tokens=True),
                 "answer": processing_class.decode(answer, skip_special_tokens=True),
+                "cut": processing_class.eos_token_id not in answer,
             }
             self.keep(sample)
             say(f"  answer: {shorten(sample['answer'])}   (data: {shorten(sample['reference'])})")

@@ -181,7 +181,7 @@ class Meter(transformers.TrainerCallback):
 
     It runs only while steps run: `pause()` before an evaluation or a save, `resume()` after it. As the Trainer's last
     callback it does so by itself. `read()` gives the numbers since the last reading, of the whole job: every rank must
-    call it. Names and units are in `sft/report.py`'s table of fields.
+    call it. Names and units are in `sft/record.py`'s table of fields.
 
     Args:
         flops: the model's, before it is wrapped.

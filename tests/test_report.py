@@ -14,8 +14,8 @@ import torch
 import transformers
 
 import utils
-from sft import evaluation, report, throughput
-from sft.arguments import UserError
+from sft import evaluation, throughput
+from sft.record import FIELDS, REMOVED
 from sft.throughput import Meter, ModelFlops, TokenCounts
 from sft.tokenizers import load_llama_tokenizer
 
@@ -238,15 +238,15 @@ def documents(field, path):
 
 def test_every_field_is_documented_and_every_documented_field_is_there(watched):
     written = paths(watched.record)
-    undocumented = [path for path in written if not any(documents(field, path) for field in report.FIELDS)]
+    undocumented = [path for path in written if not any(documents(field, path) for field in FIELDS)]
     assert undocumented == []
-    promised = [field for field in report.FIELDS if not field.endswith("?")]
+    promised = [field for field in FIELDS if not field.endswith("?")]
     assert [field for field in promised if not any(documents(field, path) for path in written)] == []
 
 
 def test_a_new_field_without_documentation_would_be_noticed():
-    assert not any(documents(field, "log[].some_new_number") for field in report.FIELDS)
-    assert any(documents(field, "log[].loss") for field in report.FIELDS)
+    assert not any(documents(field, "log[].some_new_number") for field in FIELDS)
+    assert any(documents(field, "log[].loss") for field in FIELDS)
 
 
 def test_what_the_record_says_of_the_run(watched):
@@ -280,9 +280,9 @@ def test_no_secret_is_written(watched):
     for path in watched.folder.rglob("*"):
         if path.suffix in (".json", ".md", ".txt"):
             assert SECRET not in path.read_text() and "0123456789abcdef" not in path.read_text(), path
-    assert watched.record["flags"]["training"]["hub_token"] == report.REMOVED
+    assert watched.record["flags"]["training"]["hub_token"] == REMOVED
     assert watched.record["command"] == "python llama_training.py --hub_token '(removed)' --run_name '(removed)'" or (
-        report.REMOVED in watched.record["command"]
+        REMOVED in watched.record["command"]
     )
     assert watched.record["flags"]["training"]["average_tokens_across_devices"] is True  # not taken for a token
 
@@ -375,9 +375,13 @@ def test_answers_are_what_plain_transformers_generates(watched):
 
 def test_the_best_model_is_exported_and_the_run_stops_early(tiny_llama, questions_csv, tmp_path):
     """A learning rate that first learns and then destroys."""
-    flags = "--eval_split 0.25 --eval_strategy steps --eval_steps 1 --save_strategy steps --save_steps 1 --eval_samples 0"
+    flags = (
+        "--eval_split 0.25 --eval_strategy steps --eval_steps 1 --save_strategy steps --save_steps 1 --eval_samples 0"
+    )
     flags += " --early_stopping_patience 2 --load_best_model_at_end True --learning_rate 0.2 --num_train_epochs 3"
-    trainer = utils.train(load_llama_tokenizer, flags_for(tiny_llama, questions_csv, tmp_path / "model", *flags.split()))
+    trainer = utils.train(
+        load_llama_tokenizer, flags_for(tiny_llama, questions_csv, tmp_path / "model", *flags.split())
+    )
     record = json.loads((tmp_path / "model" / "run_report.json").read_text())
     losses = [entry["eval_loss"] for entry in record["evaluations"]]
     assert record["status"] == "stopped" and len(losses) < 18
@@ -429,8 +433,12 @@ def test_tokens_per_second_against_a_stopwatch(tiny_llama, questions_csv, tmp_pa
         return result
 
     monkeypatch.setattr(utils.SupervisedTrainer, "training_step", slow_step)
-    flags = "--per_device_train_batch_size 8 --learning_rate 1e-3 --save_strategy no --logging_steps 1 --num_train_epochs 2"
-    trainer = utils.train(load_llama_tokenizer, flags_for(tiny_llama, questions_csv, tmp_path / "model", *flags.split()))
+    flags = (
+        "--per_device_train_batch_size 8 --learning_rate 1e-3 --save_strategy no --logging_steps 1 --num_train_epochs 2"
+    )
+    trainer = utils.train(
+        load_llama_tokenizer, flags_for(tiny_llama, questions_csv, tmp_path / "model", *flags.split())
+    )
     final = json.loads((tmp_path / "model" / "run_report.json").read_text())["final"]
     tokens = 2 * int(trainer.train_dataset.lengths.sum())
     assert final["tokens"] == tokens
