@@ -4,9 +4,8 @@ python examples/count_exact.py answers.csv --at_least 0.95
 """
 
 import argparse
+import csv
 import sys
-
-import pandas
 
 
 def main() -> None:
@@ -14,12 +13,14 @@ def main() -> None:
     parser.add_argument("data_path", help="what `python -m sft.generate --output_path` wrote")
     parser.add_argument("--at_least", type=float, default=0.0, help="exit with 1 below this share")
     args = parser.parse_args()
-    table = pandas.read_csv(args.data_path, dtype=str, keep_default_na=False)
-    exact = table["answer"] == table["response"]
-    for _, row in table[~exact].head(3).iterrows():
+    with open(args.data_path, encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    wrong = [row for row in rows if row["answer"] != row["response"]]
+    for row in wrong[:3]:
         print(f"wrong: {row['prompt']!r} -> {row['answer']!r}, the file says {row['response']!r}")
-    print(f"{exact.sum()} of {len(table)} questions answered exactly ({exact.mean():.1%})")
-    if exact.mean() < args.at_least:
+    exact = len(rows) - len(wrong)
+    print(f"{exact} of {len(rows)} questions answered exactly ({exact / len(rows):.1%})")
+    if exact < args.at_least * len(rows):
         sys.exit(f"error: below {args.at_least:.0%}")
 
 

@@ -7,10 +7,10 @@ convert the tokenizer as it does for open_llama_7b.
 """
 
 import argparse
+import csv
 import io
 from pathlib import Path
 
-import pandas
 import sentencepiece
 import torch
 import transformers
@@ -45,8 +45,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2)
     args = parser.parse_args()
 
-    table = pandas.read_csv(args.data_path, dtype=str, keep_default_na=False)
-    tokenizer_model = train_tokenizer([text for column in table for text in table[column]], args.vocab_size)
+    with open(args.data_path, encoding="utf-8", newline="") as file:
+        texts = [text for row in list(csv.reader(file))[1:] for text in row]
+    tokenizer_model = train_tokenizer(texts, args.vocab_size)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     (args.output_dir / "tokenizer.model").write_bytes(tokenizer_model)
 
