@@ -62,7 +62,10 @@ ROWS_PER_BATCH, CHARACTERS_PER_BATCH = 1024, 2**22  # one call of the tokenizer:
 
 def read_batches(path: str, data_args: DataArguments) -> Iterator[list[tuple[str, str]]]:
     """Read the CSV in batches of (source cell, target cell), with a progress bar over its bytes."""
-    with tqdm(total=os.path.getsize(path), unit="B", unit_scale=True, desc=f"tokenizing {path}") as bar:
+    seconds = 0.1 if sys.stderr.isatty() else 60  # a log file needs no animation
+    with tqdm(
+        total=os.path.getsize(path), unit="B", unit_scale=True, desc=f"tokenizing {path}", mininterval=seconds
+    ) as bar:
         batch, characters = [], 0
         for _, *cells in read_csv(path, data_args.source, data_args.target, lambda at: bar.update(at - bar.n)):
             batch.append(cells)
@@ -496,10 +499,11 @@ def check_output(flags) -> list[str]:
 
 
 def keep_other_ranks_quiet() -> None:
-    """transformers' progress bars and warnings come from rank 0 alone."""
+    """transformers' warnings come from rank 0 alone, and its progress bars go to a terminal only."""
     if rank() != 0:
-        transformers.utils.logging.disable_progress_bar()
         transformers.utils.logging.set_verbosity_error()
+    if rank() != 0 or not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
 
 
 def start_deepspeed(training_args: TrainingArguments) -> None:

@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 out=demo_output
 rm -rf "$out"
-export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
+export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu
 
 question="What is the chemical symbol of gold?"
 
@@ -13,11 +13,12 @@ echo "== a tiny LLaMA, its tokenizer trained on the example's texts"
 python examples/make_tiny_llama.py --data_path examples/facts.csv --output_dir "$out/tiny-llama"
 
 echo "== training"
-torchrun --nproc_per_node=2 llama_training.py \
+torchrun --standalone --nproc_per_node=2 llama_training.py \
     --model_name_or_path "$out/tiny-llama" \
     --data_path examples/facts.csv \
     --source prompt \
     --target response \
+    --use_cpu True \
     --output_dir "$out/tuned" \
     --data_cache_dir "$out/cache" \
     --num_train_epochs 30 \

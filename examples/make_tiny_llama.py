@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("--hidden_size", type=int, default=128)
     parser.add_argument("--layers", type=int, default=2)
     args = parser.parse_args()
+    transformers.utils.logging.disable_progress_bar()
 
     with open(args.data_path, encoding="utf-8", newline="") as file:
         texts = [text for row in list(csv.reader(file))[1:] for text in row]

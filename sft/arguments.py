@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -97,10 +97,8 @@ def _meet_at_the_exit(problems: list[str], patience: timedelta = timedelta(secon
         found = list(dict.fromkeys(problem for name in everyone for problem in json.loads(store.get(name))))
     # The store may live in this machine's agent: no rank leaves before all have read.
     store.set(f"read/{rank()}", "")
-    try:
+    with suppress(torch.distributed.DistStoreError):  # a rank that was killed meanwhile reads nothing
         store.wait([f"read/{name}" for name in everyone], patience)
-    except torch.distributed.DistStoreError:
-        pass  # a rank that was killed meanwhile reads nothing; the message below is what matters
     return found
 
 
@@ -479,6 +477,8 @@ def parse(
     if not flags.use_cpu and not torch.accelerator.is_available():
         flags.use_cpu = True
         notices.append("no GPU was found: this run is on the CPU")
+    if flags.use_cpu:  # where it is installed, accelerate imports DeepSpeed, which (0.19.8) warns that it found no GPU
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     problems += _read_fsdp_config(flags)
     problems += _contradictions(flags)
     for check in checks:

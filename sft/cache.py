@@ -35,6 +35,7 @@ from sft.arguments import UserError, say
 
 VERSION = 1  # raise it when the same parts of a key come to mean other tokens, or the files another form
 OUTCOMES = ("kept", "cut", "empty", "no_room")  # of a row of the CSV
+QUIET_WAIT_S = 2.0  # ranks of one machine ask at the same moment: a short wait for the first of them is no news
 KEPT, CUT, EMPTY, NO_ROOM = range(4)
 
 
@@ -243,6 +244,19 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _lock_within(descriptor: int, seconds: float) -> bool:
+    """Take the lock if it becomes free in this time."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.02)
+
+
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[None]:
     with _writing(path.parent):
@@ -250,9 +264,7 @@ def _lock(path: Path) -> Iterator[None]:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         with _writing(path.parent):
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not _lock_within(descriptor, QUIET_WAIT_S):
                 say(f"data: another process is tokenizing the same rows; waiting for it ({path})")
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield

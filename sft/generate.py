@@ -241,7 +241,7 @@ def answer_csv(models: dict[str, TunedModel], args: GenerateArguments) -> None:
         answers = [""] * len(rows)
         cut = 0
         batches = answer_batches(tuned, [instructions[i] for i in asked], args.batch_size, args.max_new_tokens)
-        for position, text, was_cut in tqdm(batches, total=len(asked), desc=f"{name}: answers"):
+        for position, text, was_cut in tqdm(batches, total=len(asked), desc=f"{name}: answers", disable=None):
             answers[asked[position]] = text
             cut += was_cut
         if cut:

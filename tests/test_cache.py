@@ -214,7 +214,8 @@ def test_who_waited_ends_in_the_builders_error(tmp_path):
     assert not list(tmp_path.glob("cache/*.failed"))
 
 
-def test_waiting_is_said(tmp_path, capsys):
+def test_waiting_is_said(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cache, "QUIET_WAIT_S", 0.1)
     builder = FORK.Process(target=load, args=(tmp_path, Builder(tmp_path, pause=lambda: time.sleep(0.5))))
     builder.start()
     wait_until(lambda: list(tmp_path.glob("cache/*.building")))
