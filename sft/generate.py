@@ -236,7 +236,8 @@ def answer_csv(models: dict[str, TunedModel], args: GenerateArguments) -> None:
         raise UserError(f"{args.data_path}: it has a column {taken[0]!r} already. Rename or remove it.")
     asked = [index for index, text in enumerate(instructions) if text.strip()]
     if len(asked) < len(instructions):
-        note(f"{args.data_path}: {len(instructions) - len(asked)} rows with an empty {args.source!r} get no answer")
+        empty = len(instructions) - len(asked)
+        note(f"{args.data_path}: {empty} of {len(instructions)} rows have an empty {args.source!r} and get no answer")
     for name, tuned in models.items():
         answers = [""] * len(rows)
         cut = 0
@@ -245,7 +246,7 @@ def answer_csv(models: dict[str, TunedModel], args: GenerateArguments) -> None:
             answers[asked[position]] = text
             cut += was_cut
         if cut:
-            note(f"{name}: {cut} answers are cut after {args.max_new_tokens} tokens, --max_new_tokens")
+            note(f"{name}: {cut} of {len(asked)} answers are cut after {args.max_new_tokens} tokens, --max_new_tokens")
         header.append(columns[name])
         rows = [[*row, text] if row else row for row, text in zip(rows, answers, strict=True)]
     with open(args.output_path, "w", encoding="utf-8", newline="") as file:

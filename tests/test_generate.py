@@ -1,0 +1,267 @@
+"""The command that asks a tuned model, with a model whose answers are known: it recites the alphabet from where the prompt ends."""
+
+import csv
+import io
+import json
+import subprocess
+import sys
+from itertools import pairwise
+
+import pytest
+import torch
+from characters import BOS, EOS, character_tokenizer
+from conftest import ROOT
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from sft import generate
+from sft.arguments import UserError
+
+ALPHABET = "abcdefghijklm nopqrstuvwxyz"
+EOS_OF_LLAMA = 2  # in conftest's model
+
+
+def save_reciter(folder, letters, template):
+    """A LLaMA that says the letter after the one it sees last, and EOS after the last letter.
+
+    Its layers add nothing; the embedding of token t is the t-th unit vector, and the head sends each to its successor.
+    """
+    folder.mkdir()
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=260, hidden_size=264, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+            max_position_embeddings=128, bos_token_id=BOS, eos_token_id=EOS, tie_word_embeddings=False,
+        )
+    )  # fmt: skip
+    with torch.no_grad():
+        model.model.layers[0].self_attn.o_proj.weight.zero_()
+        model.model.layers[0].mlp.down_proj.weight.zero_()
+        model.model.embed_tokens.weight.copy_(torch.eye(260, 264))
+        model.lm_head.weight.zero_()
+        for letter, successor in pairwise([*letters.encode(), EOS]):
+            model.lm_head.weight[successor, letter] = 1
+    model.save_pretrained(folder)
+    character_tokenizer().save_pretrained(folder)
+    if template is not None:
+        (folder / "prompt_template.txt").write_text(template)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    return save_reciter(tmp_path_factory.mktemp("models") / "tuned", ALPHABET, "Go on from {instruction}")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """It recites backwards, and was saved without a template, as base models are."""
+    return save_reciter(tmp_path_factory.mktemp("models") / "base", ALPHABET[::-1], None)
+
+
+def ask(*argv):
+    generate.main([str(word) for word in argv])
+
+
+def problems(*argv):
+    with pytest.raises(UserError) as error:
+        ask(*argv)
+    return error.value.problems
+
+
+# ---------------------------------------------------------------------------------------------------- one instruction
+
+
+def test_the_answer_goes_to_stdout_and_nothing_else_does(tuned, capsys):
+    ask("--model", tuned, "--instruction", "k")
+    assert capsys.readouterr().out == "lm nopqrstuvwxyz\n"
+
+
+def test_the_prompt_is_the_one_of_training(tuned):
+    loaded = generate.load(str(tuned))
+    assert loaded.prompts(["a</s>"]) == [[BOS, *b"Go on from a</s>"]]  # the control token's text stays text
+
+
+def test_another_template_is_taken_when_one_is_given(tuned, capsys, tmp_path):
+    (tmp_path / "template.txt").write_text("{instruction}: v")
+    ask("--model", tuned, "--prompt_template", tmp_path / "template.txt", "--instruction", "k")
+    assert capsys.readouterr().out == "wxyz\n"
+
+
+def test_the_answer_streams(tuned, monkeypatch):
+    """The first word is there before the last one is made."""
+    pieces = []
+    monkeypatch.setattr(
+        sys, "stdout", type("Pieces", (io.StringIO,), {"write": lambda self, text: pieces.append(text)})()
+    )
+    ask("--model", tuned, "--instruction", "k")
+    written = [piece for piece in pieces if piece.strip()]
+    assert written[0] == "lm " and "".join(written) == "lm nopqrstuvwxyz"
+
+
+def test_a_cut_answer_says_so(tuned, capsys):
+    ask("--model", tuned, "--instruction", "w", "--max_new_tokens", "2")
+    printed = capsys.readouterr()
+    assert printed.out == "xy\n" and "(cut after 2 tokens, --max_new_tokens)" in printed.err
+    ask("--model", tuned, "--instruction", "w")
+    assert "cut" not in capsys.readouterr().err
+
+
+def test_the_base_model_answers_beside_it(tuned, base, capsys):
+    ask("--model", tuned, "--base", base, "--instruction", "w")
+    assert capsys.readouterr().out == "base:\nvutsrqpon mlkjihgfedcba\ntuned:\nxyz\n"
+
+
+def test_a_chat_is_of_single_turns(tuned, capsys, monkeypatch):
+    asked, prompts = [], generate.TunedModel.prompts
+    monkeypatch.setattr(generate.TunedModel, "prompts", lambda self, texts: asked.append(texts) or prompts(self, texts))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("w\n\nx\n"))
+    ask("--model", tuned)
+    printed = capsys.readouterr()
+    assert printed.out == "xyz\nyz\n"
+    assert asked == [["w"], ["x"]]  # the second does not carry the first
+    assert "each is answered by itself" in printed.err
+
+
+# ------------------------------------------------------------------------------------------------------------- CSV
+
+
+def rows_of(path):
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.reader(file))
+
+
+def test_a_csv_comes_back_with_answers(tuned, base, tmp_path, capsys):
+    (tmp_path / "in.csv").write_bytes(b'id,prompt\r\n007,"line\nbreak, ""quoted"" x"\r\n8,  \r\n9,w\r\n')
+    ask(
+        "--model", tuned, "--base", base, "--data_path", tmp_path / "in.csv", "--output_path", tmp_path / "out.csv",
+        "--max_new_tokens", "3",
+    )  # fmt: skip
+    assert rows_of(tmp_path / "out.csv") == [
+        ["id", "prompt", "base_answer", "answer"],
+        ["007", 'line\nbreak, "quoted" x', "wvu", "yz"],
+        ["8", "  ", "", ""],
+        ["9", "w", "vut", "xyz"],
+    ]
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "1 of 3 rows have an empty 'prompt' and get no answer" in printed.err
+    assert (
+        "base: 2 of 2 answers are cut after 3 tokens" in printed.err and "tuned: 1 of 2 answers are cut" in printed.err
+    )
+
+
+def test_batches_are_sorted_by_length_and_change_no_answer(tiny_llama):
+    """A model with attention, so that padding that is seen would change the answer: each prompt by itself, then in batches."""
+    loaded = generate.load(str(tiny_llama), "none")
+    questions = ["What is 1 plus 2?", "What", "What is 3 plus 4? What is 5 plus 6?", "1", "plus"]
+    plain = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    expected = {}
+    for index, ids in enumerate(loaded.prompts(questions)):
+        output = plain.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False)[0, len(ids) :].tolist()
+        ended = EOS_OF_LLAMA in output
+        text = loaded.tokenizer.decode(output[: output.index(EOS_OF_LLAMA)] if ended else output)
+        expected[index] = (text, not ended)
+    assert len({text for text, _ in expected.values()}) > 1
+    for batch_size in (1, 2, 5):
+        answers = list(generate.answer_batches(loaded, questions, batch_size, 8))
+        assert {index: (text, cut) for index, text, cut in answers} == expected
+    assert [index for index, _, _ in answers] == sorted(
+        range(5), key=lambda index: len(loaded.prompts(questions)[index]), reverse=True
+    )
+
+
+# -------------------------------------------------------------------------------------------------------- adapters
+
+
+@pytest.fixture
+def adapter(base, tmp_path):
+    """A LoRA adapter on the head of a reciter: after w it says EOS."""
+    peft = pytest.importorskip("peft")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model = peft.get_peft_model(model, peft.LoraConfig(r=1, lora_alpha=1, target_modules=["lm_head"]))
+    with torch.no_grad():
+        weights = dict(model.named_parameters())
+        (a,) = [weight for name, weight in weights.items() if "lora_A" in name]
+        (b,) = [weight for name, weight in weights.items() if "lora_B" in name]
+        a.copy_(torch.eye(264)[ord("w")][None])
+        b.copy_(100 * torch.eye(260)[EOS][:, None])
+    folder = tmp_path / "adapter"
+    model.save_pretrained(folder)
+    character_tokenizer().save_pretrained(folder)
+    (folder / "prompt_template.txt").write_text("{instruction}")
+    return folder
+
+
+def test_an_adapter_answers_on_its_base(adapter, base, capsys):
+    ask("--model", adapter, "--base", base, "--instruction", "y", "--max_new_tokens", "4")
+    assert capsys.readouterr().out == "base:\nxwvu\ntuned:\nxw\n"
+
+
+def test_an_adapter_whose_base_is_gone(adapter, tmp_path):
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(tmp_path / "moved")
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    (problem,) = problems("--model", adapter, "--instruction", "w")
+    assert problem.startswith(
+        f"--model {adapter}: an adapter for {tmp_path / 'moved'}, which is not there. Put that model back, or write its "
+        "place into adapter_config.json as base_model_name_or_path."
+    )
+
+
+def test_an_adapter_without_peft(adapter, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert problems("--model", adapter) == [f"--model {adapter}: a LoRA adapter, which needs peft: pip install peft"]
+
+
+# --------------------------------------------------------------------------------------------------- what is refused
+
+
+def test_a_model_without_a_template(base):
+    assert problems("--model", base, "--instruction", "w") == [
+        f"--model {base}: no prompt_template.txt there, so the prompts that it was trained with are not known. Give "
+        "--prompt_template: 'none' (the instruction is the whole prompt), 'alpaca', or a text file with one {instruction}."
+    ]
+
+
+def test_a_folder_without_a_model(tmp_path):
+    (tmp_path / "run" / "checkpoint-20").mkdir(parents=True)
+    assert problems("--model", tmp_path / "run") == [
+        f"--model {tmp_path / 'run'}: no model there (config.json or adapter_config.json). It holds checkpoint-20: the run "
+        "did not finish; resume it."
+    ]
+    assert problems("--model", tmp_path / "nowhere") == [f"--model {tmp_path / 'nowhere'}: no such folder."]
+
+
+def test_a_base_with_another_vocabulary(tuned, tiny_llama):
+    (*_, problem) = problems("--model", tuned, "--base", tiny_llama, "--instruction", "w")
+    assert problem.startswith(f"--base {tiny_llama}: tokenizer: EOS '</s>' is id 257, but the model's config.json says")
+
+
+def test_flags_that_do_not_go_together(tuned, tmp_path):
+    (tmp_path / "in.csv").write_text("question\nw\n")
+    (tmp_path / "out.csv").write_text("kept")
+    assert problems(
+        "--data_path", tmp_path / "in.csv", "--output_path", tmp_path / "out.csv", "--instruction", " ",
+        "--max_new_tokens", "0", "--max_token", "1",
+    ) == [
+        "unknown flag --max_token. Did you mean --max_new_tokens?",
+        "--model is missing: the tuned model, its folder or a hub repository.",
+        f"{tmp_path / 'in.csv'}: no column 'prompt'. Its columns are 'question'. Name the right one with --source.",
+        "--instruction and --data_path are two kinds of questions. Give one of them.",
+        "--instruction is empty. Leave the flag out for a chat.",
+        f"--output_path {tmp_path / 'out.csv'}: it exists. Name another file, or remove it.",
+        "--max_new_tokens 0: it must be at least 1.",
+    ]  # fmt: skip
+    (tmp_path / "in.csv").write_text("prompt,answer\nw,1\n")
+    assert problems("--model", tuned, "--data_path", tmp_path / "in.csv", "--output_path", tmp_path / "new.csv") == [
+        f"{tmp_path / 'in.csv'}: it has a column 'answer' already. Rename or remove it."
+    ]
+    assert not (tmp_path / "new.csv").exists()
+
+
+@pytest.mark.slow
+def test_the_command_in_a_shell(tuned, base):
+    command = [sys.executable, "-m", "sft.generate", "--model"]
+    answered = subprocess.run([*command, str(tuned)], input="w\nx\n", capture_output=True, text=True, cwd=ROOT)
+    assert (answered.returncode, answered.stdout) == (0, "xyz\nyz\n")
+    refused = subprocess.run([*command, str(base)], capture_output=True, text=True, cwd=ROOT)
+    assert refused.returncode == 2 and refused.stderr.startswith("error: ") and "Traceback" not in refused.stderr
