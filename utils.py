@@ -8,7 +8,8 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -31,7 +32,7 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput
 
-from sft import audit, cache, evaluation, lora
+from sft import attention, audit, budget, cache, compiling, evaluation, lora, packing
 from sft.arguments import (
     DataArguments,
     ModelArguments,
@@ -45,6 +46,8 @@ from sft.arguments import (
 from sft.card import write_card
 from sft.evaluation import AnswersCallback, EvalBatchSampler, token_weighted_loop
 from sft.live import ReportCallback, replace_progress, tracker_problems
+from sft.loss import compile_loss, labelled_head, summed_loss
+from sft.packing import PackedBatchSampler, PackedCollator
 from sft.picture import draw
 from sft.preflight import check_deepspeed
 from sft.record import Report
@@ -182,6 +185,8 @@ class DataCollatorForSupervisedDataset:
     tokenizer: PreTrainedTokenizerBase
 
     def __call__(self, examples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        if not examples:  # this rank has none left in the last step, and still runs with the others: nothing is trained
+            examples = [{"input_ids": torch.zeros(1, dtype=torch.int64), "labels": torch.full((1,), IGNORE_INDEX)}]
         input_ids, labels = ([example[name] for example in examples] for name in ("input_ids", "labels"))
         lengths = torch.tensor([len(ids) for ids in input_ids])
         return {
@@ -330,10 +335,42 @@ def check_ids(tokenizer: PreTrainedTokenizerBase, data_module: dict, config) -> 
 
 
 class SupervisedTrainer(Trainer):
-    """The stock Trainer with an exact evaluation loss, counted tokens, and weights that can be written in another type."""
+    """The stock Trainer with packed micro-batches, an exact evaluation loss, counted tokens, and weights written in any type."""
 
     meter: Meter  # set by `watch`
+    packing_plan: packing.Plan | None = None
+    sampler: PackedBatchSampler | None = None
     save_dtype: torch.dtype | None = None  # set for the export; None in checkpoints, which keep float32
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.accumulation_asked = self.args.gradient_accumulation_steps
+        if self.args.packing:
+            self.data_collator = PackedCollator()
+            self.head = labelled_head(self.model)
+
+    def _get_train_sampler(self, train_dataset=None):
+        if not self.args.packing and self.args.train_sampling_strategy != "random":
+            return super()._get_train_sampler(train_dataset)
+        if self.sampler is None:
+            self.sampler = plan_micro_batches(self)
+        return self.sampler
+
+    def get_train_dataloader(self) -> DataLoader:
+        dataloader = super().get_train_dataloader()
+        wrapper = dataloader.batch_sampler  # on several ranks Accelerate's, which loses the epoch after a resume
+        if self.sampler is not None and wrapper is not self.sampler:
+            wrapper.set_epoch = self.sampler.set_epoch
+        return dataloader
+
+    def get_total_train_batch_size(self, args) -> int:
+        return args.per_device_train_batch_size * self.accumulation_asked * args.world_size
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if not self.args.packing:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        # num_items_in_batch counts the step's tokens on all ranks, over which the gradients will be averaged
+        return summed_loss(model, self.head, inputs) * (self.accelerator.num_processes / num_items_in_batch)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -352,10 +389,11 @@ class SupervisedTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        size = self.args.per_device_eval_batch_size
-        sampler = EvalBatchSampler(
-            dataset.lengths, self.args.world_size, self.args.process_index, max_examples=size
-        )  # fmt: skip
+        size = {"max_examples": self.args.per_device_eval_batch_size}
+        if self.args.packing:
+            tokens = self.args.per_device_eval_batch_size * self.args.model_max_length
+            size = {"max_tokens": max(tokens, self.sampler.max_tokens if self.sampler else 0)}
+        sampler = EvalBatchSampler(dataset.lengths, self.args.world_size, self.args.process_index, **size)
         return DataLoader(dataset, batch_sampler=sampler, collate_fn=self.data_collator)
 
     def evaluation_loop(
@@ -379,6 +417,51 @@ class SupervisedTrainer(Trainer):
         super()._save(output_dir, state_dict)
 
 
+def plan_micro_batches(trainer: SupervisedTrainer) -> PackedBatchSampler:
+    """Decide what each micro-batch of the run holds and how it is computed, set the accumulation to match, and say all."""
+    args, model = trainer.args, trainer.model
+    arithmetic, lengths = plan(args, trainer.train_dataset), trainer.train_dataset.lengths
+    recipe = packing.recipe(args, lengths, **arithmetic)
+    if not args.packing:
+        return PackedBatchSampler(**recipe, max_tokens=0, padded=args.per_device_train_batch_size)
+    compiled = compiling.choose(args, model, arithmetic["steps"] * arithmetic["examples_per_step"] * lengths.mean())
+    say(compiled)
+    compiling.prepare(model, args.device, compiled)
+    if compiled.on:
+        compile_loss()
+
+    def trial(probe: PreTrainedModel, tokens: int) -> None:
+        ids = torch.zeros(256, dtype=torch.int64)
+        batch = trainer._prepare_inputs(PackedCollator()([{"input_ids": ids, "labels": ids}] * (tokens // 256)))
+        with trainer.compute_loss_context_manager():
+            loss = summed_loss(probe, labelled_head(probe), batch)
+        loss.backward()
+        probe.zero_grad(set_to_none=True)
+
+    prepare = partial(compiling.prepare, device=args.device, choice=compiled)
+    tokens = budget.choose(model, args, packing.largest_step(recipe), prepare, trial, compute_dtype(args))
+    sampler = packing.within(recipe, tokens.tokens)
+    trainer.packing_plan = packing.describe(
+        sampler,
+        args.per_device_train_batch_size,
+        args.gradient_accumulation_steps,
+        args.model_max_length,
+        tokens.reason,
+    )
+    say(trainer.packing_plan)
+    packing.adopt(args, sampler)
+    return sampler
+
+
+def choose_attention(model_args: ModelArguments, training_args: TrainingArguments) -> None:
+    """Set the kernel for packed rows, and say why this one. Padded batches have transformers' own choice."""
+    if training_args.packing:
+        config, dtype = load_config(model_args), compute_dtype(training_args)
+        choice = attention.choose(config, training_args.device, dtype, model_args.attn_implementation)
+        model_args.attn_implementation = choice.name
+        say(choice)
+
+
 def watch(trainer: SupervisedTrainer, report: Report) -> None:
     """Count tokens, print the live line, keep the record, answer the evaluation prompts, stop early if asked to."""
     args = trainer.args
@@ -392,7 +475,9 @@ def watch(trainer: SupervisedTrainer, report: Report) -> None:
     )
     callbacks = [ReportCallback(report), trainer.meter]
     if trainer.eval_dataset is not None and args.eval_samples:
-        callbacks.insert(0, AnswersCallback(trainer.eval_dataset, args.eval_samples, report.record["samples"].append))
+        generating = attention.padded if args.packing else nullcontext
+        answers = AnswersCallback(trainer.eval_dataset, args.eval_samples, report.record["samples"].append, generating)
+        callbacks.insert(0, answers)
     if args.early_stopping_patience:
         callbacks.insert(0, EarlyStoppingCallback(args.early_stopping_patience))
     replace_progress(trainer, *callbacks)
@@ -552,6 +637,7 @@ def train(load_tokenizer: LoadTokenizer, argv: list[str] | None = None) -> Super
         data_module = make_supervised_data_module(tokenizer, data_args, training_args)
         check_ids(tokenizer, data_module, load_config(model_args))
     say(describe_plan(model_args, training_args, data_module["train_dataset"]))
+    choose_attention(model_args, training_args)
     set_seed(training_args.seed)
     with report.phase("load"):
         start_deepspeed(training_args)
@@ -566,6 +652,8 @@ def train(load_tokenizer: LoadTokenizer, argv: list[str] | None = None) -> Super
     )
     with report.phase("train"):
         trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    if trainer.packing_plan:
+        report.note("packing", **asdict(trainer.packing_plan), line=str(trainer.packing_plan))
     with report.phase("save"):
         export(trainer, model_args, data_args)
     report.finish(trainer.meter.summary())

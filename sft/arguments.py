@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -250,6 +251,20 @@ class TrainingArguments(transformers.TrainingArguments):
         metadata={
             "help": "Fill micro-batches with whole examples end to end: same examples and gradient in each optimizer "
             "step, no padding. False: padded."
+        },
+    )
+    tokens_per_micro_batch: str = field(
+        default="auto",
+        metadata={
+            "help": "Most tokens in one packed micro-batch. auto: per device x --model_max_length, and on a GPU as many as its "
+            "measured memory has room for, up to a whole step. A number: less memory, more micro-batches, the same gradient."
+        },
+    )
+    compile_layers: str = field(
+        default="auto",
+        metadata={
+            "help": "Compile the decoder layers of a packed run (torch.compile): the first step takes about 40 s longer, the "
+            "others about a third less. auto: on a GPU, when the run is long enough. True or False."
         },
     )
     save_dtype: str | None = field(
@@ -554,6 +569,15 @@ def _contradictions(flags) -> list[str]:
         problems.append("--fsdp and --deepspeed both shard the model. Choose one.")
     if flags.bf16 and flags.fp16:
         problems.append("--bf16 and --fp16 are two compute types. Choose one; bf16 where the GPU has it.")
+    if flags.tokens_per_micro_batch != "auto" and not re.fullmatch("[1-9][0-9]*", flags.tokens_per_micro_batch):
+        problems.append(f"--tokens_per_micro_batch {flags.tokens_per_micro_batch}: give auto or a number of tokens.")
+    if flags.compile_layers not in ("auto", "True", "False"):
+        problems.append(f"--compile_layers {flags.compile_layers}: choose auto, True or False.")
+    if flags.packing and not flags.average_tokens_across_devices:
+        problems.append(
+            "--average_tokens_across_devices False makes the loss depend on which rank has which example, which packing "
+            "changes. Remove the flag, or add --packing False."
+        )
     if flags.save_dtype not in (None, "float32", "bfloat16", "float16"):
         problems.append(f"--save_dtype {flags.save_dtype}: choose float32, bfloat16 or float16.")
     for name in ("model_max_length", "per_device_train_batch_size", "gradient_accumulation_steps"):

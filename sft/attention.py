@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig
 
 from sft.arguments import UserError
 
@@ -183,11 +183,11 @@ def isolation_problem(
 
 
 @contextlib.contextmanager
-def padded(model: PreTrainedModel) -> Iterator[None]:
-    """Give a model stock attention for a while: padded batches and generation, which have no `cu_seq_lens`."""
+def padded(model: torch.nn.Module) -> Iterator[None]:
+    """Give a model, wrapped or not, stock attention for a while: padded batches and generation have no `cu_seq_lens`."""
     before = model.config._attn_implementation
-    model.set_attn_implementation("sdpa")
+    model.config._attn_implementation = "sdpa"  # what each layer looks up when it is called
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        model.config._attn_implementation = before

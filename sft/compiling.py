@@ -19,25 +19,35 @@ class Choice(NamedTuple):
         return f"compiled layers: {'on' if self.on else 'off'} ({self.reason})"
 
 
-def choose(requested: str, device: torch.device, parameters: int, tokens: int, obstacle: str | None = None) -> Choice:
+def choose(args: Any, model: PreTrainedModel, tokens: float) -> Choice:
     """Decide whether compiling pays.
 
     Args:
-        requested: `--compile_layers`: auto, True or False.
-        parameters: of the model.
-        tokens: that one rank trains on in the whole run.
-        obstacle: something in the run that compiled layers do not go with.
+        args: the run's TrainingArguments.
+        tokens: that all ranks together train on in the whole run.
     """
-    if requested != "auto":
-        return Choice(requested == "True", "--compile_layers")
-    if device.type != "cuda":
-        return Choice(False, f"on a {device.type} the gain does not pay for the compiler")
-    if obstacle:
-        return Choice(False, obstacle)
-    seconds = 6 * parameters * tokens / FLOPS_PER_S
+    if args.compile_layers != "auto":
+        return Choice(args.compile_layers == "True", "--compile_layers")
+    if args.device.type != "cuda":
+        return Choice(False, f"on a {args.device.type} the gain does not pay for the compiler")
+    if getattr(model, "is_quantized", False):
+        return Choice(False, "4-bit weights")
+    if args.deepspeed and args.hf_deepspeed_config.is_zero3():
+        return Choice(False, "ZeRO-3 gathers weights inside the layers")
+    if args.torch_compile:
+        return Choice(False, "--torch_compile compiles the whole model")
+    seconds = 6 * model.num_parameters() * tokens / (args.world_size * FLOPS_PER_S)
     if seconds < WORTH_SECONDS:
         return Choice(False, f"about {seconds:.0f} s of work, and the compiler takes 40")
     return Choice(True, "the first step takes about 40 s longer, the others about a third less")
+
+
+def prepare(model: PreTrainedModel, device: torch.device, choice: Choice) -> None:
+    """Make a model's layers fast for packed rows."""
+    if device.type == "cuda":
+        keep_residual_in_compute_type(model)
+    if choice.on:
+        compile_layers(model)
 
 
 def decoder_layers(model: PreTrainedModel) -> list[torch.nn.Module]:

@@ -6,6 +6,7 @@ batch size, padded or packed. No logits are kept.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -141,16 +142,25 @@ class AnswersCallback(transformers.TrainerCallback):
         dataset: the evaluation rows; has `prompt_lengths`.
         count: how many prompts, taken evenly from the first row to the last.
         keep: called by rank 0 with each {"step", "prompt", "reference", "answer", "cut"}.
+        generating: (model) -> a context in which it can generate: packed training has attention of its own.
     """
 
-    def __init__(self, dataset: Any, count: int, keep: Callable[[dict[str, Any]], None]):
+    def __init__(
+        self,
+        dataset: Any,
+        count: int,
+        keep: Callable[[dict[str, Any]], None],
+        generating: Callable[[Any], AbstractContextManager] = nullcontext,
+    ):
+        self.generating = generating
         rows = [index * len(dataset) // count for index in range(min(count, len(dataset)))]
         self.keep = keep
         self.prompts = [dataset[row]["input_ids"][: int(dataset.prompt_lengths[row])] for row in rows]
         self.references = [dataset[row]["input_ids"][int(dataset.prompt_lengths[row]) :] for row in rows]
 
     def on_evaluate(self, args, state, control, model=None, processing_class=None, **kwargs):
-        answers = greedy_answers(model, processing_class, self.prompts, args.device)
+        with self.generating(model):
+            answers = greedy_answers(model, processing_class, self.prompts, args.device)
         if not state.is_world_process_zero:
             return
         for prompt, reference, answer in zip(self.prompts, self.references, answers, strict=True):

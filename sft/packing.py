@@ -11,7 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from transformers.trainer_pt_utils import BatchRebalanceSampler
+
+from sft.arguments import UserError
 
 IGNORE_INDEX = -100
 PLACEHOLDER_TOKENS = (
@@ -116,7 +119,7 @@ class PackedBatchSampler(BatchRebalanceSampler):
         self.examples_per_step = examples_per_step
         self.world_size, self.rank = world_size, rank
         self.max_tokens = max_tokens
-        self.seed, self.epoch = seed, 0
+        self.seed, self.epoch, self.epochs = seed, 0, epochs if shuffle else 1
         self.shuffle, self.drop_last, self.padded = shuffle, drop_last, padded
         whole, rest = divmod(len(self.lengths), examples_per_step)
         self.steps = whole + int(rest > 0 and not drop_last)
@@ -126,7 +129,7 @@ class PackedBatchSampler(BatchRebalanceSampler):
         longest = int(self.lengths.max(initial=0))
         assert longest <= max_tokens, f"an example of {longest} tokens cannot lie in a micro-batch of {max_tokens}"
         self.micro_batches = 1
-        for epoch in range(epochs if shuffle else 1):
+        for epoch in range(self.epochs):
             for block in self._blocks(epoch):
                 lengths_of = self.lengths[block]
                 enough = -(-int(lengths_of.sum(axis=1).max()) // (world_size * max_tokens))
@@ -143,6 +146,12 @@ class PackedBatchSampler(BatchRebalanceSampler):
             yield order[:whole].reshape(-1, self.examples_per_step)
         if whole < examples and not self.drop_last:
             yield order[None, whole:]
+
+    def fullest(self) -> int:
+        """Tokens of the largest micro-batch of the run."""
+        bins = self.world_size * self.micro_batches
+        blocks = (block for epoch in range(self.epochs) for block in self._blocks(epoch))
+        return max(int(balance(self.lengths[block], bins)[1].max()) for block in blocks)
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -221,7 +230,7 @@ class PackedCollator:
 
 @dataclass
 class Plan:
-    """What packing makes of a padded recipe. Tokens are counted over the first epoch."""
+    """What packing makes of a padded recipe. Padding is counted over the first epoch."""
 
     per_device: int
     accumulation: int  # asked for
@@ -244,10 +253,10 @@ class Plan:
 def describe(sampler: PackedBatchSampler, per_device: int, accumulation: int, max_length: int, reason: str) -> Plan:
     """Measure a sampler's first epoch against the padded run of the same recipe."""
     bins = sampler.world_size * sampler.micro_batches
-    tokens = padded = fullest = 0
+    tokens = padded = 0
+    fullest = sampler.fullest()
     for block in sampler._blocks(0):
         lengths = sampler.lengths[block]
-        fullest = max(fullest, int(balance(lengths, bins)[1].max()))
         tokens += int(lengths.sum())
         for start in range(
             0, lengths.shape[1], per_device
@@ -259,3 +268,53 @@ def describe(sampler: PackedBatchSampler, per_device: int, accumulation: int, ma
     return Plan(
         per_device, accumulation, max_length, sampler.max_tokens, sampler.micro_batches, fullest, fill, saved, reason
     )
+
+
+# ------------------------------------------------------------------------------------------------ the run's micro-batches
+
+
+def recipe(
+    args: transformers.TrainingArguments,
+    lengths: np.ndarray,
+    examples_per_step: int,
+    steps: int,
+    steps_per_epoch: int,
+    **_: int,
+) -> dict[str, Any]:
+    """What the padded run fixes: the arguments of `PackedBatchSampler` without its budget."""
+    if args.n_gpu > 1:
+        raise UserError(f"this process sees {args.n_gpu} GPUs. Start it with torchrun --nproc_per_node={args.n_gpu}.")
+    return {
+        "lengths": lengths,
+        "examples_per_step": examples_per_step,
+        "world_size": args.world_size,
+        "rank": args.process_index,
+        "seed": args.seed if args.data_seed is None else args.data_seed,
+        "epochs": -(-steps // steps_per_epoch),
+        "drop_last": args.dataloader_drop_last,
+    }
+
+
+def largest_step(recipe: dict[str, Any]) -> int:
+    """Tokens of one rank in the fullest step, when a step is one micro-batch."""
+    return PackedBatchSampler(**recipe, max_tokens=int(recipe["lengths"].sum(dtype=np.int64))).fullest()
+
+
+def within(recipe: dict[str, Any], max_tokens: int) -> PackedBatchSampler:
+    """The run's sampler. Raises UserError where an example is longer than the budget."""
+    longest = recipe["lengths"].max()
+    if longest > max_tokens:
+        raise UserError(
+            f"--tokens_per_micro_batch {max_tokens}: the longest example has {longest} tokens and cannot be split. "
+            "Give at least that, auto, or a smaller --model_max_length."
+        )
+    return PackedBatchSampler(**recipe, max_tokens=max_tokens)
+
+
+def adopt(args: transformers.TrainingArguments, sampler: PackedBatchSampler) -> None:
+    """Tell the Trainer, and DeepSpeed, how many micro-batches a step has now."""
+    args.gradient_accumulation_steps = sampler.micro_batches
+    if args.deepspeed:  # it was told the batch sizes when the arguments were parsed
+        config = args.hf_deepspeed_config.config
+        config["gradient_accumulation_steps"] = sampler.micro_batches
+        config["train_batch_size"] = args.per_device_train_batch_size * sampler.micro_batches * args.world_size

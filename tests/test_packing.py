@@ -2,20 +2,27 @@
 
 import copy
 import doctest
+import json
+import re
 import time
 
 import numpy as np
 import pytest
 import torch
 from accelerate.data_loader import prepare_data_loader, skip_first_batches
+from conftest import run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader, RandomSampler
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import utils
 from sft import packing
+from sft.arguments import UserError
 from sft.loss import labelled_head, summed_loss
 from sft.packing import IGNORE_INDEX, PackedBatchSampler, PackedCollator, balance, describe, permutation
+from sft.tokenizers import load_llama_tokenizer
 
 
 def test_drawn_examples():
@@ -293,3 +300,57 @@ def test_a_placeholder_trains_nothing_and_reaches_every_parameter():
     loss.backward()
     assert loss.item() == 0.0
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())
+
+
+# ------------------------------------------------------------------------------------------------------ the real script
+
+RECIPE = "--num_train_epochs 2 --learning_rate 0.02 --optim sgd --max_grad_norm 0 --lr_scheduler_type constant --logging_steps 1"
+RECIPE += " --model_max_length 64 --save_strategy no --disable_tqdm True --eval_split 0.05 --eval_strategy epoch --eval_samples 0"
+
+
+@pytest.mark.slow
+def test_the_script_gives_the_same_curve_padded_and_packed_on_one_and_two_ranks(
+    tiny_llama, questions_csv, tmp_path, capfd
+):
+    """61 examples, 4 in a step: the last step of each epoch has one, and one of two ranks has none.
+
+    Plain gradient descent without clipping: weights that end equal had equal gradients in each of the 32 steps.
+    """
+    runs = {
+        "padded": (0, "--packing False --per_device_train_batch_size 2 --gradient_accumulation_steps 2"),
+        "packed": (0, "--per_device_train_batch_size 2 --gradient_accumulation_steps 2"),
+        "packed small": (
+            0,
+            "--per_device_train_batch_size 1 --gradient_accumulation_steps 4 --tokens_per_micro_batch 40",
+        ),
+        "padded 2": (2, "--packing False --per_device_train_batch_size 1 --gradient_accumulation_steps 2"),
+        "packed 2": (2, "--per_device_train_batch_size 1 --gradient_accumulation_steps 2"),
+    }
+    curves, weights = {}, {}
+    shared = ["--model_name_or_path", str(tiny_llama), "--data_path", str(questions_csv), *RECIPE.split()]
+    shared += ["--data_cache_dir", str(tmp_path / "cache")]
+    for name, (processes, flags) in runs.items():
+        output = tmp_path / name.replace(" ", "_")
+        flags = [*shared, "--output_dir", str(output), *flags.split()]
+        if processes:
+            run_script("llama_training.py", *flags, processes=processes)
+        else:
+            utils.train(load_llama_tokenizer, flags)
+        report = json.loads((output / "run_report.json").read_text())
+        curves[name] = [entry["loss"] for entry in report["log"]]
+        curves[name] += [entry["eval_loss"] for entry in report["evaluations"]]
+        weights[name] = load_file(output / "model.safetensors")
+    printed = capfd.readouterr().out
+    reference = curves.pop("padded")
+    assert len(reference) == 32 + 2
+    assert reference[0] - reference[31] > 0.3, "a model that does not move would prove nothing"
+    for name, curve in curves.items():
+        assert curve == pytest.approx(reference, rel=1e-6), name
+        assert largest_error(weights[name], weights["padded"]) < 1e-6, name
+    assert "attention: per_example (cpu, float32, head_dim 8)" in printed
+    assert "asked 2 micro-batches of 2 x 64 tokens per device and step; runs 1 of at most" in printed
+    assert re.search(r"runs 2 of at most \d+ \(budget 40, --tokens_per_micro_batch\)", printed)
+    with pytest.raises(UserError, match="--tokens_per_micro_batch 8: the longest example has"):
+        utils.train(
+            load_llama_tokenizer, [*shared, "--output_dir", str(tmp_path / "none"), "--tokens_per_micro_batch", "8"]
+        )
