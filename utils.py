@@ -32,7 +32,20 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput
 
-from sft import attention, audit, budget, cache, compiling, evaluation, lora, packing
+from sft import (
+    attention,
+    audit,
+    budget,
+    cache,
+    checkpoints,
+    compiling,
+    evaluation,
+    export,
+    fingerprint,
+    lora,
+    packing,
+    safety,
+)
 from sft.arguments import (
     DataArguments,
     ModelArguments,
@@ -51,7 +64,9 @@ from sft.packing import PackedBatchSampler, PackedCollator
 from sft.picture import draw
 from sft.preflight import check_deepspeed
 from sft.record import Report
+from sft.rehearsal import Rehearsal
 from sft.rows import header_problems, read_csv
+from sft.stops import Stops
 from sft.template import TEMPLATE_FILE, load_template
 from sft.throughput import CountingCollator, Meter, ModelFlops, device_name, take_counts
 from sft.tokenizers import check_vocabulary, compare_with_sentencepiece, encode_prompts, encode_responses
@@ -335,12 +350,15 @@ def check_ids(tokenizer: PreTrainedTokenizerBase, data_module: dict, config) -> 
 
 
 class SupervisedTrainer(Trainer):
-    """The stock Trainer with packed micro-batches, an exact evaluation loss, counted tokens, and weights written in any type."""
+    """The stock Trainer with packed micro-batches, an exact evaluation loss, counted tokens, and checkpoints that are whole."""
 
-    meter: Meter  # set by `watch`
+    meter: Meter  # set by `watch`, like the report
+    report: Report
+    stops: Stops  # set by `prepare_saving`, like the fingerprint
+    fingerprint: dict[str, str]
     packing_plan: packing.Plan | None = None
     sampler: PackedBatchSampler | None = None
-    save_dtype: torch.dtype | None = None  # set for the export; None in checkpoints, which keep float32
+    before_writing: Callable[[dict], dict] | None = None  # sees, and may change, the weights about to be written
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -371,6 +389,16 @@ class SupervisedTrainer(Trainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         # num_items_in_batch counts the step's tokens on all ranks, over which the gradients will be averaged
         return summed_loss(model, self.head, inputs) * (self.accelerator.num_processes / num_items_in_batch)
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.stops.saw(inputs, loss)
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        self.stops.before_update(self, grad_norm)
+        return grad_norm
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -411,10 +439,15 @@ class SupervisedTrainer(Trainer):
     def create_model_card(self, **kwargs) -> None:
         """push_to_hub's draft is left out: the card made from the report is in the folder already."""
 
+    def _save_checkpoint(self, model, trial) -> None:
+        with self.report.phase("checkpoints"):
+            checkpoints.save_whole(self, partial(super()._save_checkpoint, model, trial))
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if self.save_dtype is not None and self.args.should_save:
-            state_dict = cast_weights(self.model.state_dict() if state_dict is None else state_dict, self.save_dtype)
-        super()._save(output_dir, state_dict)
+        if self.before_writing and self.args.should_save:
+            state_dict = self.before_writing(self.model.state_dict() if state_dict is None else state_dict)
+        with safety.without_secrets(self.args, output_dir):
+            super()._save(output_dir, state_dict)
 
 
 def plan_micro_batches(trainer: SupervisedTrainer) -> PackedBatchSampler:
@@ -464,7 +497,7 @@ def choose_attention(model_args: ModelArguments, training_args: TrainingArgument
 
 def watch(trainer: SupervisedTrainer, report: Report) -> None:
     """Count tokens, print the live line, keep the record, answer the evaluation prompts, stop early if asked to."""
-    args = trainer.args
+    args, trainer.report = trainer.args, report
     trainer.data_collator = CountingCollator(trainer.data_collator)
     trainer.meter = Meter(
         ModelFlops.of(trainer.model),
@@ -481,16 +514,6 @@ def watch(trainer: SupervisedTrainer, report: Report) -> None:
     if args.early_stopping_patience:
         callbacks.insert(0, EarlyStoppingCallback(args.early_stopping_patience))
     replace_progress(trainer, *callbacks)
-
-
-def cast_weights(state_dict: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Cast floating-point weights; tensors that were one (tied embeddings) stay one."""
-    cast: dict[tuple, torch.Tensor] = {}
-    for tensor in state_dict.values():
-        key = (tensor.data_ptr(), tensor.shape)
-        if key not in cast:
-            cast[key] = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype)
-    return {name: cast[tensor.data_ptr(), tensor.shape] for name, tensor in state_dict.items()}
 
 
 def compute_dtype(training_args: TrainingArguments) -> torch.dtype:
@@ -544,43 +567,44 @@ def describe_plan(model_args: ModelArguments, args: TrainingArguments, train_dat
     )
 
 
-def export(trainer: SupervisedTrainer, model_args: ModelArguments, data_args: DataArguments) -> None:
-    """Write the tuned model, its tokenizer and its prompt template to the output folder, for plain transformers."""
-    if model_args.use_lora:
-        lora.save(trainer, model_args, export_dtype(trainer.args))
-    else:
-        save_whole_model(trainer)
-    if trainer.args.should_save:
-        template = load_template(data_args.prompt_template)
-        Path(trainer.args.output_dir, TEMPLATE_FILE).write_text(template, encoding="utf-8")
-    say(f"model saved in {trainer.args.output_dir}")
+def prepare_saving(
+    trainer: SupervisedTrainer, model_args: ModelArguments, data_args: DataArguments, resume: str | None
+) -> None:
+    """Refuse to continue another run than this one, watch for stops, and rehearse the saving before the first step."""
+    tokenizer = cache.tokenizer_digest(trainer.processing_class)
+    trainer.fingerprint = fingerprint.describe(trainer, model_args, load_template(data_args.prompt_template), tokenizer)
+    if resume:
+        fingerprint.refuse_changes(
+            resume, checkpoints.run_of(resume), trainer.fingerprint, trainer.args.resume_with_changes
+        )
+    trainer.stops = Stops()
+    trainer.add_callback(trainer.stops)
+    if trainer.args.save_rehearsal:
+        trainer.add_callback(Rehearsal(trainer, export_dtype(trainer.args), trainer.report.add_seconds))
 
 
-def save_whole_model(trainer: SupervisedTrainer) -> None:
-    trainer.model.config.use_cache = True
-    trainer.save_dtype = export_dtype(trainer.args)
-    trainer.save_model()
-    trainer.save_dtype = None
-    if trainer.args.should_save:
-        folder = Path(trainer.args.output_dir)
-        config = AutoConfig.from_pretrained(folder)
-        config.dtype = export_dtype(trainer.args)  # save_pretrained (5.23) writes the type of the live weights
-        config.save_pretrained(folder)
+def export_model(trainer: SupervisedTrainer, model_args: ModelArguments, data_args: DataArguments) -> list[str]:
+    """Write the tuned model, its tokenizer and its prompt template for plain transformers; return what was proved of them."""
+    args, proved = trainer.args, []
+    with trainer.report.phase("save"):
+        exporter = export.Exporter(trainer, model_args, export_dtype(args))
+        if model_args.use_lora:
+            saved = lora.save(trainer, model_args, export_dtype(args))
+        else:
+            saved = exporter.save_whole_model()
+        if args.should_save:
+            template = load_template(data_args.prompt_template)
+            Path(args.output_dir, TEMPLATE_FILE).write_text(template, encoding="utf-8")
+    with trainer.report.phase("proof"), all_ranks_or_none():
+        if args.should_save:
+            proved = exporter.prove(saved)
+    say(f"model saved in {args.output_dir}; proved: {'; '.join(proved)}")
+    return proved
 
 
 # ------------------------------------------------------------------------------------------------------------ train
 
 LoadTokenizer = Callable[[ModelArguments, TrainingArguments], PreTrainedTokenizerBase]
-
-
-def check_output(flags) -> list[str]:
-    """Refuse to train over a finished model, unless told to."""
-    folder = Path(flags.output_dir or "")
-    described = any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
-    finished = flags.output_dir and described and any(folder.glob("*.safetensors"))
-    if not finished or flags.overwrite_output_dir or flags.check_data:
-        return []
-    return [f"{folder}: it holds a finished model. Name another --output_dir, or give --overwrite_output_dir True."]
 
 
 def keep_other_ranks_quiet() -> None:
@@ -620,7 +644,7 @@ def train(load_tokenizer: LoadTokenizer, argv: list[str] | None = None) -> Super
         checks=(
             data_problems,
             check_model,
-            check_output,
+            checkpoints.problems,
             check_deepspeed,
             lora.problems,
             evaluation.problems,
@@ -628,6 +652,8 @@ def train(load_tokenizer: LoadTokenizer, argv: list[str] | None = None) -> Super
         ),
     )
     keep_other_ranks_quiet()
+    if export.nothing_is_left(training_args):
+        raise SystemExit(0)
     report = Report(model_args, data_args, training_args, draw)
     with all_ranks_or_none():
         tokenizer = load_tokenizer(model_args, training_args)
@@ -636,6 +662,7 @@ def train(load_tokenizer: LoadTokenizer, argv: list[str] | None = None) -> Super
     with report.phase("data"), all_ranks_or_none():
         data_module = make_supervised_data_module(tokenizer, data_args, training_args)
         check_ids(tokenizer, data_module, load_config(model_args))
+    resume = checkpoints.choose(training_args)
     say(describe_plan(model_args, training_args, data_module["train_dataset"]))
     choose_attention(model_args, training_args)
     set_seed(training_args.seed)
@@ -644,20 +671,25 @@ def train(load_tokenizer: LoadTokenizer, argv: list[str] | None = None) -> Super
         model = load_model(model_args, training_args, tokenizer)
     trainer = SupervisedTrainer(model=model, args=training_args, processing_class=tokenizer, **data_module)
     watch(trainer, report)
+    prepare_saving(trainer, model_args, data_args, resume)
     report.note_facts(
         trainer,
         template=load_template(data_args.prompt_template),
         batch=plan(training_args, data_module["train_dataset"]),
         precision=precision(model_args, training_args),
     )
-    with report.phase("train"):
-        trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    with report.phase("train"), safety.safe_loads(resume, trainer.is_deepspeed_enabled):
+        trainer.train(resume_from_checkpoint=resume)
     if trainer.packing_plan:
         report.note("packing", **asdict(trainer.packing_plan), line=str(trainer.packing_plan))
-    with report.phase("save"):
-        export(trainer, model_args, data_args)
-    report.finish(trainer.meter.summary())
-    if trainer.is_world_process_zero():
-        write_card(Path(training_args.output_dir), training_args.hub_model_id)
+    if trainer.stops.stopped_early(trainer.state):
+        report.finish(trainer.meter.summary())
+        say(trainer.stops.farewell(trainer.state))
+    else:
+        proved = export_model(trainer, model_args, data_args)
+        report.finish(trainer.meter.summary())
+        if trainer.is_world_process_zero():
+            write_card(Path(training_args.output_dir), training_args.hub_model_id)
+            export.complete(training_args.output_dir, trainer.state.global_step, proved)
     end_together(trainer)
     return trainer

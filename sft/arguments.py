@@ -291,6 +291,19 @@ class TrainingArguments(transformers.TrainingArguments):
     plan_world_size: int | None = field(
         default=None, metadata={"help": "With --plan_only: plan for this many GPUs. Default: torchrun's number."}
     )
+    save_rehearsal: bool = field(
+        default=True,
+        metadata={
+            "help": "Before the first step, gather and save once into a scratch folder and compare the disk's free space with "
+            "all that the run will keep: seconds now instead of a failure after days."
+        },
+    )
+    resume_with_changes: bool = field(
+        default=False,
+        metadata={
+            "help": "Resume although data, model or settings differ from the checkpoint's. Each difference is said."
+        },
+    )
     eval_samples: int = field(
         default=4,
         metadata={
