@@ -43,6 +43,16 @@ def tiny_llama(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def whole_run(tiny_llama, questions_csv, tmp_path_factory) -> Path:
+    """The output folder of 16 undisturbed steps of 8 examples, two epochs; it keeps checkpoint-15 and checkpoint-16."""
+    from saved_runs import flags_for, train  # it imports the Trainer, which takes seconds
+
+    output = tmp_path_factory.mktemp("whole") / "out"
+    train(*flags_for(tiny_llama, questions_csv, output))
+    return output
+
+
 def save_llama(folder: Path, vocab_size: int, **config) -> None:
     """Save a random two-layer LLaMA, the same one each time."""
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -100,14 +100,6 @@ def test_a_bfloat16_checkpoint_is_trained_in_float32_and_exported_in_the_type_as
     assert json.loads((tmp_path / "model" / "config.json").read_text())["dtype"] == "float16"
 
 
-def test_cast_weights_keeps_tied_weights_tied():
-    weight = torch.ones(2, 2)
-    cast = utils.cast_weights({"a": weight, "b": weight, "c": torch.ones(2, 2), "n": torch.tensor(3)}, torch.bfloat16)
-    assert cast["a"] is cast["b"]
-    assert cast["a"] is not cast["c"]
-    assert (cast["a"].dtype, cast["n"].dtype) == (torch.bfloat16, torch.int64)
-
-
 def test_sampling_settings_without_sampling_are_made_savable(tiny_llama, questions_csv, tmp_path, capsys):
     model = shutil.copytree(tiny_llama, tmp_path / "base")
     (model / "generation_config.json").write_text('{"temperature": 0.6, "top_p": 0.9, "do_sample": false}')

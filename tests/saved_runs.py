@@ -1,0 +1,42 @@
+"""A run of 16 steps in two epochs, small enough to repeat in a second or two, and what can be asked of its checkpoints."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from safetensors.torch import load_file
+
+import utils
+from sft import checkpoints
+from sft.tokenizers import load_llama_tokenizer
+
+RECIPE = "--num_train_epochs 2 --learning_rate 1e-2 --logging_steps 1 --model_max_length 64 --seed 3 --save_steps 3"
+RECIPE += " --per_device_train_batch_size 2 --gradient_accumulation_steps 4 --save_total_limit 2 --disable_tqdm True"
+
+
+def flags_for(model: Path, csv: Path, output: Path, *more: str) -> list[str]:
+    return [
+        "--model_name_or_path", str(model), "--data_path", str(csv), "--output_dir", str(output),
+        "--data_cache_dir", str(csv.parent / "cache"), *RECIPE.split(), *more,
+    ]  # fmt: skip
+
+
+def losses(output: Path) -> list[tuple]:
+    """(step, loss, gradient norm, learning rate) of every step that led to the newest checkpoint."""
+    newest = checkpoints.newest_first(output)[0]
+    history = json.loads((newest / "trainer_state.json").read_text())["log_history"]
+    return [(e["step"], e["loss"], e["grad_norm"], e["learning_rate"]) for e in history if "loss" in e]
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    first, second = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def train(*flags: str):
+    return utils.train(load_llama_tokenizer, list(flags))
+
+
+def choose(output: Path, wanted="True") -> str | None:
+    return checkpoints.choose(SimpleNamespace(resume_from_checkpoint=wanted, output_dir=str(output)))
