@@ -24,7 +24,6 @@ from tqdm import tqdm
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    EarlyStoppingCallback,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -57,7 +56,7 @@ from sft.arguments import (
     say,
 )
 from sft.card import write_card
-from sft.evaluation import AnswersCallback, EvalBatchSampler, token_weighted_loop
+from sft.evaluation import AnswersCallback, EarlyStop, EvalBatchSampler, token_weighted_loop
 from sft.live import ReportCallback, replace_progress, tracker_problems
 from sft.loss import compile_loss, labelled_head, summed_loss
 from sft.packing import PackedBatchSampler, PackedCollator
@@ -237,7 +236,8 @@ def make_supervised_data_module(tokenizer, data_args: DataArguments, training_ar
         rows = tokenize_csv(path, tokenizer, data_args, training_args.model_max_length)
         became = audit.describe_rows(path, rows.counts())
         if not len(rows.lengths):
-            raise UserError(f"{became}. Nothing is left to train on: raise --model_max_length or mend the rows.")
+            use = "train on" if path == data_args.data_path else "evaluate"
+            raise UserError(f"{became}. Nothing is left to {use}: raise --model_max_length or mend the rows.")
         say(became)
         datasets[path] = SupervisedDataset(rows)
     train_dataset, eval_dataset = datasets[data_args.data_path], datasets.get(data_args.eval_data_path)
@@ -506,14 +506,14 @@ def watch(trainer: SupervisedTrainer, report: Report) -> None:
         compute_dtype(args),
         gather=lambda numbers: trainer.accelerator.gather(numbers[None]),
     )
-    callbacks = [ReportCallback(report), trainer.meter]
+    callbacks: list[transformers.TrainerCallback] = []
     if trainer.eval_dataset is not None and args.eval_samples:
         generating = attention.padded if args.packing else nullcontext
-        answers = AnswersCallback(trainer.eval_dataset, args.eval_samples, report.record["samples"].append, generating)
-        callbacks.insert(0, answers)
+        keep = report.record["samples"].append
+        callbacks.append(AnswersCallback(trainer.eval_dataset, args.eval_samples, keep, generating))
     if args.early_stopping_patience:
-        callbacks.insert(0, EarlyStoppingCallback(args.early_stopping_patience))
-    replace_progress(trainer, *callbacks)
+        callbacks.append(EarlyStop(args.early_stopping_patience))
+    replace_progress(trainer, *callbacks, ReportCallback(report), trainer.meter)
 
 
 def compute_dtype(training_args: TrainingArguments) -> torch.dtype:

@@ -21,11 +21,12 @@ ANSWER_TOKENS = 128  # longest answer to an evaluation prompt
 def problems(flags: Any) -> list[str]:
     """Contradictions between the evaluation flags."""
     rows = bool(flags.eval_data_path) or bool(flags.eval_split)
-    evaluates = str(getattr(flags.eval_strategy, "value", flags.eval_strategy)) != "no"
+    evaluation = str(getattr(flags.eval_strategy, "value", flags.eval_strategy))
+    evaluates = evaluation != "no"
     found = []
     if evaluates and not rows:
         found.append(
-            f"--eval_strategy {flags.eval_strategy}: there are no rows to evaluate. "
+            f"--eval_strategy {evaluation}: there are no rows to evaluate. "
             "Add --eval_data_path FILE or --eval_split 0.02, or use --eval_strategy no."
         )
     if rows and not evaluates:
@@ -37,6 +38,12 @@ def problems(flags: Any) -> list[str]:
     for name in ("early_stopping_patience", "load_best_model_at_end"):
         if getattr(flags, name) and not evaluates:
             found.append(f"--{name} compares evaluations: add --eval_strategy epoch (or steps) and rows to evaluate.")
+    saves = str(getattr(flags.save_strategy, "value", flags.save_strategy))
+    if flags.load_best_model_at_end and evaluates and saves not in (evaluation, "best"):
+        found.append(
+            f"--load_best_model_at_end needs a checkpoint for each evaluation, and --save_strategy is {saves} while "
+            f"--eval_strategy is {evaluation}. Give both the same."
+        )
     for name in ("early_stopping_patience", "eval_samples"):
         if getattr(flags, name) < 0:
             found.append(f"--{name} {getattr(flags, name)}: it cannot be negative. 0 switches it off.")
@@ -130,6 +137,26 @@ def token_weighted_loop(
     }
     rows = len(dataloader.dataset)  # type: ignore[arg-type]
     return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=rows)  # type: ignore[arg-type]
+
+
+class EarlyStop(transformers.TrainerCallback):
+    """End the training after `patience` evaluations in a row without a lower loss.
+
+    transformers' EarlyStoppingCallback (5.23) asserts flags of --load_best_model_at_end, and counts from 0 again in a
+    resumed run. This one counts in the run's log, which a checkpoint carries.
+    """
+
+    def __init__(self, patience: int):
+        self.patience = patience
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        losses = [(entry["eval_loss"], entry["step"]) for entry in state.log_history if "eval_loss" in entry]
+        # a NaN is lower than nothing, and nothing is lower than a NaN
+        best = min(range(len(losses)), key=lambda index: (math.isnan(losses[index][0]), losses[index][0]))
+        if len(losses) - 1 - best >= self.patience:
+            lowest, step = losses[best]
+            say(f"stopped at step {state.global_step}: the evaluation loss was lowest at step {step} ({lowest:.4f})")
+            control.should_training_stop = True
 
 
 class AnswersCallback(transformers.TrainerCallback):

@@ -61,6 +61,23 @@ def save_llama(folder: Path, vocab_size: int, **config) -> None:
     LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, **(shape | config))).save_pretrained(folder)
 
 
+@pytest.fixture(scope="session")
+def watched(tiny_llama, questions_csv, tmp_path_factory):
+    """48 examples, 6 to a step: 8 steps, evaluated on 16 rows at steps 0, 4 and 8."""
+    from watched import EVALUATED, watch
+
+    return watch(tiny_llama, questions_csv, tmp_path_factory.mktemp("watched") / "packed", EVALUATED)
+
+
+@pytest.fixture(scope="session")
+def watched_padded(tiny_llama, questions_csv, tmp_path_factory):
+    """The same run, padded."""
+    from watched import EVALUATED, watch
+
+    folder = tmp_path_factory.mktemp("watched") / "padded"
+    return watch(tiny_llama, questions_csv, folder, EVALUATED, "--packing False")
+
+
 def run_script(script: str, *flags: str, processes: int = 0, expect: int = 0, env: dict | None = None) -> str:
     """Run a script of the project as a user does and return what it printed, both streams together.
 
