@@ -486,13 +486,15 @@ def plan_micro_batches(trainer: SupervisedTrainer) -> PackedBatchSampler:
     return sampler
 
 
-def choose_attention(model_args: ModelArguments, training_args: TrainingArguments) -> None:
-    """Set the kernel for packed rows, and say why this one. Padded batches have transformers' own choice."""
-    if training_args.packing:
-        config, dtype = load_config(model_args), compute_dtype(training_args)
-        choice = attention.choose(config, training_args.device, dtype, model_args.attn_implementation)
-        model_args.attn_implementation = choice.name
-        say(choice)
+def choose_attention(model_args: ModelArguments, training_args: TrainingArguments) -> str:
+    """Set the kernel for packed rows, and say and return why this one. Padded batches have transformers' own choice."""
+    if not training_args.packing:
+        return "--attn_implementation" if model_args.attn_implementation else "transformers' choice for padded batches"
+    config, dtype = load_config(model_args), compute_dtype(training_args)
+    choice = attention.choose(config, training_args.device, dtype, model_args.attn_implementation)
+    model_args.attn_implementation = choice.name
+    say(choice)
+    return choice.reason
 
 
 def watch(trainer: SupervisedTrainer, report: Report) -> None:
@@ -664,7 +666,7 @@ def train(load_tokenizer: LoadTokenizer, argv: list[str] | None = None) -> Super
         check_ids(tokenizer, data_module, load_config(model_args))
     resume = checkpoints.choose(training_args)
     say(describe_plan(model_args, training_args, data_module["train_dataset"]))
-    choose_attention(model_args, training_args)
+    attention_reason = choose_attention(model_args, training_args)
     set_seed(training_args.seed)
     with report.phase("load"):
         start_deepspeed(training_args)
@@ -677,6 +679,7 @@ def train(load_tokenizer: LoadTokenizer, argv: list[str] | None = None) -> Super
         template=load_template(data_args.prompt_template),
         batch=plan(training_args, data_module["train_dataset"]),
         precision=precision(model_args, training_args),
+        attention_reason=attention_reason,
     )
     with report.phase("train"), safety.safe_loads(resume, trainer.is_deepspeed_enabled):
         trainer.train(resume_from_checkpoint=resume)

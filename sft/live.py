@@ -26,6 +26,7 @@ class ReportCallback(transformers.TrainerCallback):
         self.report = report
         self.bar: tqdm | None = None
         self.first: tuple[float, int] | None = None  # when and at which step the first line was printed
+        self.recorded = 0  # entries of the Trainer's log that are in the record
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.global_step:  # resumed: the numbers are in the Trainer's state, the samples in the record alone
@@ -77,9 +78,13 @@ class ReportCallback(transformers.TrainerCallback):
         self.report.complete = state.global_step >= state.max_steps
 
     def _record_numbers(self, state: transformers.TrainerState) -> None:
-        entries = state.log_history
-        self.report.record["log"] = [dict(entry) for entry in entries if "loss" in entry]
-        self.report.record["evaluations"] = [dict(entry) for entry in entries if "eval_loss" in entry]
+        """Take over what is new in the Trainer's log, which a resumed run starts with."""
+        for entry in state.log_history[self.recorded :]:
+            if "loss" in entry:
+                self.report.record["log"].append(dict(entry))
+            if "eval_loss" in entry:
+                self.report.record["evaluations"].append(dict(entry))
+        self.recorded = len(state.log_history)
 
     def _seconds_left(self, now: float, state: transformers.TrainerState, logs: dict[str, float]) -> float:
         remaining = state.max_steps - state.global_step

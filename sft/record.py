@@ -56,9 +56,18 @@ FIELDS = {
     "batch.steps_per_epoch": "optimizer steps of one pass over the data",
     "batch.steps": "optimizer steps of the run",
     "precision.*": "types of parameters, gradients, optimizer state, computation and export",
-    "attention.name?": "the kernel that ran",
-    "attention.reason?": "why it was chosen",
-    "packing.*?": "what was asked, what ran, fill and padding saved; `line` is the printed one",
+    "attention.name": "the kernel that ran",
+    "attention.reason": "why it was chosen",
+    "packing.per_device?": "as under `batch`; the whole section is absent in a padded run",
+    "packing.accumulation?": "as under `batch`",
+    "packing.max_length?": "--model_max_length, tokens",
+    "packing.max_tokens?": "tokens that a micro-batch may hold",
+    "packing.micro_batches?": "micro-batches of each rank in each optimizer step",
+    "packing.fullest?": "tokens of the largest micro-batch",
+    "packing.fill?": "tokens / (micro-batches x the largest one), 0 to 1, over the first epoch",
+    "packing.padding_saved?": "share of the padded run's positions that would be padding, 0 to 1, over the first epoch",
+    "packing.reason?": "why max_tokens is what it is",
+    "packing.line?": "all of it, as printed",
     "throughput.mfu_convention": "which FLOPs `mfu` counts; `mfu_6n` counts 6 N tokens + 12 layers heads head_dim len^2",
     "throughput.peak_tflops?": "the device's dense 16-bit peak, TFLOP/s, that MFU refers to; absent where it is unknown",
     "log[].step": "optimizer steps done",
@@ -162,7 +171,12 @@ class Report:
         self.record.setdefault(section, {}).update(values)
 
     def note_facts(
-        self, trainer: transformers.Trainer, template: str, batch: dict[str, int], precision: dict[str, str]
+        self,
+        trainer: transformers.Trainer,
+        template: str,
+        batch: dict[str, int],
+        precision: dict[str, str],
+        attention_reason: str,
     ) -> None:
         """Note what is settled before the first step: the data, the tokenizer, the model, the arithmetic, the types.
 
@@ -170,6 +184,7 @@ class Report:
             trainer: its datasets know their `rows.key()` and `counts`; its `meter` knows the peak and the convention.
             template: the text around the instruction.
             batch, precision: the sections of these names.
+            attention_reason: why the model's kernel was chosen.
         """
         model_args, data_args, model, tokenizer = (
             self.model_args,
@@ -200,6 +215,7 @@ class Report:
         )
         self.note("batch", **batch)
         self.note("precision", **precision)
+        self.note("attention", name=model.config._attn_implementation, reason=attention_reason)
         self.note("throughput", mfu_convention=trainer.meter.convention)
         if trainer.meter.peak_tflops is not None:
             self.note("throughput", peak_tflops=trainer.meter.peak_tflops)
