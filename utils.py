@@ -3,10 +3,8 @@
 CSV -> template -> tokens and labels -> dataset -> collator -> model -> trainer -> saved model
 """
 
-import math
 import os
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -22,7 +20,6 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -43,6 +40,7 @@ from sft import (
     fingerprint,
     lora,
     packing,
+    pretrained,
     safety,
 )
 from sft.arguments import (
@@ -62,6 +60,7 @@ from sft.loss import compile_loss, labelled_head, summed_loss
 from sft.packing import PackedBatchSampler, PackedCollator
 from sft.picture import draw
 from sft.preflight import check_deepspeed
+from sft.recipe import compute_dtype, describe_plan, export_dtype, plan, precision
 from sft.record import Report
 from sft.rehearsal import Rehearsal
 from sft.rows import header_problems, read_csv
@@ -269,36 +268,9 @@ def check_data(tokenizer, data_args: DataArguments, training_args: TrainingArgum
 
 
 def check_model(flags) -> list[str]:
-    """What is wrong with --model_name_or_path and the class to wrap, known from the config before weights load."""
-    name = flags.model_name_or_path
-    if not name:
-        return []
-    folder = Path(name)
-    if folder.exists() or name.startswith((".", "/", "~")):
-        if not (folder / "config.json").is_file():
-            return [f"{name}: no config.json there. --model_name_or_path takes a model's folder or a hub repository."]
-        if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
-            return [f"{name}: a config.json but no weights (model.safetensors). Download the model completely."]
-    try:
-        config = load_config(flags)
-    except (OSError, ValueError) as error:
-        return [f"{name}: its config cannot be loaded: {str(error).strip().splitlines()[0]}"]
-    wrap_classes = (flags.fsdp_config or {}).get("transformer_layer_cls_to_wrap", [])
-    with torch.device("meta"):
-        present = {type(module).__name__ for module in AutoModelForCausalLM.from_config(config).modules()}
-    return [
-        f"{name} has no layer of class {wrap_class}, which FSDP should wrap. "
-        f"Its decoder layer: {', '.join(sorted(c for c in present if 'Layer' in c))}."
-        for wrap_class in wrap_classes
-        if wrap_class not in present
-    ] + lora.target_problems(config, flags.lora_target_modules)
-
-
-def load_config(model_args):
-    """The model's config; a few kB, also from the hub."""
-    return AutoConfig.from_pretrained(
-        model_args.model_name_or_path, cache_dir=model_args.cache_dir, trust_remote_code=model_args.trust_remote_code
-    )
+    """What is wrong with the model and with what the flags would do to it, known from its config alone."""
+    problems, config = pretrained.check(flags)
+    return problems + (lora.target_problems(config, flags.lora_target_modules) if config else [])
 
 
 def load_model(
@@ -318,18 +290,8 @@ def load_model(
     )
     model.config.use_cache = False
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
-    make_generation_config_valid(model)
+    pretrained.make_generation_config_valid(model)
     return lora.add_adapters(model, model_args, training_args) if model_args.use_lora else model
-
-
-def make_generation_config_valid(model: PreTrainedModel) -> None:
-    """A generation config that names sampling settings without sampling is refused by save_pretrained: after training."""
-    try:
-        model.generation_config.validate(strict=True)
-    except ValueError as error:
-        model.generation_config.do_sample = True
-        model.generation_config.validate(strict=True)
-        say(f"generation_config: do_sample set to True, else it could not be saved ({str(error).splitlines()[0]})")
 
 
 def check_ids(tokenizer: PreTrainedTokenizerBase, data_module: dict, config) -> None:
@@ -453,7 +415,7 @@ class SupervisedTrainer(Trainer):
 def plan_micro_batches(trainer: SupervisedTrainer) -> PackedBatchSampler:
     """Decide what each micro-batch of the run holds and how it is computed, set the accumulation to match, and say all."""
     args, model = trainer.args, trainer.model
-    arithmetic, lengths = plan(args, trainer.train_dataset), trainer.train_dataset.lengths
+    arithmetic, lengths = plan(args, len(trainer.train_dataset)), trainer.train_dataset.lengths
     recipe = packing.recipe(args, lengths, **arithmetic)
     if not args.packing:
         return PackedBatchSampler(**recipe, max_tokens=0, padded=args.per_device_train_batch_size)
@@ -490,7 +452,7 @@ def choose_attention(model_args: ModelArguments, training_args: TrainingArgument
     """Set the kernel for packed rows, and say and return why this one. Padded batches have transformers' own choice."""
     if not training_args.packing:
         return "--attn_implementation" if model_args.attn_implementation else "transformers' choice for padded batches"
-    config, dtype = load_config(model_args), compute_dtype(training_args)
+    config, dtype = pretrained.load_config(model_args), compute_dtype(training_args)
     choice = attention.choose(config, training_args.device, dtype, model_args.attn_implementation)
     model_args.attn_implementation = choice.name
     say(choice)
@@ -516,57 +478,6 @@ def watch(trainer: SupervisedTrainer, report: Report) -> None:
     if args.early_stopping_patience:
         callbacks.append(EarlyStop(args.early_stopping_patience))
     replace_progress(trainer, *callbacks, ReportCallback(report), trainer.meter)
-
-
-def compute_dtype(training_args: TrainingArguments) -> torch.dtype:
-    return torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else torch.float32
-
-
-def export_dtype(training_args: TrainingArguments) -> torch.dtype:
-    """The type of the exported weights: --save_dtype, else the compute type."""
-    return getattr(torch, training_args.save_dtype) if training_args.save_dtype else compute_dtype(training_args)
-
-
-def plan(args: TrainingArguments, train_dataset: SupervisedDataset) -> dict[str, int]:
-    """The arithmetic of the run."""
-    step = args.world_size * args.per_device_train_batch_size * args.gradient_accumulation_steps
-    steps_per_epoch = math.ceil(len(train_dataset) / step)
-    return {
-        "ranks": args.world_size,
-        "per_device": args.per_device_train_batch_size,
-        "accumulation": args.gradient_accumulation_steps,
-        "examples_per_step": step,
-        "steps_per_epoch": steps_per_epoch,
-        "steps": args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch),
-    }
-
-
-def precision(model_args: ModelArguments, args: TrainingArguments) -> dict[str, str]:
-    """The number type of each part."""
-    names = {"weights": torch.float32, "gradients": torch.float32, "optimizer": torch.float32}
-    names |= {"compute": compute_dtype(args), "export": export_dtype(args)}
-    types = {part: str(dtype).removeprefix("torch.") for part, dtype in names.items()}
-    if model_args.use_lora:
-        types["frozen"] = "4 bits (nf4)" if model_args.load_in_4bit else types["compute"]
-    return types
-
-
-def describe_plan(model_args: ModelArguments, args: TrainingArguments, train_dataset: SupervisedDataset) -> str:
-    """The arithmetic of the run and its number types, in the lines that a user checks first."""
-    arithmetic, types = plan(args, train_dataset), precision(model_args, args)
-    device = "CPU process" if args.device.type == "cpu" else "GPU"
-    frozen = f"frozen weights in {types['frozen']}; trained additions: " if "frozen" in types else ""
-    many = "" if args.world_size == 1 else "s" if device == "GPU" else "es"
-    return "\n".join(
-        [
-            "{ranks} {device} x {per_device} per device x {accumulation} accumulation = {examples_per_step} examples per "
-            "optimizer step".format(device=device + many, **arithmetic),
-            f"{len(train_dataset):,} examples: {arithmetic['steps_per_epoch']:,} optimizer steps per epoch, "
-            f"{arithmetic['steps']:,} in this run",
-            f"precision: {frozen}{types['weights']} weights, gradients and optimizer state, {types['compute']} compute, "
-            f"exported as {types['export']}",
-        ]
-    )
 
 
 def prepare_saving(
@@ -617,22 +528,6 @@ def keep_other_ranks_quiet() -> None:
         transformers.utils.logging.disable_progress_bar()
 
 
-def start_deepspeed(training_args: TrainingArguments) -> None:
-    """Tell DeepSpeed about the ranks before the model loads: ZeRO-3 splits the weights while they are read.
-
-    Accelerate does this on a GPU. On the CPU it starts torch.distributed alone (1.15, state.py), and DeepSpeed would
-    believe in a world of one.
-    """
-    if not training_args.deepspeed:
-        return
-    # deepspeed 0.19.8 on torch 2.13: hundreds of lines about the new names of two collectives
-    warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)
-    if training_args.device.type == "cpu":
-        import deepspeed
-
-        deepspeed.init_distributed(dist_backend="gloo")
-
-
 def end_together(trainer: SupervisedTrainer) -> None:
     """A rank that leaves while another still merges or writes aborts now and then (gloo's threads, torch 2.13)."""
     trainer.accelerator.wait_for_everyone()
@@ -660,16 +555,16 @@ def train(load_tokenizer: LoadTokenizer, argv: list[str] | None = None) -> Super
     with all_ranks_or_none():
         tokenizer = load_tokenizer(model_args, training_args)
     if data_args.check_data:
-        raise SystemExit(check_data(tokenizer, data_args, training_args, load_config(model_args).vocab_size))
+        raise SystemExit(check_data(tokenizer, data_args, training_args, pretrained.load_config(model_args).vocab_size))
     with report.phase("data"), all_ranks_or_none():
         data_module = make_supervised_data_module(tokenizer, data_args, training_args)
-        check_ids(tokenizer, data_module, load_config(model_args))
+        check_ids(tokenizer, data_module, pretrained.load_config(model_args))
     resume = checkpoints.choose(training_args)
-    say(describe_plan(model_args, training_args, data_module["train_dataset"]))
+    say(describe_plan(model_args, training_args, len(data_module["train_dataset"])))
     attention_reason = choose_attention(model_args, training_args)
     set_seed(training_args.seed)
     with report.phase("load"):
-        start_deepspeed(training_args)
+        pretrained.start_deepspeed(training_args)
         model = load_model(model_args, training_args, tokenizer)
     trainer = SupervisedTrainer(model=model, args=training_args, processing_class=tokenizer, **data_module)
     watch(trainer, report)
@@ -677,7 +572,7 @@ def train(load_tokenizer: LoadTokenizer, argv: list[str] | None = None) -> Super
     report.note_facts(
         trainer,
         template=load_template(data_args.prompt_template),
-        batch=plan(training_args, data_module["train_dataset"]),
+        batch=plan(training_args, len(data_module["train_dataset"])),
         precision=precision(model_args, training_args),
         attention_reason=attention_reason,
     )

@@ -1,0 +1,70 @@
+"""The pretrained model around the loading of its weights: its config, what must be ready before, what is mended after."""
+
+import warnings
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from sft.arguments import TrainingArguments, say
+
+
+def check(flags) -> tuple[list[str], PreTrainedConfig | None]:
+    """What is wrong with --model_name_or_path and the class to wrap, and the config from which that is known."""
+    name = flags.model_name_or_path
+    if not name:
+        return [], None
+    folder = Path(name)
+    if folder.exists() or name.startswith((".", "/", "~")):
+        if not (folder / "config.json").is_file():
+            here = f"{name}: no config.json there. --model_name_or_path takes a model's folder or a hub repository."
+            return [here], None
+        if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
+            return [f"{name}: a config.json but no weights (model.safetensors). Download the model completely."], None
+    try:
+        config = load_config(flags)
+    except (OSError, ValueError) as error:
+        return [f"{name}: its config cannot be loaded: {str(error).strip().splitlines()[0]}"], None
+    wrap_classes = (flags.fsdp_config or {}).get("transformer_layer_cls_to_wrap", [])
+    with torch.device("meta"):
+        present = {type(module).__name__ for module in AutoModelForCausalLM.from_config(config).modules()}
+    problems = [
+        f"{name} has no layer of class {wrap_class}, which FSDP should wrap. "
+        f"Its decoder layer: {', '.join(sorted(c for c in present if 'Layer' in c))}."
+        for wrap_class in wrap_classes
+        if wrap_class not in present
+    ]
+    return problems, config
+
+
+def load_config(model_args):
+    """The model's config; a few kB, also from the hub."""
+    return AutoConfig.from_pretrained(
+        model_args.model_name_or_path, cache_dir=model_args.cache_dir, trust_remote_code=model_args.trust_remote_code
+    )
+
+
+def start_deepspeed(training_args: TrainingArguments) -> None:
+    """Tell DeepSpeed about the ranks before the model loads: ZeRO-3 splits the weights while they are read.
+
+    Accelerate does this on a GPU. On the CPU it starts torch.distributed alone (1.15, state.py), and DeepSpeed would
+    believe in a world of one.
+    """
+    if not training_args.deepspeed:
+        return
+    # deepspeed 0.19.8 on torch 2.13: hundreds of lines about the new names of two collectives
+    warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)
+    if training_args.device.type == "cpu":
+        import deepspeed
+
+        deepspeed.init_distributed(dist_backend="gloo")
+
+
+def make_generation_config_valid(model: PreTrainedModel) -> None:
+    """A generation config that names sampling settings without sampling is refused by save_pretrained: after training."""
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError as error:
+        model.generation_config.do_sample = True
+        model.generation_config.validate(strict=True)
+        say(f"generation_config: do_sample set to True, else it could not be saved ({str(error).splitlines()[0]})")
