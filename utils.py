@@ -39,6 +39,7 @@ from sft import (
     export,
     fingerprint,
     lora,
+    memory,
     packing,
     pretrained,
     safety,
@@ -318,6 +319,7 @@ class SupervisedTrainer(Trainer):
     report: Report
     stops: Stops  # set by `prepare_saving`, like the fingerprint
     fingerprint: dict[str, str]
+    memory_plan: memory.Plan | None = None
     packing_plan: packing.Plan | None = None
     sampler: PackedBatchSampler | None = None
     before_writing: Callable[[dict], dict] | None = None  # sees, and may change, the weights about to be written
@@ -419,7 +421,8 @@ def plan_micro_batches(trainer: SupervisedTrainer) -> PackedBatchSampler:
     recipe = packing.recipe(args, lengths, **arithmetic)
     if not args.packing:
         return PackedBatchSampler(**recipe, max_tokens=0, padded=args.per_device_train_batch_size)
-    compiled = compiling.choose(args, model, arithmetic["steps"] * arithmetic["examples_per_step"] * lengths.mean())
+    run_tokens = arithmetic["steps"] * arithmetic["examples_per_step"] * lengths.mean()
+    compiled = compiling.choose(args, model.num_parameters(), getattr(model, "is_quantized", False), run_tokens)
     say(compiled)
     compiling.prepare(model, args.device, compiled)
     if compiled.on:
@@ -434,7 +437,8 @@ def plan_micro_batches(trainer: SupervisedTrainer) -> PackedBatchSampler:
         probe.zero_grad(set_to_none=True)
 
     prepare = partial(compiling.prepare, device=args.device, choice=compiled)
-    tokens = budget.choose(model, args, packing.largest_step(recipe), prepare, trial, compute_dtype(args))
+    beside = trainer.memory_plan and trainer.memory_plan.not_for_activations
+    tokens = budget.choose(model, args, packing.largest_step(recipe), prepare, trial, beside)
     sampler = packing.within(recipe, tokens.tokens)
     trainer.packing_plan = packing.describe(
         sampler,
@@ -457,6 +461,18 @@ def choose_attention(model_args: ModelArguments, training_args: TrainingArgument
     model_args.attn_implementation = choice.name
     say(choice)
     return choice.reason
+
+
+def plan_memory(model_args: ModelArguments, args: TrainingArguments, lengths: np.ndarray) -> memory.Plan | None:
+    """Say what the run will hold on each GPU and in the host, before a weight is loaded."""
+    shape = memory.Shape.of(pretrained.load_config(model_args), model_args.lora_target_modules)
+    step_tokens, compiled = None, False
+    if args.packing and shape is not None:
+        arithmetic = plan(args, len(lengths))
+        step_tokens = packing.largest_step(packing.recipe(args, lengths, **arithmetic))
+        run_tokens = arithmetic["steps"] * arithmetic["examples_per_step"] * lengths.mean()
+        compiled = compiling.choose(args, shape.parameters, model_args.load_in_4bit, run_tokens).on
+    return memory.plan(model_args, args, shape, step_tokens, compiled)
 
 
 def watch(trainer: SupervisedTrainer, report: Report) -> None:
@@ -499,7 +515,7 @@ def prepare_saving(
 def export_model(trainer: SupervisedTrainer, model_args: ModelArguments, data_args: DataArguments) -> list[str]:
     """Write the tuned model, its tokenizer and its prompt template for plain transformers; return what was proved of them."""
     args, proved = trainer.args, []
-    with trainer.report.phase("save"):
+    with trainer.report.phase("save"), memory.full_is_a_sentence(trainer.memory_plan):
         exporter = export.Exporter(trainer, model_args, export_dtype(args))
         if model_args.use_lora:
             saved = lora.save(trainer, model_args, export_dtype(args))
@@ -539,6 +555,7 @@ def train(load_tokenizer: LoadTokenizer, argv: list[str] | None = None) -> Super
     model_args, data_args, training_args = parse(
         argv,
         checks=(
+            memory.stop_after_plan,
             data_problems,
             check_model,
             checkpoints.problems,
@@ -562,11 +579,14 @@ def train(load_tokenizer: LoadTokenizer, argv: list[str] | None = None) -> Super
     resume = checkpoints.choose(training_args)
     say(describe_plan(model_args, training_args, len(data_module["train_dataset"])))
     attention_reason = choose_attention(model_args, training_args)
+    memory_plan = plan_memory(model_args, training_args, data_module["train_dataset"].lengths)
+    full = partial(memory.full_is_a_sentence, memory_plan)
     set_seed(training_args.seed)
-    with report.phase("load"):
+    with report.phase("load"), full():
         pretrained.start_deepspeed(training_args)
         model = load_model(model_args, training_args, tokenizer)
-    trainer = SupervisedTrainer(model=model, args=training_args, processing_class=tokenizer, **data_module)
+        trainer = SupervisedTrainer(model=model, args=training_args, processing_class=tokenizer, **data_module)
+    trainer.memory_plan = memory_plan
     watch(trainer, report)
     prepare_saving(trainer, model_args, data_args, resume)
     report.note_facts(
@@ -576,7 +596,9 @@ def train(load_tokenizer: LoadTokenizer, argv: list[str] | None = None) -> Super
         precision=precision(model_args, training_args),
         attention_reason=attention_reason,
     )
-    with report.phase("train"), safety.safe_loads(resume, trainer.is_deepspeed_enabled):
+    if memory_plan:
+        report.note("memory_plan", **memory_plan.record())
+    with report.phase("train"), full(), safety.safe_loads(resume, trainer.is_deepspeed_enabled):
         trainer.train(resume_from_checkpoint=resume)
     if trainer.packing_plan:
         report.note("packing", **asdict(trainer.packing_plan), line=str(trainer.packing_plan))

@@ -502,13 +502,15 @@ def parse(
     known = parser()
     flags, unknown = known.parse_known_args(argv)
     problems += unknown_flags(known, unknown)
-    if not flags.use_cpu and not torch.accelerator.is_available():
+    if not flags.use_cpu and not torch.accelerator.is_available() and not flags.plan_only:
         flags.use_cpu = True
         notices.append("no GPU was found: this run is on the CPU")
     if flags.use_cpu:  # where it is installed, accelerate imports DeepSpeed, which (0.19.8) warns that it found no GPU
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     problems += _read_fsdp_config(flags)
     problems += _contradictions(flags)
+    if problems and flags.plan_only:
+        raise UserError(problems)
     for check in checks:
         problems += check(flags)
     if problems:
@@ -576,8 +578,10 @@ def _contradictions(flags) -> list[str]:
             ("data_path", "the CSV file to train on"),
             ("output_dir", "the folder for the tuned model"),
         )
-        if not getattr(flags, name)
+        if not getattr(flags, name) and (name == "model_name_or_path" or not flags.plan_only)
     ]
+    if not flags.plan_only and (flags.plan_gpu_gib or flags.plan_world_size):
+        problems.append("--plan_gpu_gib and --plan_world_size plan for another machine. Add --plan_only True.")
     if flags.fsdp and flags.deepspeed:
         problems.append("--fsdp and --deepspeed both shard the model. Choose one.")
     if flags.bf16 and flags.fp16:

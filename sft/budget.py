@@ -9,9 +9,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-GIB = 2**30
 LARGEST = 65_536  # tokens; the GPU is full far below, and tokens x feed-forward width stays within 32-bit indices
-SPARE = 0.08  # of the card: fragments of a cache whose pieces differ in size from step to step, communication buffers
 PROBES = (4_096, 8_192)  # tokens; long enough that the loss already works on whole chunks
 
 
@@ -22,52 +20,26 @@ class Budget(NamedTuple):
     reason: str
 
 
-class Engine(NamedTuple):
-    """What a rank will hold beside activations, in bytes for each parameter of the whole model (each trained one, for the last two)."""
-
-    weights: float  # still to be put on the card
-    compute_copy: float  # 16-bit weights that autocast keeps for the backward pass, or that are gathered
-    gradients: float
-    optimizer: float
-
-
-def engine(args: transformers.TrainingArguments, half: bool) -> Engine:
-    """The bytes per parameter under plain or distributed data parallel, FSDP2 and ZeRO, with AdamW's two float32 moments."""
-    ranks = args.world_size
-    if args.deepspeed:
-        config = args.hf_deepspeed_config
-        stage = config.get_value("zero_optimization.stage", 0)
-        here = 0 if config.is_offload() else 1
-        sharded = [1 / ranks if stage >= least else 1.0 for least in (1, 2, 3)]
-        # ZeRO holds 16-bit weights and gradients, and a float32 copy of the weights with the moments.
-        return Engine(2 * sharded[2], 0.0, 2 * sharded[1] * here + 2 * (1 - here) * sharded[1], 12 * sharded[0] * here)
-    if args.fsdp:
-        offload = bool((args.fsdp_config or {}).get("cpu_offload"))
-        kept = 0.0 if (args.fsdp_config or {}).get("reshard_after_forward", True) else 2.0
-        return Engine(0.0 if offload else 4 / ranks, kept, 0.0 if offload else 4 / ranks, 0.0 if offload else 8 / ranks)
-    buckets = 4.0 if ranks > 1 else 0.0  # DDP reduces gradients in buffers of its own
-    return Engine(0.0, 2.0 if half else 0.0, 4.0 + buckets, 8.0)
-
-
 def choose(
     model: PreTrainedModel,
     args: Any,
     largest_step: int,
     prepare: Callable[[PreTrainedModel], None],
     trial: Callable[[PreTrainedModel, int], None],
-    dtype: torch.dtype,
+    not_for_activations: float | None,
 ) -> Budget:
     """The budget that --tokens_per_micro_batch asks for. Every rank gets the smallest rank's answer.
 
-    Under `auto` activations are measured, with forward and backward passes of one layer and of two on two numbers of tokens; gradients
-    and optimizer state, which do not exist yet, are counted. The answer is never below the padded run's micro-batch, which must fit anyway.
+    Under `auto` activations are measured, with forward and backward passes of one layer and of two on two numbers of tokens; the rest,
+    most of which does not exist yet, is counted by the memory plan. The answer is never below the padded run's micro-batch, which must fit
+    anyway.
 
     Args:
         args: the run's TrainingArguments.
         largest_step: tokens of one rank in the fullest step.
         prepare: makes a model compute as the real one does (compiled layers).
         trial: (model, tokens) -> runs forward and backward on one packed row, as training will.
-        dtype: the compute type.
+        not_for_activations: bytes of PyTorch's share of the card that the rest takes, or that stay free; None where there is no plan.
     """
     if args.tokens_per_micro_batch != "auto":
         return Budget(int(args.tokens_per_micro_batch), "--tokens_per_micro_batch")
@@ -77,23 +49,14 @@ def choose(
     ceiling = min(largest_step, LARGEST)
     if ceiling <= floor:
         return Budget(floor, "per device x --model_max_length, more than any step has")
-    half = dtype != torch.float32
-    holds = engine(args, half)
-    parameters = sum(weight.numel() or getattr(weight, "ds_numel", 0) for weight in model.parameters())
-    trained = sum(
-        weight.numel() or getattr(weight, "ds_numel", 0) for weight in model.parameters() if weight.requires_grad
-    )
+    if not_for_activations is None:
+        return Budget(floor, "per device x --model_max_length; without a memory plan it does not grow")
     fixed, per_layer = activation_bytes(model, args, prepare, trial)
     if per_layer <= 0:
         return Budget(floor, "per device x --model_max_length; the model's activations could not be measured")
     per_token = fixed + per_layer * model.config.num_hidden_layers
-    free, card = torch.cuda.mem_get_info(device)
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    to_come = (holds.weights + holds.compute_copy) * parameters + (holds.gradients + holds.optimizer) * trained
-    head = (
-        12 * model.config.vocab_size * model.config.hidden_size + 2 * GIB
-    )  # its float32 gradient, scaled, cast; a chunk of logits
-    room = max(0, int((free - SPARE * card - to_come - head) / per_token))
+    share = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    room = max(0, int((share - not_for_activations) / per_token))
     if args.world_size > 1:
         smallest = torch.tensor(room, device=device)
         torch.distributed.all_reduce(smallest, torch.distributed.ReduceOp.MIN)

@@ -19,24 +19,26 @@ class Choice(NamedTuple):
         return f"compiled layers: {'on' if self.on else 'off'} ({self.reason})"
 
 
-def choose(args: Any, model: PreTrainedModel, tokens: float) -> Choice:
+def choose(args: Any, parameters: int, quantized: bool, tokens: float) -> Choice:
     """Decide whether compiling pays.
 
     Args:
         args: the run's TrainingArguments.
+        parameters: of the model.
+        quantized: it has 4-bit weights.
         tokens: that all ranks together train on in the whole run.
     """
     if args.compile_layers != "auto":
         return Choice(args.compile_layers == "True", "--compile_layers")
     if args.device.type != "cuda":
         return Choice(False, f"on a {args.device.type} the gain does not pay for the compiler")
-    if getattr(model, "is_quantized", False):
+    if quantized:
         return Choice(False, "4-bit weights")
     if args.deepspeed and args.hf_deepspeed_config.is_zero3():
         return Choice(False, "ZeRO-3 gathers weights inside the layers")
     if args.torch_compile:
         return Choice(False, "--torch_compile compiles the whole model")
-    seconds = 6 * model.num_parameters() * tokens / (args.world_size * FLOPS_PER_S)
+    seconds = 6 * parameters * tokens / (args.world_size * FLOPS_PER_S)
     if seconds < WORTH_SECONDS:
         return Choice(False, f"about {seconds:.0f} s of work, and the compiler takes 40")
     return Choice(True, "the first step takes about 40 s longer, the others about a third less")

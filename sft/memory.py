@@ -1,0 +1,624 @@
+"""The memory plan: what a run will hold on each GPU and in the host, from the model's config and the flags alone.
+
+    python llama_training.py --model_name_or_path openlm-research/open_llama_7b --bf16 True \\
+        --fsdp "full_shard auto_wrap" --plan_only True --plan_gpu_gib 80 --plan_world_size 4
+
+Nothing is loaded: the model is built on the meta device, its parameters are counted, and the bytes that each part of a run
+costs are added up. How far the sums are from measured peaks stands in benchmarks/results/.
+"""
+
+import contextlib
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import psutil
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from sft.arguments import rank, say, world_size
+
+GIB = 2**30
+OUTSIDE = 0.8 * GIB  # of the card: driver, kernels and cuBLAS, which PyTorch's allocator does not see
+FRAGMENTS = 0.04  # of the card: pieces of the allocator's cache that no tensor fits into
+SPARE = 0.08  # of the card: what `auto` leaves free, for pieces that differ in size from step to step
+HOST_LIBRARIES = (
+    3.0 * GIB
+)  # host memory of one process before any weight: Python, PyTorch, the CUDA libraries and driver
+LOSS_CHUNK = 2**27  # logits that exist at a time: sft/loss.py, CHUNK_BYTES / 4
+LARGEST_BUDGET = 65_536  # tokens of a micro-batch to which `auto` grows at most (sft/budget.py)
+ZERO3_LIVE = 10**9  # parameters: DeepSpeed's stage3_max_live_parameters
+
+
+# ------------------------------------------------------------------------------------------------- what decides it
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a model: parameter counts, and the widths that decide its activations."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    head_dim: int
+    query: int  # heads x head_dim
+    key: int  # key heads x head_dim
+    vocabulary: int
+    parameters: int
+    in_layers: int  # parameters of all decoder layers
+    linear: int  # parameters of the linear layers in them
+    embedding: int
+    head: int  # 0 when the output layer shares the embedding's weights
+    adapters: int  # parameters that LoRA adds at rank 1
+    largest_linear: int
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig, targets: list[str] | None = None) -> "Shape | None":
+        """Build the model without memory and measure it; None for an architecture without LLaMA's names.
+
+        Args:
+            targets: --lora_target_modules; None or ["all-linear"] are all linear layers but the head.
+        """
+        names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers")
+        if not all(isinstance(getattr(config, name, None), int) for name in names):
+            return None
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        parameters = dict(model.named_parameters())  # tied tensors count once
+        embedding = model.get_input_embeddings().weight
+        output = model.get_output_embeddings().weight
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        key_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        linear = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m.weight is not output}
+        if targets not in (None, ["all-linear"]):
+            adapted = [m for n, m in linear.items() if n in targets or n.rsplit(".", 1)[-1] in targets]
+        else:
+            adapted = list(linear.values())
+        whole = sum(p.numel() for p in parameters.values())
+        head = 0 if output is embedding else output.numel()
+        return cls(
+            layers=config.num_hidden_layers,
+            hidden=config.hidden_size,
+            intermediate=config.intermediate_size,
+            head_dim=head_dim,
+            query=config.num_attention_heads * head_dim,
+            key=key_heads * head_dim,
+            vocabulary=config.vocab_size,
+            parameters=whole,
+            in_layers=whole - embedding.numel() - head - config.hidden_size,
+            linear=sum(m.weight.numel() for m in linear.values()),
+            embedding=embedding.numel(),
+            head=head,
+            adapters=sum(m.in_features + m.out_features for m in adapted),
+            largest_linear=max((m.weight.numel() for m in linear.values()), default=0),
+        )
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a run's flags say about memory."""
+
+    ranks: int
+    ranks_per_machine: int
+    floor_tokens: int  # per device x --model_max_length: what the padded run's micro-batch may hold
+    longest: int  # --model_max_length
+    step_tokens: int  # of the fullest optimizer step, on one rank
+    tokens_asked: int | None  # --tokens_per_micro_batch; None for auto
+    packing: bool
+    half: bool  # bf16 or fp16 compute
+    optimizer: str
+    checkpointing: bool = False
+    compiled: bool = False  # decoder layers go through torch.compile
+    engine: str = "ddp"  # ddp (also one process alone), fsdp, zero
+    stage: int = 0  # of ZeRO
+    offload_optimizer: bool = False
+    offload_weights: bool = False
+    pinned: bool = False  # offloaded parts lie in page-locked memory
+    one_loader: bool = True  # FSDP: rank 0 alone reads the weights
+    lora_rank: int = 0
+    lora_dropout: bool = False
+    four_bit: bool = False
+    cuda: bool = True
+
+    @classmethod
+    def of(cls, model_args: Any, flags: Any, step_tokens: int | None = None, compiled: bool = False) -> "Setting":
+        """Read the flags.
+
+        Args:
+            model_args, flags: objects with the fields of ModelArguments and of TrainingArguments, parsed or built.
+            step_tokens: of the fullest optimizer step on one rank; None assumes that every example is as long as can be.
+            compiled: the decoder layers will be compiled.
+        """
+        ranks = flags.plan_world_size or world_size()
+        zero = _zero_block(flags.deepspeed)
+        fsdp = (flags.fsdp_config or {}) if flags.fsdp else {}
+        cuda = flags.plan_gpu_gib is not None or (torch.cuda.is_available() and not flags.use_cpu)
+        stage = zero.get("stage", 0)
+        optimizer, weights = (zero.get(key) or {} for key in ("offload_optimizer", "offload_param"))
+        offload = bool(fsdp.get("cpu_offload"))
+        floor = flags.per_device_train_batch_size * flags.model_max_length
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return cls(
+            ranks=ranks,
+            ranks_per_machine=min(ranks, 8 if flags.plan_world_size else here),
+            floor_tokens=floor,
+            longest=flags.model_max_length,
+            step_tokens=step_tokens or floor * flags.gradient_accumulation_steps,
+            tokens_asked=None if flags.tokens_per_micro_batch == "auto" else int(flags.tokens_per_micro_batch),
+            packing=flags.packing,
+            half=bool(flags.bf16 or flags.fp16),
+            optimizer=getattr(flags.optim, "value", flags.optim),
+            checkpointing=bool(flags.gradient_checkpointing or fsdp.get("activation_checkpointing")),
+            compiled=compiled or flags.compile_layers == "True",
+            engine="zero" if stage else "fsdp" if flags.fsdp and cuda else "ddp",
+            stage=stage,
+            offload_optimizer=optimizer.get("device", "none") != "none" or offload,
+            offload_weights=(stage == 3 and weights.get("device", "none") != "none") or offload,
+            pinned=bool(optimizer.get("pin_memory")),
+            one_loader=bool(fsdp.get("cpu_ram_efficient_loading", True)),
+            lora_rank=(model_args.lora_r or 16) if model_args.use_lora else 0,
+            lora_dropout=model_args.lora_dropout is None or model_args.lora_dropout > 0,
+            four_bit=model_args.load_in_4bit,
+            cuda=cuda,
+        )
+
+
+def _zero_block(deepspeed: str | dict | None) -> dict:
+    if not deepspeed:
+        return {}
+    if isinstance(deepspeed, str):
+        deepspeed = json.loads(Path(deepspeed).read_text(encoding="utf-8-sig"))
+    return deepspeed.get("zero_optimization", {})
+
+
+# ------------------------------------------------------------------------------------------------------ the bytes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes of each part at the peak, on one GPU and in one machine's host memory, and what there is."""
+
+    shape: Shape
+    setting: Setting
+    tokens: int  # of the largest micro-batch
+    token_bytes: float  # what one more token in it costs
+    beside: float  # what the GPU holds at the end of a forward pass beside activations
+    gpu: dict[str, float]  # parts that exist together at the peak
+    host: dict[str, float]
+    gpu_there: float
+    host_there: float
+
+    @property
+    def gpu_peak(self) -> float:
+        return sum(self.gpu.values())
+
+    @property
+    def host_peak(self) -> float:
+        return sum(self.host.values())
+
+    @property
+    def gpu_usable(self) -> float:
+        return self.gpu_there * (1 - FRAGMENTS) - OUTSIDE if self.setting.cuda else 0.0
+
+    @property
+    def not_for_activations(self) -> float:
+        """Bytes of PyTorch's share of the card that activations cannot have under `--tokens_per_micro_batch auto`."""
+        return self.beside + SPARE * self.gpu_there
+
+    @property
+    def fits(self) -> bool:
+        return self.gpu_peak <= self.gpu_usable and self.host_peak <= self.host_there
+
+    def record(self) -> dict[str, Any]:
+        """The plan for run_report.json, GiB."""
+        return {
+            "tokens_per_micro_batch": self.tokens,
+            "gpu_peak_gib": self.gpu_peak / GIB,
+            "host_peak_gib": self.host_peak / GIB,
+            "gpu_gib": {part: size / GIB for part, size in self.gpu.items()},
+            "host_gib": {part: size / GIB for part, size in self.host.items()},
+            "fits": self.fits,
+        }
+
+    def __str__(self) -> str:
+        return "\n".join([*self.table(), f"  {self.verdict()}"])
+
+    def table(self) -> list[str]:
+        """The lines above the verdict."""
+        s = self.setting
+        whole = "a whole step in one" if not accumulates(s, self.tokens) else "several in a step"
+        how = {"ddp": "every GPU holds the whole model" if s.ranks > 1 else "one process", "fsdp": "FSDP"}
+        engine = how.get(s.engine, f"ZeRO stage {s.stage}") + (", offloaded to the host" if s.offload_optimizer else "")
+        gpu = (f"{s.ranks} x {self.gpu_there / GIB:.1f} GiB GPU" if s.cuda else f"{s.ranks} on the CPU") + f", {engine}"
+        lines = [
+            f"memory plan: {self.shape.parameters / 1e9:.2f} B parameters, {gpu}",
+            f"  micro-batches of up to {self.tokens:,} tokens ({whole}), {self.token_bytes / 2**20:.2f} MiB for each token",
+        ]
+        if s.cuda:
+            lines.append(f"  GPU  {_parts(self.gpu, self.gpu_usable)}")
+        return [*lines, f"  host {_parts(self.host, self.host_there)}"]
+
+    def verdict(self) -> str:
+        """That it fits and what is left, or the cheapest change that makes it fit."""
+        if self.fits:
+            room = (self.gpu_usable - self.gpu_peak) if self.setting.cuda else (self.host_there - self.host_peak)
+            return f"it fits, with {room / GIB:.1f} GiB left on the {'GPU' if self.setting.cuda else 'host'}"
+        for flags, plan in next_rungs(self):
+            if plan.fits:
+                return f"it does not fit. The cheapest change that does: {flags} ({plan.gpu_peak / GIB:.1f} GiB on the GPU)"
+        return "it does not fit, and no change known here makes it: it takes more GPUs, or a smaller model"
+
+
+def _parts(parts: dict[str, float], usable: float) -> str:
+    total = sum(parts.values())
+    shown = ", ".join(f"{part} {size / GIB:.1f}" for part, size in parts.items() if size >= 0.05 * GIB)
+    there = f" of {usable / GIB:.1f} GiB usable" if math.isfinite(usable) else " GiB for each machine"
+    return f"{total / GIB:.1f}{there}: {shown}"
+
+
+def accumulates(setting: Setting, tokens: int) -> bool:
+    """Whether a step takes more than one micro-batch."""
+    return setting.step_tokens > tokens
+
+
+def activation_bytes(shape: Shape, setting: Setting) -> tuple[float, float]:
+    """Bytes that one token leaves for backward in one decoder layer, and in one that is recomputed.
+
+    tests/test_memory.py counts them on the layers of transformers with `torch.autograd.graph.saved_tensors_hooks`:
+
+        autocast, float32 weights   22 H + 8 I + 4 Q + 4 K   every cast of a norm's output is a copy of its own
+        16-bit weights (FSDP, ZeRO) 16 H + 8 I + 4 Q + 4 K
+        compiled                     8 H + 6 I + 4 Q + 4 K   norms, rotary embedding and SwiGLU are recomputed
+        frozen 16-bit, with LoRA    18 H + 8 I + 6 Q + 4 K   no input is kept for a frozen weight, but one for each addition,
+                                   + 5 H + 1 I + 1 Q         and its dropout's mask
+        float32                     24 H + 16 I + 8 Q + 8 K
+
+    with H hidden, I intermediate, Q all heads, K key heads.
+    """
+    hidden, intermediate, query, key = shape.hidden, shape.intermediate, shape.query, shape.key
+    wide = 2 if setting.half else 4
+    if not setting.half:
+        kept = 24 * hidden + 16 * intermediate + 8 * query + 8 * key
+    elif setting.lora_rank:
+        kept = 18 * hidden + 8 * intermediate + 6 * query + 4 * key
+        kept += (5 * hidden + intermediate + query) * setting.lora_dropout
+    elif setting.compiled:
+        kept = 8 * hidden + 6 * intermediate + 4 * query + 4 * key
+    else:
+        kept = (22 if setting.engine == "ddp" else 16) * hidden + 8 * intermediate + 4 * query + 4 * key
+    missing = -shape.head_dim % 8  # sft/attention.py pads such heads: copies of all four, and the unpadded output
+    if missing and setting.cuda and setting.half:
+        kept += (4 * query + 4 * key) * missing / shape.head_dim + 2 * query
+    return kept, wide * hidden
+
+
+def make(shape: Shape, setting: Setting, gpu_there: float, host_there: float) -> Plan:
+    """Add up a run, at the number of tokens that its micro-batches will have.
+
+    `auto` grows from the padded run's number as far as the GPU has room; what is asked for is taken as it is.
+    """
+    s = setting
+    least = min(s.floor_tokens, s.step_tokens)
+    if not s.packing:
+        return _add_up(shape, s, s.floor_tokens, gpu_there, host_there)
+    if s.tokens_asked is not None or not s.cuda:
+        return _add_up(shape, s, min(s.tokens_asked or least, s.step_tokens), gpu_there, host_there)
+    limit, most = gpu_there * (1 - SPARE) - OUTSIDE, max(least, min(s.step_tokens, LARGEST_BUDGET))
+    whole = _add_up(shape, s, most, gpu_there, host_there)
+    if (
+        whole.gpu_peak <= limit
+    ):  # also where fewer would not fit: one micro-batch in a step needs no gradients beside activations
+        return whole
+    fitting, too_many = least, most
+    while too_many - fitting > 1:  # bisection
+        tokens = (fitting + too_many) // 2
+        peak = _add_up(shape, s, tokens, gpu_there, host_there).gpu_peak
+        fitting, too_many = (tokens, too_many) if peak <= limit else (fitting, tokens)
+    return _add_up(shape, s, fitting, gpu_there, host_there)
+
+
+def _add_up(shape: Shape, setting: Setting, tokens: int, gpu_there: float, host_there: float) -> Plan:
+    """The parts at the peak. It lies at the end of a forward pass (all activations, the loss's chunk of logits) or at the end
+    of a backward pass (all gradients); the larger is taken. On the CPU all of it lies in host memory.
+    """
+    s, ranks = setting, setting.ranks
+    trained = shape.adapters * s.lora_rank if s.lora_rank else shape.parameters
+    frozen = shape.parameters if s.lora_rank else 0
+    compute = 2 if s.half else 4
+    many = accumulates(s, tokens)
+    layer, head_weights = shape.in_layers / shape.layers, shape.vocabulary * shape.hidden
+    sharded = ranks if s.engine != "ddp" else 1
+
+    # Weights: float32 where they are trained; under ZeRO in the compute type, with a float32 copy beside the optimizer.
+    if s.four_bit:  # nf4 in blocks of 64 with a scale of 8 bits each, and one of 32 for 256 of these
+        frozen_bytes = (0.5 + 1 / 64 + 4 / (64 * 256)) * shape.linear + compute * (frozen - shape.linear)
+        unpacked = compute * shape.largest_linear
+    else:
+        frozen_bytes, unpacked = compute * frozen, 0
+    if s.engine == "zero":
+        weights = (frozen_bytes + compute * trained) / (ranks if s.stage == 3 else 1)
+    else:
+        weights = (frozen_bytes + 4 * trained) / sharded
+    # Autocast keeps a copy of each linear weight until its layer's backward pass, or with recomputation until the forward pass ends.
+    copies = compute * shape.linear if s.engine == "ddp" and s.half and not s.lora_rank else 0
+    gathered = unpacked
+    if s.engine == "fsdp" and ranks >= 1:  # the layer at work and the next one, each with the buffer it arrives in
+        gathered += compute * (4 * layer + head_weights)
+    if s.stage == 3:
+        gathered += compute * min(shape.parameters, ZERO3_LIVE)
+
+    # Gradients, at the end of the forward pass and of the backward pass.
+    full, buckets = 4 * trained / sharded, 0.0
+    before, after = (full if many else 0.0), full
+    if s.engine == "ddp" and ranks > 1:
+        buckets = 4 * trained  # DDP reduces in buffers of its own
+    elif s.engine == "fsdp":
+        before = compute * trained if many else 0.0  # kept whole, in the compute type, until the last micro-batch
+        buckets = 4 * compute * layer if not s.lora_rank else 0.0
+    elif s.engine == "zero":
+        buckets = 4 * compute * max(shape.hidden**2, head_weights) if not s.lora_rank else 0.0
+        if s.stage == 1:
+            after = compute * trained
+            before = after if many else 0.0
+        if s.offload_optimizer:
+            before = after = 0.0
+    optimizer = optimizer_bytes(s.optimizer, trained, 0 if s.lora_rank else shape.embedding) / sharded
+    if s.engine == "zero" and s.half:
+        optimizer += 4 * trained / ranks
+
+    # Activations, and the gradients of one layer's while its backward pass runs.
+    kept, recomputed = activation_bytes(shape, s)
+    work = (6 * shape.intermediate + 12 * shape.hidden) * compute / 2
+    ends = 8 * compute * shape.hidden  # embedding, final norm, the trained positions and their gradient
+    per_token = shape.layers * (recomputed if s.checkpointing else kept) + ends + (kept if s.checkpointing else 0)
+    activations = per_token * tokens
+
+    # Head: its gradient (taken in forward, scaled in backward), its cast; the chunk of logits is gone when backward begins.
+    trained_head = 0 if s.lora_rank else 4 * head_weights
+    if s.packing:
+        chunk = (6 if s.compiled else 19) * min(tokens * shape.vocabulary, LOSS_CHUNK)  # eager: 19 bytes for each logit
+    else:
+        chunk = 16 * tokens * shape.vocabulary
+    cast = compute * head_weights if s.half and s.engine == "ddp" and not s.lora_rank else 0
+    head = max(trained_head + cast + chunk, 2 * trained_head + work * tokens)
+
+    gpu_forward = {"gradients": before, "activations": activations, "head and loss": head, "copies": copies}
+    gpu_backward = {
+        "gradients": after,
+        "activations": (kept + work) * tokens,
+        "head and loss": trained_head,
+        "copies": 0.0,
+    }
+    peak = max((gpu_forward, gpu_backward), key=lambda parts: sum(parts.values()))
+    on_gpu_weights = 0.0 if s.offload_weights else weights
+    if s.offload_optimizer and s.engine == "fsdp":
+        peak = {**gpu_forward, "gradients": before}
+    gpu = {
+        "weights": on_gpu_weights,
+        "gradients": peak["gradients"] + buckets,
+        "optimizer": 0.0 if s.offload_optimizer else optimizer,
+        "activations": peak["activations"],
+        "head and loss": peak["head and loss"],
+        "copies and gathers": peak["copies"] + gathered,
+    }
+    host = _host(shape, s, trained, many) if s.cuda else {"libraries": 0.7 * GIB * s.ranks_per_machine}
+    if not s.cuda:
+        host |= {part: size * s.ranks_per_machine for part, size in gpu.items()}
+        gpu = dict.fromkeys(gpu, 0.0)
+    beside = on_gpu_weights + before + buckets + gpu["optimizer"] + head + copies + gathered
+    return Plan(shape, s, tokens, per_token, beside, gpu, host, gpu_there, host_there)
+
+
+def _host(shape: Shape, s: Setting, trained: float, many: bool) -> dict[str, float]:
+    """The parts in one machine's memory: the model passes through it when it loads and when it is saved."""
+    compute, ranks_here = 2 if s.half else 4, s.ranks_per_machine
+    loads = compute if s.lora_rank else 4
+    libraries = {"libraries": HOST_LIBRARIES * ranks_here}
+    if s.four_bit:
+        return libraries | {"loading": 2 * compute * shape.largest_linear}  # packed on the GPU, tensor by tensor
+    loading = loads * shape.parameters * (1 if (s.engine == "fsdp" and s.one_loader) or s.stage == 3 else ranks_here)
+    saving = compute * shape.parameters if not s.lora_rank else 0.0
+    if s.engine == "fsdp":
+        saving += 4 * trained  # gathered in float32 on rank 0, then cast
+    if not s.offload_optimizer:
+        return libraries | {"loading or saving": max(loading, saving)}
+    share = trained / s.ranks  # of one rank
+    states = optimizer_bytes(s.optimizer, share, 0)
+    if s.engine == "fsdp":
+        parts = {"optimizer": states, "weights": 4 * share, "gradients": 4 * share}
+    else:
+        # deepspeed 0.19.8, stage_1_and_2.py: float32 weights, their 16-bit copy on its way back to the GPU and float32 gradients
+        # are page-locked, and PyTorch rounds such a block up to a power of two
+        lock = _power_of_two if s.pinned else float
+        parts = {"optimizer": states, "weights": lock(4 * share) + lock(compute * share), "gradients": lock(4 * share)}
+        if many:
+            parts["gradients"] += compute * share * (1.35 if s.pinned else 1)  # one block for each tensor
+        if s.offload_weights:
+            parts["weights"] += lock(compute * share)
+    parts = {part: size * ranks_here for part, size in parts.items()}
+    if sum(parts.values()) + saving < loading:
+        return libraries | {"loading": loading}
+    return libraries | parts | {"saving": saving}
+
+
+def _power_of_two(size: float) -> float:
+    return float(1 << (max(1, int(size)) - 1).bit_length())
+
+
+def optimizer_bytes(name: str, trained: float, embedding: float) -> float:
+    """Bytes of optimizer state, by `--optim`.
+
+    Args:
+        embedding: trained weights of the input embedding, for which the Trainer keeps bitsandbytes at 32 bits (5.23, trainer.py).
+    """
+    blocks = 8 / 256  # two float32 scales for each block of 256
+    if "bnb_8bit" in name or name in ("adamw_8bit", "paged_adamw_8bit"):
+        return (2 + blocks) * (trained - embedding) + 8 * embedding
+    if "8bit" in name:
+        return (2 + blocks) * trained
+    if "4bit" in name:
+        return (1 + 2 * blocks) * trained
+    if name.startswith("adafactor"):
+        return 0.01 * trained  # one row and one column of each matrix
+    if name.startswith("sgd"):
+        return 0.0
+    return (4.0 if "lion" in name else 8.0) * trained
+
+
+# ------------------------------------------------------------------------------------------------------ the ladder
+
+# Changes that save memory, cheapest first: each alone, then together. What a run has already is left out of them.
+LADDER = (
+    "tokens",
+    "checkpointing",
+    "fsdp",
+    "8bit",
+    "checkpointing fsdp",
+    "checkpointing 8bit",
+    "checkpointing fsdp 8bit",
+    "checkpointing offload",
+    "checkpointing lora",
+    "checkpointing lora 4bit",
+)
+
+
+def next_rungs(plan: Plan) -> Iterator[tuple[str, Plan]]:
+    """The changes that this run could make, as flags to paste, with the plan that each would give."""
+    s = plan.setting
+    fewer = max(s.longest, plan.tokens // 2)
+    many = s.ranks > 1
+    optim = (
+        "adamw_torch_8bit" if s.engine == "fsdp" or many else "adamw_bnb_8bit"
+    )  # bitsandbytes knows no sharded weights
+    alone = {"engine": "ddp", "stage": 0, "offload_optimizer": False, "offload_weights": False}
+    offload = {"engine": "zero", "stage": 2, "offload_optimizer": True, "pinned": True, "optimizer": "adamw_torch"}
+    # name: already so, possible, flags, what it changes
+    changes: dict[str, tuple[bool, bool, str, dict[str, Any]]] = {
+        "tokens": (
+            False,
+            s.packing and fewer < plan.tokens,
+            f"--tokens_per_micro_batch {fewer}",
+            {"tokens_asked": fewer},
+        ),
+        "checkpointing": (s.checkpointing, True, "--gradient_checkpointing True", {"checkpointing": True}),
+        "fsdp": (s.engine != "ddp", many, '--fsdp "full_shard auto_wrap"', {"engine": "fsdp"}),
+        "8bit": (
+            "8bit" in s.optimizer,
+            s.engine != "zero" and not s.lora_rank,
+            f"--optim {optim}",
+            {"optimizer": optim},
+        ),
+        "offload": (s.offload_optimizer, not s.lora_rank, '--deepspeed "ds_config.json"', offload),
+        "lora": (s.lora_rank > 0, True, "--use_lora True", {**alone, "lora_rank": 16, "lora_dropout": True}),
+        "4bit": (s.four_bit, True, "--load_in_4bit True", {**alone, "four_bit": True}),
+    }
+    for names in LADDER:
+        wanted = [changes[name] for name in names.split() if not changes[name][0]]
+        if not wanted or not all(possible for _, possible, _, _ in wanted):
+            continue
+        changed = replace(s, **{name: value for *_, fields in wanted for name, value in fields.items()})
+        yield " ".join(flags for _, _, flags, _ in wanted), make(plan.shape, changed, plan.gpu_there, plan.host_there)
+
+
+# ----------------------------------------------------------------------------------------------------- in a run
+
+
+def plan(
+    model_args: Any, args: Any, shape: Shape | None, step_tokens: int | None = None, compiled: bool = False
+) -> Plan | None:
+    """The plan of a run, said; None, and said too, for an architecture whose sizes have other names than LLaMA's.
+
+    Args: see `Setting.of`.
+    """
+    if shape is None:
+        say("memory plan: none, the sizes in this model's config have other names than LLaMA's")
+        return None
+    setting = Setting.of(model_args, args, step_tokens, compiled)
+    gpu, host = (args.plan_gpu_gib or 0) * GIB, host_memory()
+    if gpu:
+        host = math.inf  # of another machine: not known
+    elif setting.cuda:
+        gpu = torch.cuda.get_device_properties(0).total_memory
+    found = make(shape, setting, gpu, host)
+    say(str(found))
+    return found
+
+
+def host_memory() -> float:
+    """Bytes that the processes of this machine may have: its memory, or less in a container."""
+    limit = Path("/sys/fs/cgroup/memory.max")
+    contained = limit.read_text().strip() if limit.is_file() else "max"
+    whole = psutil.virtual_memory().total
+    return min(whole, int(contained)) if contained.isdigit() else whole
+
+
+def stop_after_plan(flags: Any) -> list[str]:
+    """With --plan_only say the plan and end the run; else nothing. Returns what keeps it from being made."""
+    if not flags.plan_only:
+        return []
+    try:
+        config = AutoConfig.from_pretrained(
+            flags.model_name_or_path, cache_dir=flags.cache_dir, trust_remote_code=flags.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        return [f"{flags.model_name_or_path}: its config cannot be loaded: {str(error).strip().splitlines()[0]}"]
+    plan(flags, flags, Shape.of(config, flags.lora_target_modules))
+    raise SystemExit(0)
+
+
+@contextlib.contextmanager
+def full_is_a_sentence(plan: Plan | None) -> Iterator[None]:
+    """End an out-of-memory in where it happened, the plan and the next rung, and exit code 3.
+
+    The rank that ran out speaks for itself: the others may wait for it inside a collective, and torchrun ends them.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        print(describe_full(error, plan), file=sys.stderr, flush=True)
+        raise SystemExit(3) from None
+
+
+def describe_full(error: BaseException, plan: Plan | None) -> str:
+    """Where the memory was full, the plan's table, and the next rung of the ladder."""
+    of = "GPU" if isinstance(error, torch.OutOfMemoryError) else "host"
+    asked = re.search(r"Tried to allocate [^.]+\.\d+ \wiB|Tried to allocate \S+ \S+", str(error))
+    lines = [
+        f"error: {of} memory is full (rank {rank()}), {where(error.__traceback__)}."
+        + (f" {asked[0]}." if asked else "")
+    ]
+    if plan is not None:
+        lines += plan.table()
+        rungs = [(flags, changed) for flags, changed in next_rungs(plan) if changed.gpu_peak < 0.95 * plan.gpu_peak]
+        fitting = [rung for rung in rungs if rung[1].fits]
+        for flags, changed in (fitting or rungs)[:1]:
+            lines.append(f"  Next rung: {flags} (planned: {changed.gpu_peak / GIB:.1f} GiB on the GPU)")
+    return "\n".join(lines)
+
+
+def where(traceback: TracebackType | None) -> str:
+    """The part of the run that a traceback ends in, from the functions of the libraries that it passes through."""
+    place = "while the run was prepared"
+    while traceback is not None:
+        code, variables = traceback.tb_frame.f_code, traceback.tb_frame.f_locals
+        if code.co_name == "from_pretrained":
+            place = "while the model was loaded"
+        elif code.co_name in ("_move_model_to_device", "prepare_model", "_prepare_for_training"):
+            place = "while the model was put on the GPU"
+        elif code.co_name == "training_step":
+            place = f"in a micro-batch of {variables['inputs']['input_ids'].numel():,} tokens"
+        elif code.co_name == "evaluation_loop":
+            place = "during an evaluation"
+        elif code.co_name == "step" and ("optim" in code.co_filename or "deepspeed" in code.co_filename):
+            place = "in the optimizer's step, where its state is made"
+        elif code.co_name in ("_save_checkpoint", "save_model"):
+            place = "while the model was saved"
+        traceback = traceback.tb_next
+    return place

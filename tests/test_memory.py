@@ -1,0 +1,373 @@
+"""The memory plan: its bytes are counted on real layers, its sums are done by hand, and an out-of-memory becomes a sentence."""
+
+import json
+
+import pytest
+import torch
+from conftest import ROOT, run_script
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import utils
+from sft import compiling, memory
+from sft.arguments import UserError, parser
+from sft.tokenizers import load_llama_tokenizer
+
+GIB = 2**30
+OPEN_LLAMA_7B = LlamaConfig(
+    hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000
+)
+OPEN_LLAMA_3B = LlamaConfig(
+    hidden_size=3200, intermediate_size=8640, num_hidden_layers=26, num_attention_heads=32, vocab_size=32000
+)
+
+
+def flags(*argv: str):
+    given = [
+        "--model_name_or_path",
+        "m",
+        "--data_path",
+        "d",
+        "--output_dir",
+        "o",
+        "--bf16",
+        "True",
+        "--model_max_length",
+        "1024",
+        "--per_device_train_batch_size",
+        "2",
+        *argv,
+    ]
+    parsed = parser().parse_known_args([*given, "--plan_only", "True"])[0]
+    parsed.fsdp_config = json.loads(parsed.fsdp_config) if parsed.fsdp_config else None
+    return parsed
+
+
+def plan_of(config, *argv: str, step_tokens: int | None = None) -> memory.Plan:
+    parsed = flags("--plan_gpu_gib", "80", *argv)
+    return memory.plan(parsed, parsed, memory.Shape.of(config, parsed.lora_target_modules), step_tokens)
+
+
+def test_a_shape_is_the_models():
+    shape = memory.Shape.of(OPEN_LLAMA_7B)
+    # the published size of LLaMA 7B; a layer has 4 h h + 3 h i weights and 2 h norms
+    assert (
+        shape.parameters == 6_738_415_616 == 32 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096) + 2 * 32000 * 4096 + 4096
+    )
+    assert (shape.embedding, shape.head, shape.head_dim) == (32000 * 4096, 32000 * 4096, 128)
+    assert shape.adapters == 32 * (4 * (4096 + 4096) + 3 * (4096 + 11008))
+    assert memory.Shape.of(OPEN_LLAMA_7B, ["q_proj", "v_proj"]).adapters == 32 * 2 * (4096 + 4096)
+
+
+# ------------------------------------------------------------------------------------------------ activation bytes
+
+TINY = {
+    "hidden_size": 256,
+    "intermediate_size": 688,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "vocab_size": 64,
+}
+TOKENS = 128
+
+
+def kept_bytes(
+    layers: int, dtype: torch.dtype, autocast: bool, lora: bool = False, compiled: bool = False, **more
+) -> int:
+    """Bytes that a model's forward pass keeps for backward, weights and their casts left out."""
+    config = LlamaConfig(num_hidden_layers=layers, **TINY)
+    model = LlamaForCausalLM(config).to(dtype)
+    inner = model
+    if lora:
+        peft = pytest.importorskip("peft")
+        inner = peft.get_peft_model(
+            model, peft.LoraConfig(r=1, target_modules="all-linear", task_type="CAUSAL_LM", **more)
+        )
+        inner = inner.get_base_model()
+    compiling.keep_residual_in_compute_type(inner)
+    if compiled:
+        compiling.compile_layers(inner)
+    inner.train()
+    sizes = {tuple(p.shape) for p in model.parameters()}
+    sizes |= {tuple(reversed(size)) for size in sizes}
+    kept: dict[int, int] = {}
+    tensors = []  # kept alive, so that no address is used twice
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        if tuple(tensor.shape) not in sizes:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            tensors.append(tensor)
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+    ):
+        inner.model(input_ids=torch.randint(0, 64, (1, TOKENS)), use_cache=False)
+    return sum(kept.values())
+
+
+def setting(**changes) -> memory.Setting:
+    usual = {
+        "ranks": 1,
+        "ranks_per_machine": 1,
+        "floor_tokens": 2048,
+        "longest": 1024,
+        "step_tokens": 2048,
+        "tokens_asked": None,
+    }
+    usual |= {"packing": True, "half": True, "optimizer": "adamw_torch_fused"}
+    return memory.Setting(**(usual | changes))
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({"dtype": torch.float32, "autocast": True}, {}),
+        ({"dtype": torch.bfloat16, "autocast": False}, {"engine": "fsdp"}),
+        ({"dtype": torch.float32, "autocast": False}, {"half": False}),
+        ({"dtype": torch.bfloat16, "autocast": True, "lora": True}, {"lora_rank": 1}),
+        pytest.param(
+            {"dtype": torch.float32, "autocast": True, "compiled": True}, {"compiled": True}, marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_a_layer_keeps_the_bytes_that_the_plan_counts(how, said):
+    per_token = (kept_bytes(3, **how) - kept_bytes(2, **how)) / TOKENS
+    planned, _ = memory.activation_bytes(memory.Shape.of(LlamaConfig(num_hidden_layers=2, **TINY)), setting(**said))
+    # beside them: two root mean squares of 4 bytes, a log-sum of 4 for each of 8 heads, LoRA's narrow products
+    assert 0 <= per_token - planned <= 8 + 32 + 14 * 2
+    assert planned > 7_000
+
+
+def test_lora_dropout_keeps_a_mask(monkeypatch):
+    # a GPU keeps one byte for each element (native_dropout), the CPU a float
+    how = {"dtype": torch.bfloat16, "autocast": True, "lora": True}
+    dropped = {**how, "lora_dropout": 0.1}
+    masks = kept_bytes(3, **dropped) - kept_bytes(2, **dropped) - (kept_bytes(3, **how) - kept_bytes(2, **how))
+    shape = memory.Shape.of(LlamaConfig(num_hidden_layers=2, **TINY))
+    with_mask, without = (
+        memory.activation_bytes(shape, setting(lora_rank=1, lora_dropout=on))[0] for on in (True, False)
+    )
+    assert masks / TOKENS / 4 == with_mask - without == 5 * 256 + 688 + 256
+
+
+# ----------------------------------------------------------------------------------------------------------- sums
+
+
+def test_float32_training_takes_sixteen_bytes_for_each_parameter():
+    plan = plan_of(OPEN_LLAMA_3B, "--tokens_per_micro_batch", "2048", step_tokens=4096)
+    size = plan.shape.parameters
+    assert [plan.gpu[part] / size for part in ("weights", "gradients", "optimizer")] == [4, 4, 8]
+    assert plan.gpu["copies and gathers"] == 2 * 26 * (4 * 3200**2 + 3 * 3200 * 8640)  # autocast's bfloat16 layers
+    # 22 H + 8 I + 4 Q + 4 K for a layer; heads of 100 are padded to 104, and their output is copied back
+    layer = (22 * 3200 + 8 * 8640 + 8 * 3200) + 8 * 3200 * 4 / 100 + 2 * 3200
+    assert plan.gpu["activations"] == pytest.approx(2048 * (26 * layer + 16 * 3200))
+    assert plan.host["loading or saving"] == 4 * size
+    assert plan.fits and str(plan).count("\n") == 4
+
+
+def test_one_micro_batch_per_step_needs_no_gradients_beside_activations():
+    one = plan_of(OPEN_LLAMA_3B, "--tokens_per_micro_batch", "2048", step_tokens=2048)
+    many = plan_of(OPEN_LLAMA_3B, "--tokens_per_micro_batch", "2048", step_tokens=2049)
+    assert many.gpu_peak - one.gpu_peak == 4 * one.shape.parameters
+
+
+def test_ranks_share_what_the_engine_shards():
+    words = ["--tokens_per_micro_batch", "2048", "--plan_world_size", "4"]
+    ddp = plan_of(OPEN_LLAMA_7B, *words)
+    fsdp = plan_of(OPEN_LLAMA_7B, *words, "--fsdp", "true")
+    zero = plan_of(OPEN_LLAMA_7B, *words, "--deepspeed", str(ROOT / "ds_config.json"))
+    size = ddp.shape.parameters
+    assert ddp.gpu["weights"] == 4 * size and fsdp.gpu["weights"] == size and zero.gpu["weights"] == 2 * size
+    assert ddp.gpu["optimizer"] == 8 * size and fsdp.gpu["optimizer"] == 2 * size and zero.gpu["optimizer"] == 0
+    assert ddp.host["loading or saving"] == 4 * 4 * size, "each rank reads the model"
+    assert fsdp.host["loading or saving"] == 6 * size, "one rank reads it; at the end it lies there in two types"
+    assert zero.host["optimizer"] == 8 * size
+    assert not ddp.fits and fsdp.fits and zero.fits
+
+
+def test_auto_grows_to_what_the_card_has_room_for():
+    roomy = plan_of(OPEN_LLAMA_3B, step_tokens=2500)
+    assert roomy.tokens == 2500, "a whole step"
+    tight = plan_of(OPEN_LLAMA_3B, step_tokens=500_000)
+    assert 2048 < tight.tokens < 10_000 and tight.fits
+    assert tight.gpu_peak + tight.token_bytes > 80 * GIB * (1 - memory.SPARE) - memory.OUTSIDE - 64 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("argv", "verdict"),
+    [
+        (["--tokens_per_micro_batch", "6000"], "--tokens_per_micro_batch 3000"),
+        (["--tokens_per_micro_batch", "512"], "it fits"),
+        (["--packing", "False", "--per_device_train_batch_size", "4"], "--gradient_checkpointing True"),
+    ],
+)
+def test_the_verdict_names_the_cheapest_change_that_fits(argv, verdict):
+    plan = plan_of(OPEN_LLAMA_3B, *argv, step_tokens=60_000)
+    assert verdict in plan.verdict()
+    if not plan.fits:
+        assert any(changed.fits for _, changed in memory.next_rungs(plan))
+
+
+def test_a_7b_model_fits_one_card_with_recomputation_and_an_8_bit_optimizer():
+    plan = plan_of(OPEN_LLAMA_7B, step_tokens=13_000)
+    assert plan.tokens == 2048 and not plan.fits
+    rungs = dict(memory.next_rungs(plan))
+    assert not rungs["--gradient_checkpointing True"].fits
+    carried = rungs["--gradient_checkpointing True --optim adamw_bnb_8bit"]
+    assert carried.fits and carried.tokens == 13_000, "a whole step in one micro-batch: no gradients beside activations"
+    few = "--tokens_per_micro_batch", "2048", "--gradient_checkpointing", "True", "--optim", "adamw_bnb_8bit"
+    assert not plan_of(OPEN_LLAMA_7B, *few, step_tokens=13_000).fits
+    qlora = (
+        "--gradient_checkpointing",
+        "True",
+        "--use_lora",
+        "True",
+        "--load_in_4bit",
+        "True",
+        "--tokens_per_micro_batch",
+        "2048",
+    )
+    assert plan_of(OPEN_LLAMA_7B, *qlora).gpu_peak < 8 * GIB
+
+
+@pytest.mark.parametrize(
+    ("optim", "bytes_each"),
+    [
+        ("adamw_torch_fused", 8),
+        ("adamw_bnb_8bit", 2.03125),
+        ("adamw_torch_8bit", 2.03125),
+        ("sgd", 0),
+        ("lion_32bit", 4),
+    ],
+)
+def test_optimizer_states(optim, bytes_each):
+    assert memory.optimizer_bytes(optim, 1000, 0) == bytes_each * 1000
+    assert memory.optimizer_bytes("adamw_bnb_8bit", 1000, 100) == 2.03125 * 900 + 8 * 100
+
+
+# ------------------------------------------------------------------------------------------------------ as a user
+
+
+def test_plan_only_needs_the_config_alone(tmp_path, capsys):
+    OPEN_LLAMA_7B.save_pretrained(tmp_path)
+    words = ["--model_name_or_path", str(tmp_path), "--bf16", "True", "--per_device_train_batch_size", "2"]
+    words += [
+        "--gradient_accumulation_steps",
+        "8",
+        "--model_max_length",
+        "1024",
+        "--plan_only",
+        "True",
+        "--plan_gpu_gib",
+        "80",
+    ]
+    fsdp = ["--fsdp", "full_shard auto_wrap", "--fsdp_transformer_layer_cls_to_wrap", "LlamaDecoderLayer"]
+    with pytest.raises(SystemExit) as ended:
+        utils.train(load_llama_tokenizer, [*words, *fsdp, "--plan_world_size", "4"])
+    assert ended.value.code == 0
+    said = capsys.readouterr().out
+    assert "memory plan: 6.74 B parameters, 4 x 80.0 GiB GPU, FSDP\n" in said
+    assert said[said.index("memory plan") :].count("\n") == 5 and "it fits" in said
+    with pytest.raises(SystemExit):
+        utils.train(
+            load_llama_tokenizer, [*words, "--deepspeed", str(ROOT / "ds_config.json"), "--plan_world_size", "4"]
+        )
+    assert "4 x 80.0 GiB GPU, ZeRO stage 2, offloaded to the host" in capsys.readouterr().out
+
+
+def test_a_plan_of_nothing_is_refused(tmp_path):
+    with pytest.raises(UserError, match="its config cannot be loaded"):
+        utils.train(load_llama_tokenizer, ["--model_name_or_path", str(tmp_path), "--plan_only", "True"])
+    with pytest.raises(UserError, match="Add --plan_only True"):
+        utils.train(load_llama_tokenizer, ["--model_name_or_path", str(tmp_path), "--plan_gpu_gib", "80"])
+
+
+def test_a_full_gpu_ends_in_a_sentence_and_exit_code_3(tiny_llama, questions_csv, tmp_path, monkeypatch, capsys):
+    def full(*args):
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.18 GiB of which 1 GiB is free."
+        )
+
+    monkeypatch.setattr(utils, "summed_loss", full)
+    words = [
+        "--model_name_or_path",
+        str(tiny_llama),
+        "--data_path",
+        str(questions_csv),
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
+    words += ["--data_cache_dir", str(tmp_path / "cache"), "--model_max_length", "64", "--save_strategy", "no"]
+    with pytest.raises(SystemExit) as ended:
+        utils.train(load_llama_tokenizer, [*words, "--per_device_train_batch_size", "4"])
+    assert ended.value.code == 3
+    said = capsys.readouterr()
+    lines = said.err[said.err.index("error:") :].splitlines()
+    assert lines[0].startswith("error: GPU memory is full (rank 0), in a micro-batch of ")
+    assert lines[0].endswith(" tokens. Tried to allocate 2.50 GiB.")
+    assert lines[1].startswith("memory plan: 0.00 B parameters, 1 on the CPU, one process")
+    assert "Traceback" not in said.err
+    assert "memory plan:" in said.out, "the plan is said at the start too"
+
+
+def test_the_sentence_names_the_next_rung():
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has …")
+    said = memory.describe_full(error, plan_of(OPEN_LLAMA_3B, "--tokens_per_micro_batch", "4096", step_tokens=13_000))
+    assert said.startswith(
+        "error: GPU memory is full (rank 0), while the run was prepared. Tried to allocate 20.00 MiB.\nmemory plan:"
+    )
+    assert said.splitlines()[-1].startswith("  Next rung: --tokens_per_micro_batch 2048 (planned: ")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--deepspeed", "missing.json"], "--deepspeed missing.json: there is no such file"),
+        (["--deepspeed", "{broken}"], "{broken}, line 2, column 3: this is not JSON"),
+        (["--deepspeed", "{text}"], 'zero_optimization.stage is "2": it must be one of the numbers'),
+        (
+            ["--use_lora", "True", "--lora_target_modules", "query"],
+            "--lora_target_modules query: no linear layer of this model has that name. It has down_proj",
+        ),
+        (["--use_lora", "True", "--load_in_4bit", "True"], "--load_in_4bit needs a CUDA GPU"),
+        (["--lora_r", "8"], "--lora_r: set, but LoRA is off"),
+    ],
+)
+def test_bad_input_is_one_message_before_weights_load(words, message, tiny_llama, questions_csv, tmp_path, monkeypatch):
+    pytest.importorskip("deepspeed")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(utils, "load_model", lambda *args: pytest.fail("the weights were loaded"))
+    monkeypatch.setenv("RANK", "0")
+    files = {"broken": tmp_path / "broken.json", "text": tmp_path / "text.json"}
+    files["broken"].write_text("{\n  broken: 1\n}")
+    files["text"].write_text('{"zero_optimization": {"stage": "2"}}')
+    words = [word.replace("{broken}", str(files["broken"])).replace("{text}", str(files["text"])) for word in words]
+    given = [
+        "--model_name_or_path",
+        str(tiny_llama),
+        "--data_path",
+        str(questions_csv),
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
+    with pytest.raises(UserError) as refused:
+        utils.train(load_llama_tokenizer, [*given, *words])
+    assert len(refused.value.problems) == 1
+    assert message.replace("{broken}", str(files["broken"])) in refused.value.problems[0]
+
+
+@pytest.mark.slow
+def test_the_script_says_it_once_and_exits_with_2(tiny_llama, questions_csv, tmp_path):
+    given = [
+        "--model_name_or_path",
+        str(tiny_llama),
+        "--data_path",
+        str(questions_csv),
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
+    said = run_script("llama_training.py", *given, "--deepspeed", "missing.json", "--lora_r", "8", expect=2)
+    assert said.count("--deepspeed missing.json: there is no such file") == 1
+    assert said.count("--lora_r: set, but LoRA is off") == 1
+    assert "Traceback" not in said
