@@ -320,7 +320,6 @@ class SupervisedTrainer(Trainer):
     stops: Stops  # set by `prepare_saving`, like the fingerprint
     fingerprint: dict[str, str]
     memory_plan: memory.Plan | None = None
-    packing_plan: packing.Plan | None = None
     sampler: PackedBatchSampler | None = None
     before_writing: Callable[[dict], dict] | None = None  # sees, and may change, the weights about to be written
 
@@ -440,14 +439,15 @@ def plan_micro_batches(trainer: SupervisedTrainer) -> PackedBatchSampler:
     beside = trainer.memory_plan and trainer.memory_plan.not_for_activations
     tokens = budget.choose(model, args, packing.largest_step(recipe), prepare, trial, beside)
     sampler = packing.within(recipe, tokens.tokens)
-    trainer.packing_plan = packing.describe(
+    packed = packing.describe(
         sampler,
         args.per_device_train_batch_size,
         args.gradient_accumulation_steps,
         args.model_max_length,
         tokens.reason,
     )
-    say(trainer.packing_plan)
+    say(packed)
+    trainer.report.note("packing", **asdict(packed), line=str(packed))
     packing.adopt(args, sampler)
     return sampler
 
@@ -569,7 +569,7 @@ def train(load_tokenizer: LoadTokenizer, argv: list[str] | None = None) -> Super
     if export.nothing_is_left(training_args):
         raise SystemExit(0)
     report = Report(model_args, data_args, training_args, draw)
-    with all_ranks_or_none():
+    with report.phase("load"), all_ranks_or_none():
         tokenizer = load_tokenizer(model_args, training_args)
     if data_args.check_data:
         raise SystemExit(check_data(tokenizer, data_args, training_args, pretrained.load_config(model_args).vocab_size))
@@ -600,8 +600,6 @@ def train(load_tokenizer: LoadTokenizer, argv: list[str] | None = None) -> Super
         report.note("memory_plan", **memory_plan.record())
     with report.phase("train"), full(), safety.safe_loads(resume, trainer.is_deepspeed_enabled):
         trainer.train(resume_from_checkpoint=resume)
-    if trainer.packing_plan:
-        report.note("packing", **asdict(trainer.packing_plan), line=str(trainer.packing_plan))
     if trainer.stops.stopped_early(trainer.state):
         report.finish(trainer.meter.summary())
         say(trainer.stops.farewell(trainer.state))

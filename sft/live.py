@@ -26,6 +26,7 @@ class ReportCallback(transformers.TrainerCallback):
         self.report = report
         self.bar: tqdm | None = None
         self.first: tuple[float, int] | None = None  # when and at which step the first line was printed
+        self.evaluated = 0.0  # when the loss of the last evaluation was known
         self.recorded = 0  # entries of the Trainer's log that are in the record
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -52,6 +53,7 @@ class ReportCallback(transformers.TrainerCallback):
         if "eval_loss" in logs:
             self._print(evaluation_line(logs, state))
             self.report.add_seconds("evaluate", logs["eval_runtime"])
+            self.evaluated = time.perf_counter()
         if "train_runtime" in logs:
             minutes = clock(logs["train_runtime"])
             self._print(f"trained to step {state.global_step} in {minutes}: mean loss {logs['train_loss']:.4f}")
@@ -62,6 +64,7 @@ class ReportCallback(transformers.TrainerCallback):
         self.report.add_seconds("report", time.perf_counter() - began)
 
     def on_evaluate(self, args, state, control, **kwargs):
+        self.report.add_seconds("evaluate", time.perf_counter() - self.evaluated)  # the samples, answered before
         if self.bar is not None:
             self.bar.set_postfix_str("")
 
