@@ -42,6 +42,7 @@ from sft import (
     memory,
     packing,
     pretrained,
+    restarts,
     safety,
 )
 from sft.arguments import (
@@ -353,6 +354,12 @@ class SupervisedTrainer(Trainer):
         # num_items_in_batch counts the step's tokens on all ranks, over which the gradients will be averaged
         return summed_loss(model, self.head, inputs) * (self.accelerator.num_processes / num_items_in_batch)
 
+    def _run_epoch(self, **kwargs) -> None:
+        if (
+            self.state.global_step < self.state.max_steps
+        ):  # transformers 5.23 resumes a run at its end with one step more
+            super()._run_epoch(**kwargs)
+
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.stops.saw(inputs, loss)
@@ -403,8 +410,11 @@ class SupervisedTrainer(Trainer):
         """push_to_hub's draft is left out: the card made from the report is in the folder already."""
 
     def _save_checkpoint(self, model, trial) -> None:
+        run = self.fingerprint
+        if self.packing_plan:
+            run = run | {"tokens_per_micro_batch": str(self.packing_plan.max_tokens)}
         with self.report.phase("checkpoints"):
-            checkpoints.save_whole(self, partial(super()._save_checkpoint, model, trial))
+            checkpoints.save_whole(self, run, partial(super()._save_checkpoint, model, trial))
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.before_writing and self.args.should_save:
@@ -500,12 +510,12 @@ def prepare_saving(
     trainer: SupervisedTrainer, model_args: ModelArguments, data_args: DataArguments, resume: str | None
 ) -> None:
     """Refuse to continue another run than this one, watch for stops, and rehearse the saving before the first step."""
+    before = checkpoints.run_of(resume) if resume else {}
+    fingerprint.keep_token_budget(resume, before, trainer.args)
     tokenizer = cache.tokenizer_digest(trainer.processing_class)
     trainer.fingerprint = fingerprint.describe(trainer, model_args, load_template(data_args.prompt_template), tokenizer)
     if resume:
-        fingerprint.refuse_changes(
-            resume, checkpoints.run_of(resume), trainer.fingerprint, trainer.args.resume_with_changes
-        )
+        fingerprint.refuse_changes(resume, before, trainer.fingerprint, trainer.args.resume_with_changes)
     trainer.stops = Stops()
     trainer.add_callback(trainer.stops)
     if trainer.args.save_rehearsal:
@@ -550,6 +560,7 @@ def end_together(trainer: SupervisedTrainer) -> None:
     trainer.accelerator.end_training()
 
 
+@restarts.new_store_for_each_attempt()
 def train(load_tokenizer: LoadTokenizer, argv: list[str] | None = None) -> SupervisedTrainer:
     """Everything, in the order in which it happens. What can be known before weights load is refused before they do."""
     model_args, data_args, training_args = parse(

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from sft.arguments import UserError, rank, say, world_size
+from sft.arguments import UserError, local_rank, rank, say, world_size
 
 MANIFEST = "manifest.json"
 INCOMPLETE = "incomplete"  # folder in output_dir for checkpoints that are being written; safe to delete
@@ -157,11 +157,12 @@ def _problem_here(folder: Path) -> str | None:
 # ---- writing one ---------------------------------------------------------------------------------------------------
 
 
-def save_whole(trainer, write: Callable[[], None]) -> None:
+def save_whole(trainer, run: dict[str, str], write: Callable[[], None]) -> None:
     """Write checkpoint-N so that it is whole or absent; all ranks call it together.
 
     Args:
-        trainer: a Trainer whose `fingerprint` says what kind of run this is.
+        trainer: the Trainer whose state is saved.
+        run: what kind of run this is, for `run_of`.
         write: the Trainer's own saving, which writes to `args.output_dir/checkpoint-N`.
     """
     args, step = trainer.args, trainer.state.global_step
@@ -178,10 +179,12 @@ def save_whole(trainer, write: Callable[[], None]) -> None:
         with writing_into(trainer, incomplete):
             write()
         staged = incomplete / final.name
+        gather(None)  # before that, files come and go under the names of others
         _move_best_checkpoint(trainer, staged, output_dir)
-        sync(staged)  # each rank, for the files that it wrote: on NFS a machine can only flush its own
+        if local_rank() == 0:
+            sync(staged)  # on each machine: over NFS one can only flush its own files
         gather(None)
-        manifest = describe_files(staged, step, trainer.fingerprint, resumable=not args.save_only_model)
+        manifest = describe_files(staged, step, run, resumable=not args.save_only_model)
         if rank() == 0:
             write_json(staged / MANIFEST, manifest)
             sync(staged)
@@ -215,19 +218,20 @@ def stop_if_it_fails(final: Path) -> Iterator[None]:
         yield
     except Exception as error:
         kept = next((folder for folder in newest_first(final.parent) if (folder / MANIFEST).is_file()), None)
-        free = shutil.disk_usage(final.parent).free if final.parent.is_dir() else 0
+        what, left = final.name, "No earlier checkpoint exists."
+        if final.parent.parent.name == INCOMPLETE:
+            what, left = "save rehearsal: a checkpoint", "No step was taken. Mend the cause and start again."
+        elif kept:
+            left = f"{kept.name} is untouched: mend the cause and continue with --resume_from_checkpoint True."
+        there = next(folder for folder in final.absolute().parents if folder.is_dir())
         print(
-            f"error: {final.name} could not be saved (rank {rank()}): {type(error).__name__}: {error}\n"
-            f"  {final.parent} has {free / 1e9:.2f} GB free. "
-            + (
-                f"{kept.name} is untouched: mend the cause and continue with --resume_from_checkpoint True."
-                if kept
-                else "No earlier checkpoint exists."
-            ),
+            f"error: {what} could not be saved (rank {rank()}): {type(error).__name__}: {error}\n"
+            f"  {there} has {shutil.disk_usage(there).free / 1e9:.2f} GB free. {left}",
             file=sys.stderr,
             flush=True,
         )
-        shutil.rmtree(final.parent / INCOMPLETE, ignore_errors=True)
+        if rank() == 0:
+            shutil.rmtree(final.parent / INCOMPLETE, ignore_errors=True)  # room on a full disk
         raise SystemExit(2) from error
 
 
@@ -401,5 +405,5 @@ def problems(flags) -> list[str]:
 
 
 def run_of(checkpoint: str) -> dict[str, str]:
-    """What kind of run wrote a checkpoint, as its Trainer's `fingerprint` said."""
+    """What kind of run wrote a checkpoint, as `save_whole` was told."""
     return json.loads((Path(checkpoint) / MANIFEST).read_text("utf-8"))["run"]

@@ -6,6 +6,8 @@ A checkpoint's manifest holds these values. None of them holds text of the data.
 import hashlib
 import json
 
+import numpy
+
 from sft.arguments import UserError, say
 
 # What a run is, as far as a continued run must be the same; and what a difference does to it.
@@ -21,6 +23,7 @@ EFFECT_OF_CHANGE = {
     "examples_per_step": "optimizer steps hold other examples, the position in the data moves, and the schedule has another length",
     "micro_batch": "the same examples are summed in another order: losses differ in the last digits",
     "packing": "the same examples are summed in another order: losses differ in the last digits",
+    "tokens_per_micro_batch": "the same examples are summed in another order: losses differ in the last digits",
     "seed": "the remaining steps draw their examples from another permutation: rows can be seen twice or never",
     "schedule": "the learning rate jumps: its curve depends on the total number of steps",
     "learning_rate": "none: the checkpoint's scheduler keeps its own peak (begin anew from the checkpoint's weights instead)",
@@ -33,9 +36,9 @@ EFFECT_OF_CHANGE = {
 def describe(trainer, model_args, template: str, tokenizer_digest: str) -> dict[str, str]:
     """What a continued run must share with the one that it continues: a readable value for each key of EFFECT_OF_CHANGE."""
     args, dataset, config = trainer.args, trainer.train_dataset, trainer.model.config.to_diff_dict()
-    tokens = hashlib.sha256(dataset.lengths.tobytes() + dataset.prompt_lengths.tobytes())
-    for index in range(len(dataset)):
-        tokens.update(dataset[index]["input_ids"].numpy())
+    tokens = hashlib.sha256(dataset.rows.tokens)
+    for numbers in (dataset.offsets, dataset.lengths, dataset.prompt_lengths):
+        tokens.update(numpy.ascontiguousarray(numbers))
     for name in ("transformers_version", "_name_or_path", "dtype", "use_cache", "pad_token_id"):
         config.pop(name, None)
 
@@ -61,6 +64,7 @@ def describe(trainer, model_args, template: str, tokenizer_digest: str) -> dict[
         "examples_per_step": str(args.world_size * per_device * accumulation),
         "micro_batch": f"{per_device} per device x {accumulation}",
         "packing": str(args.packing),
+        "tokens_per_micro_batch": args.tokens_per_micro_batch if args.packing else "-",
         "seed": f"{args.seed}, data {args.data_seed}",
         "schedule": f"{args.lr_scheduler_type.value}, warmup {args.warmup_steps}, {args.num_train_epochs} epochs, max_steps {args.max_steps}",
         "learning_rate": str(args.learning_rate),
@@ -68,6 +72,13 @@ def describe(trainer, model_args, template: str, tokenizer_digest: str) -> dict[
         "max_grad_norm": str(args.max_grad_norm),
         "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "float32",
     }
+
+
+def keep_token_budget(checkpoint: str, before: dict[str, str], args) -> None:
+    """`--tokens_per_micro_batch auto` measures the card's memory; a continued run takes the number that the run began with."""
+    if args.packing and args.tokens_per_micro_batch == "auto" and before.get("tokens_per_micro_batch", "-") != "-":
+        args.tokens_per_micro_batch = before["tokens_per_micro_batch"]
+        say(f"--tokens_per_micro_batch auto: {args.tokens_per_micro_batch}, as in {checkpoint}")
 
 
 def refuse_changes(checkpoint: str, before: dict[str, str], now: dict[str, str], go_on: bool) -> None:

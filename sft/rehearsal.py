@@ -19,7 +19,7 @@ from sft.arguments import UserError, all_ranks_or_none, rank, say
 
 SMALL_BYTES = 4 * 2**30  # a checkpoint up to this size is rehearsed whole, a larger one by a sample
 SAMPLE_BYTES = 256 * 2**20
-SCRATCH = "incomplete-rehearsal"
+SCRATCH = "incomplete/rehearsal"  # what is incomplete is cleared away when a run begins
 
 Weights = dict[str, torch.Tensor]
 
@@ -60,8 +60,6 @@ def rehearse(trainer, export_dtype: torch.dtype) -> str:
     with all_ranks_or_none():
         say(check_space(output_dir, checkpoint, checkpoints_kept(trainer), model_bytes(trainer, export_dtype)))
     scratch, small = output_dir / SCRATCH, checkpoint <= SMALL_BYTES
-    if rank() == 0:
-        shutil.rmtree(scratch, ignore_errors=True)
     was_empty = trainer.is_fsdp_enabled and not trainer.optimizer.state
     with _saving_to(trainer, scratch, small):
         trainer._save_checkpoint(trainer.model_wrapped, None)
@@ -75,7 +73,7 @@ def rehearse(trainer, export_dtype: torch.dtype) -> str:
     if dist.is_initialized():
         dist.barrier()
     if rank() == 0:
-        shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(scratch.parent, ignore_errors=True)
     if not written:
         raise UserError(
             "save rehearsal: no model.safetensors was written, so this run would end without a model. With DeepSpeed stage 3 set "

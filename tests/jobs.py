@@ -4,6 +4,7 @@ A server process imports torch, transformers and `utils` once and forks each ran
 A rank is a process of its own, with torchrun's environment variables, and ends with the exit code of the real scripts.
 """
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -14,7 +15,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-IMPORTED_ONCE = ["jobs", "utils", "sft.tokenizers", "torch.distributed.checkpoint", "deepspeed"]
+IMPORTED_ONCE = ["jobs", "utils", "sft.tokenizers", "torch.distributed.checkpoint", "deepspeed", "matplotlib.figure"]
 
 
 def _server():
@@ -31,6 +32,7 @@ def _server():
 
 
 def _rank(flags: list[str], environment: dict[str, str], log: str, prepare) -> None:
+    gc.freeze()  # the Trainer collects garbage once, in all that the server imported
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -74,6 +76,8 @@ class Job:
         """Wait for all ranks and return their exit codes. When one has failed the others are killed, as torchrun does."""
         until = time.monotonic() + timeout_s
         while any(process.exitcode is None for process in self.ranks):
+            if any(process.exitcode == -signal.SIGKILL for process in self.ranks):
+                break
             if any(process.exitcode not in (None, 0) for process in self.ranks):
                 time.sleep(1)  # the others' own ends
                 break
@@ -90,6 +94,10 @@ class Job:
         for index, process in enumerate(self.ranks):
             if which is None or index in which:
                 process.join()
+
+    def runs(self) -> bool:
+        """Whether all ranks are alive."""
+        return all(process.exitcode is None for process in self.ranks)
 
     def printed(self) -> str:
         return self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""

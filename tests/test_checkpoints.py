@@ -37,7 +37,7 @@ def test_a_run_stopped_in_an_epoch_and_at_its_end_continues_bit_for_bit(
     whole_run, tiny_llama, questions_csv, tmp_path, monkeypatch, capsys
 ):
     flags = flags_for(tiny_llama, questions_csv, tmp_path / "out", "--resume_from_checkpoint", "True")
-    for step in (5, 8):  # the middle and the end of the first epoch
+    for step in (5, 8, 11):  # inside the first epoch, at its end, inside the second
         with monkeypatch.context() as patch:
             signal_at(patch, step)
             trainer = train(*flags)
@@ -49,6 +49,7 @@ def test_a_run_stopped_in_an_epoch_and_at_its_end_continues_bit_for_bit(
     assert "holds no checkpoint yet: starting from the beginning" in printed
     assert f"resume: {tmp_path / 'out' / 'checkpoint-5'}" in printed
     assert f"resume: {tmp_path / 'out' / 'checkpoint-8'}" in printed
+    assert f"resume: {tmp_path / 'out' / 'checkpoint-11'}" in printed
     assert losses(tmp_path / "out") == losses(whole_run)
     assert len(losses(whole_run)) == 16
     assert same_weights(tmp_path / "out", whole_run)
@@ -93,7 +94,7 @@ def test_two_ranks_continue_bit_for_bit(tiny_llama, questions_csv, tmp_path, how
         more += ["--deepspeed", str(tmp_path / "ds.json")]
     whole, stopped = (flags_for(tiny_llama, questions_csv, tmp_path / name, *more) for name in ("whole", "stopped"))
     jobs.run(whole, 2, tmp_path / "whole.log")
-    for step in (3, 8 if how == "packed" else 5):  # 8 steps in an epoch
+    for step in {"packed": (8, 11), "padded": (3, 11), "zero2": (5,)}[how]:  # 8 steps in an epoch
         printed = jobs.run(stopped, 2, tmp_path / "log", signal_rank_1_at_steps, SIGNAL_AT=str(step))
         assert f"stopped at step {step} of 16" in printed
     jobs.run(stopped, 2, tmp_path / "log")
@@ -303,6 +304,8 @@ def test_a_changed_run_is_listed_with_its_effects_and_refused(two_checkpoints, c
         ("--learning_rate 1e-3", {"learning_rate"}),
         ("--lr_scheduler_type cosine", {"schedule"}),
         ("--weight_decay 0.1", {"optimizer"}),
+        ("--tokens_per_micro_batch 60", {"tokens_per_micro_batch"}),
+        ("--packing False", {"packing", "tokens_per_micro_batch"}),
     ],
 )
 def test_what_each_flag_changes(whole_run, two_checkpoints, tiny_llama, questions_csv, flags, changed):
@@ -346,7 +349,9 @@ def test_a_folder_that_cannot_be_written_stops_the_run_before_the_first_step(
     monkeypatch.setattr(Path, "mkdir", refuse_to_write_below(tmp_path / "out", Path.mkdir))
     with pytest.raises(SystemExit):
         train(*flags_for(tiny_llama, questions_csv, tmp_path / "out"))
-    assert "checkpoint-0 could not be saved (rank 0): PermissionError" in capfd.readouterr().err
+    printed = capfd.readouterr().err
+    assert "save rehearsal: a checkpoint could not be saved (rank 0): PermissionError" in printed
+    assert "No step was taken. Mend the cause and start again." in printed
 
 
 def refuse_to_write_below(folder: Path, real):
@@ -372,3 +377,21 @@ def test_how_many_checkpoints_lie_on_the_disk_at_once():
     assert kept(20) == 10
     assert kept(None, "epoch") == 3
     assert kept(None, "no") == 1
+
+
+def test_a_run_that_is_resumed_at_its_end_takes_no_step_more(tiny_llama, questions_csv, tmp_path, monkeypatch):
+    flags = flags_for(
+        tiny_llama, questions_csv, tmp_path / "out", "--max_steps", "6", "--resume_from_checkpoint", "True"
+    )
+    with monkeypatch.context() as patch:  # killed between its last checkpoint and the export
+        patch.setattr(utils, "export_model", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train(*flags)
+    assert choose(tmp_path / "out").endswith("checkpoint-6")
+    before = (tmp_path / "out" / "checkpoint-6" / "model.safetensors").read_bytes()
+    trainer = train(*flags)
+    assert trainer.state.global_step == 6
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+    with pytest.raises(SystemExit) as ended:  # and once more: it is finished
+        train(*flags)
+    assert ended.value.code == 0

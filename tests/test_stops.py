@@ -17,9 +17,9 @@ import pytest
 import torch
 from conftest import QUESTIONS, ROOT
 from safetensors.torch import load_file, save_file
-from saved_runs import choose, flags_for, train
+from saved_runs import choose, flags_for, losses, same_weights, train
 
-from sft import stops
+from sft import export, stops
 from sft.arguments import UserError
 from utils import DataCollatorForSupervisedDataset
 
@@ -249,3 +249,27 @@ def test_the_rank_with_the_broken_loss_is_named_by_all(poisoned, tmp_path):
     printed = jobs.run(flags_for(*poisoned, tmp_path / "out"), 2, tmp_path / "log", expect=2)
     assert len(re.findall(r"error: step \d+: the loss is nan", printed)) == 1
     assert re.search(rf"rank [01], micro-batch \d: CSV rows (\d+, )*{POISONED_ROW}\b", printed)
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_a_killed_worker_and_the_weights_are_those_of_a_quiet_run(
+    tiny_llama, questions_csv, tmp_path
+):
+    more = ["--num_train_epochs", "10", "--save_steps", "20", "--resume_from_checkpoint", "True"]
+    quiet, disturbed = (flags_for(tiny_llama, questions_csv, tmp_path / name, *more) for name in ("quiet", "disturbed"))
+    jobs.run(quiet, 2, tmp_path / "quiet.log")
+    job = Torchrun(disturbed, tmp_path / "log", "--max_restarts=3")
+    job.wait_for("step 25/")
+    first = job.workers()
+    os.kill(first[1], signal.SIGKILL)
+    job.wait_for("checkpoint-20\n")
+    job.wait_for("step 35/")
+    second = job.workers()
+    assert not set(first) & set(second)
+    os.kill(second[0], signal.SIGKILL)
+    code, printed = job.end()
+    assert code == 0, printed
+    assert re.findall(r"resume: \S+/(checkpoint-\d+)\n", printed) == ["checkpoint-20", "checkpoint-20"]
+    assert losses(tmp_path / "disturbed") == losses(tmp_path / "quiet")
+    assert same_weights(tmp_path / "disturbed", tmp_path / "quiet")
+    assert export.is_finished(tmp_path / "disturbed")
