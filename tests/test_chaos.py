@@ -1,0 +1,103 @@
+"""Kills at random moments, inside saving too, each followed by the same command: nothing is lost and nobody has to help."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+
+import jobs
+import pytest
+from saved_runs import flags_for, losses, same_weights
+
+from sft import checkpoints, export
+
+KILLS, SEED = 30, 20231
+STEPS = 30
+FLAGS = ["--max_steps", str(STEPS), "--save_steps", "2", "--gradient_accumulation_steps", "2"]
+FLAGS += ["--resume_from_checkpoint", "True"]
+
+
+def die_at_a_call() -> None:
+    """In a rank: end it, as SIGKILL ends it, at the nth call of a function that writes to the disk."""
+    import torch
+    from safetensors import torch as safetensors_torch
+
+    rank, calls = os.environ["DIE_AT"].split(":")
+    if rank != os.environ["RANK"]:
+        return
+    left = int(calls)
+
+    def deadly(module, name: str) -> None:
+        real = getattr(module, name)
+
+        def call(*args, **kwargs):
+            nonlocal left
+            left -= 1
+            if left == 0:
+                os.write(1, f"died in {name}\n".encode())
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **kwargs)
+
+        setattr(module, name, call)
+
+    for module, name in ((os, "fsync"), (os, "rename"), (os, "replace"), (shutil, "rmtree"), (json, "dump")):
+        deadly(module, name)
+    for module, name in (
+        (torch, "save"),
+        (safetensors_torch, "save_file"),
+        (checkpoints, "digest"),
+        (export, "complete"),
+    ):
+        deadly(module, name)
+
+
+def whole_step(output) -> int:
+    """The step of the newest whole checkpoint; 0 without one."""
+    return next(
+        (checkpoints.step_of(f) for f in checkpoints.newest_first(output) if not checkpoints.why_not_whole(f)), 0
+    )
+
+
+@pytest.mark.slow
+def test_kills_at_random_moments_lose_nothing(tiny_llama, questions_csv, tmp_path):
+    jobs.run(flags_for(tiny_llama, questions_csv, tmp_path / "quiet", *FLAGS), 2, tmp_path / "quiet.log")
+    dice = random.Random(SEED)
+    kills, inside_saving, runs, log = 0, 0, 0, tmp_path / "log"
+    while kills < KILLS:
+        runs += 1
+        output = tmp_path / f"run-{runs}"
+        flags = flags_for(tiny_llama, questions_csv, output, *FLAGS)
+        reached, lives = 0, 0
+        while not export.is_finished(output):
+            lives += 1
+            log.unlink(missing_ok=True)
+            victim = dice.choice([0, 1])
+            if dice.random() < 0.6:
+                calls = dice.randrange(1, 160) if victim == 0 else dice.randrange(1, 40)
+                job = jobs.Job(flags, 2, log, die_at_a_call, DIE_AT=f"{victim}:{calls}")
+                codes = job.wait(timeout_s=60)
+            else:
+                job = jobs.Job(flags, 2, log)
+                while "save rehearsal" not in job.printed() and job.runs():
+                    time.sleep(0.02)
+                time.sleep(dice.uniform(0, 1))
+                job.kill(dice.choice([[victim], [0, 1]]))
+                codes = job.wait(timeout_s=60)
+            printed = job.printed()
+            assert "Traceback" not in printed or -signal.SIGKILL in codes, printed
+            killed = -signal.SIGKILL in codes and not export.is_finished(output)
+            kills += killed
+            inside_saving += killed and "died in" in printed
+            now = whole_step(output)
+            assert now >= reached, f"whole step {reached} was lost, {now} is left\n{printed}"
+            reached = now
+            assert killed or export.is_finished(output), f"{codes}\n{printed}"
+            assert lives < 40, printed
+        assert losses(output) == losses(tmp_path / "quiet")
+        assert same_weights(output, tmp_path / "quiet")
+        assert not list(output.glob("incomplete*"))
+        shutil.rmtree(output)
+    print(f"{kills} kills survived, {inside_saving} of them inside saving, in {runs} runs of {STEPS} steps")
+    assert inside_saving >= 8
