@@ -213,7 +213,7 @@ class DataArguments:
     eval_split: float = field(
         default=0.0,
         metadata={
-            "help": "Share of --data_path's rows held out for evaluation, the same rows in every run: 0.02 is 2 %."
+            "help": "Share of --data_path's rows held out for evaluation, the same rows in every run: 0.02 is one in 50."
         },
     )
     data_cache_dir: str | None = field(
