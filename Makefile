@@ -9,7 +9,7 @@ RUN    := $(VENV)/installed
 DEV    := $(VENV)/installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench-data bench-step clean
+.PHONY: help demo test lint format readme bench-data bench-step clean
 
 help:           ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -28,6 +28,9 @@ lint: $(DEV)    ## ruff (lint and format) and mypy
 format: $(DEV)  ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+readme: $(RUN)  ## put the flags and the map of the code into README.md
+	$(BIN)/python .ci/readme.py
 
 bench-data: $(DEV)  ## rows per second of the data path
 	$(BIN)/python benchmarks/bench_data.py $(ARGS)

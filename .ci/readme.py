@@ -1,0 +1,60 @@
+"""Rewrite the parts of README.md that come from the code: the flags and the map. `make readme`; tests/test_readme.py compares.
+
+Such a part stands between <!-- begin NAME --> and <!-- end NAME -->.
+"""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from sft import arguments  # noqa: E402
+
+OTHER_FILES = {  # what is not Python and so has no docstring
+    "ds_config.json": "DeepSpeed: ZeRO stage 2, optimizer on the CPU; edit the 2 to a 3 for stage 3.",
+    "requirements.txt": "What the two scripts need.",
+    "requirements-optional.txt": "One line for each feature that a run can switch on.",
+    "requirements-dev.txt": "Tests and lint.",
+    "examples/demo.sh": "What `make demo` runs.",
+    "examples/facts.csv": "587 rows of facts, the demo's data; examples/make_facts.py wrote them.",
+    "examples/slurm.sh": "Several machines under Slurm.",
+    "benchmarks/results/": "What the tables above were made from.",
+    "tests/": "One file for each of these; CPU, offline.",
+    "Makefile": "`make help` lists its targets.",
+    "pyproject.toml": "Settings of pytest, ruff and mypy.",
+}
+ORDER = ("llama_training.py", "xgen_training.py", "utils.py", "sft", "ds_config.json", "requirements", "examples")
+
+
+def render(readme: str) -> str:
+    """The README with its generated parts as the code is now."""
+    for name, part in (("flags", arguments.flags_table()), ("map", f"```text\n{code_map()}\n```")):
+        begin, end = f"<!-- begin {name} -->\n", f"\n<!-- end {name} -->"
+        readme = re.sub(f"(?<={re.escape(begin)}).*(?={re.escape(end)})", lambda _, part=part: part, readme, flags=re.S)
+    return readme
+
+
+def code_map() -> str:
+    """Every file a reader may open, and the first sentence of its docstring."""
+    python = [path for folder in (".", "sft", "examples", "benchmarks") for path in sorted(ROOT.glob(f"{folder}/*.py"))]
+    described = {str(path.relative_to(ROOT)): first_line(path) for path in python if path.name != "__init__.py"}
+    described |= {name: text for name, text in OTHER_FILES.items() if (ROOT / name).exists()}
+    names = sorted(described, key=lambda name: (rank(name), name))
+    width = max(map(len, names))
+    return "\n".join(f"{name:<{width}}  {described[name]}" for name in names)
+
+
+def rank(name: str) -> int:
+    return next((index for index, start in enumerate(ORDER) if name.startswith(start)), len(ORDER) + ("/" not in name))
+
+
+def first_line(path: Path) -> str:
+    return (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split("\n")[0]
+
+
+if __name__ == "__main__":
+    path = ROOT / "README.md"
+    path.write_text(render(path.read_text(encoding="utf-8")), encoding="utf-8")
