@@ -321,6 +321,7 @@ class SupervisedTrainer(Trainer):
     stops: Stops  # set by `prepare_saving`, like the fingerprint
     fingerprint: dict[str, str]
     memory_plan: memory.Plan | None = None
+    packing_plan: packing.Plan | None = None
     sampler: PackedBatchSampler | None = None
     before_writing: Callable[[dict], dict] | None = None  # sees, and may change, the weights about to be written
 
@@ -449,7 +450,7 @@ def plan_micro_batches(trainer: SupervisedTrainer) -> PackedBatchSampler:
     beside = trainer.memory_plan and trainer.memory_plan.not_for_activations
     tokens = budget.choose(model, args, packing.largest_step(recipe), prepare, trial, beside)
     sampler = packing.within(recipe, tokens.tokens)
-    packed = packing.describe(
+    trainer.packing_plan = packed = packing.describe(
         sampler,
         args.per_device_train_batch_size,
         args.gradient_accumulation_steps,
