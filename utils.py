@@ -412,8 +412,8 @@ class SupervisedTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial) -> None:
         run = self.fingerprint
-        if self.packing_plan:
-            run = run | {"tokens_per_micro_batch": str(self.packing_plan.max_tokens)}
+        if self.args.packing:
+            run = run | {"tokens_per_micro_batch": str(self.sampler.max_tokens)}
         with self.report.phase("checkpoints"):
             checkpoints.save_whole(self, run, partial(super()._save_checkpoint, model, trial))
 
