@@ -3,13 +3,12 @@
 CSV -> template -> tokens and labels -> dataset -> collator -> model -> trainer -> saved model
 """
 
-import os
 import sys
+from array import array
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,6 @@ import torch
 import transformers
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
@@ -65,34 +63,13 @@ from sft.preflight import check_deepspeed
 from sft.recipe import compute_dtype, describe_plan, export_dtype, plan, precision
 from sft.record import Report
 from sft.rehearsal import Rehearsal
-from sft.rows import header_problems, read_csv
+from sft.rows import ROWS_PER_BATCH, header_problems, read_batches, read_csv
 from sft.stops import Stops
 from sft.template import TEMPLATE_FILE, load_template
 from sft.throughput import CountingCollator, Meter, ModelFlops, device_name, take_counts
 from sft.tokenizers import check_vocabulary, compare_with_sentencepiece, encode_prompts, encode_responses
 
 IGNORE_INDEX = -100
-
-# ------------------------------------------------------------------------------------------------------------- CSV
-
-ROWS_PER_BATCH, CHARACTERS_PER_BATCH = 1024, 2**22  # one call of the tokenizer: enough for all cores, bounded in memory
-
-
-def read_batches(path: str, data_args: DataArguments) -> Iterator[list[tuple[str, str]]]:
-    """Read the CSV in batches of (source cell, target cell), with a progress bar over its bytes."""
-    seconds = 0.1 if sys.stderr.isatty() else 60  # a log file needs no animation
-    with tqdm(
-        total=os.path.getsize(path), unit="B", unit_scale=True, desc=f"tokenizing {path}", mininterval=seconds
-    ) as bar:
-        batch, characters = [], 0
-        for _, *cells in read_csv(path, data_args.source, data_args.target, lambda at: bar.update(at - bar.n)):
-            batch.append(cells)
-            characters += len(cells[0]) + len(cells[1])
-            if len(batch) == ROWS_PER_BATCH or characters > CHARACTERS_PER_BATCH:
-                yield batch
-                batch, characters = [], 0
-        yield batch
-
 
 # ----------------------------------------------------------------------------------------------- tokens and labels
 
@@ -111,7 +88,7 @@ def tokenize(batch, tokenizer, template: str, allow_control_tokens: bool, max_le
     prompts = encode_prompts(tokenizer, prompts, allow_control_tokens=allow_control_tokens)
     responses = [batch[index][1] for index in filled]
     responses = encode_responses(tokenizer, responses, allow_control_tokens=allow_control_tokens)
-    tokens, lengths, prompt_lengths = [], [], []
+    tokens, lengths, prompt_lengths = (array("i") for _ in range(3))
     for index, prompt_ids, response_ids in zip(filled, prompts, responses, strict=True):
         room = max_length - len(prompt_ids)
         if room < 1:
@@ -120,10 +97,14 @@ def tokenize(batch, tokenizer, template: str, allow_control_tokens: bool, max_le
         trained_ids = [*response_ids, tokenizer.eos_token_id]
         outcomes[index] = cache.KEPT if len(trained_ids) <= room else cache.CUT
         trained_ids = trained_ids[:room]
-        tokens += [*prompt_ids, *trained_ids]
+        tokens.fromlist(prompt_ids)
+        tokens.fromlist(trained_ids)
         lengths.append(len(prompt_ids) + len(trained_ids))
         prompt_lengths.append(len(prompt_ids))
     return cache.Batch(*(np.array(part, np.int32) for part in (tokens, lengths, prompt_lengths)), outcomes)
+
+
+ROWS_COMPARED = 1000  # with SentencePiece, where the model has its tokenizer.model
 
 
 def tokenize_csv(path: str, tokenizer, data_args: DataArguments, max_length: int) -> cache.TokenizedRows:
@@ -141,16 +122,15 @@ def tokenize_csv(path: str, tokenizer, data_args: DataArguments, max_length: int
         "libraries": [transformers.__version__, tokenizers.__version__],
     }
 
+    def tokenize_batch(numbered_batch: tuple[int, list[tuple[str, str]]]) -> cache.Batch:
+        number, batch = numbered_batch
+        if sentencepiece_model and number * ROWS_PER_BATCH < ROWS_COMPARED:
+            prompts = [template.replace("{instruction}", source) for source, _ in batch]
+            compare_with_sentencepiece(tokenizer, prompts + [target for _, target in batch])
+        return tokenize(batch, tokenizer, **decides)
+
     def build() -> Iterator[cache.Batch]:
-        batches = read_batches(path, data_args)
-        if sentencepiece_model:
-            first = next(batches)
-            prompts = [template.replace("{instruction}", source) for source, _ in first]
-            compare_with_sentencepiece(tokenizer, prompts + [target for _, target in first])
-            batches = chain([first], batches)
-        return cache.map_ahead(
-            partial(tokenize, tokenizer=tokenizer, **decides), batches, processes=not tokenizer.is_fast
-        )
+        return cache.map_ahead(tokenize_batch, enumerate(read_batches(path, data_args.source, data_args.target)))
 
     return cache.load_or_build(Path(data_args.data_cache_dir or cache.default_cache_dir()), key, build)
 

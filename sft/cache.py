@@ -19,14 +19,16 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -128,23 +130,55 @@ def load_or_build(cache_dir: Path, key: dict[str, Any], build: Callable[[], Iter
     return _open_entry(entry)
 
 
-def map_ahead(function: Callable, items: Iterable, processes: bool) -> Iterator:
+MOST_PROCESSES = 16  # one process reads and writes for about as many that tokenize
+
+
+def map_ahead(function: Callable, items: Iterable) -> Iterator:
     """Results of function(item) in order, with as many items in work as keep the cores busy, and no more: bounded memory.
 
-    Args:
-        processes: whether the function is Python's own work and needs a process for each core. A fast tokenizer uses all
-            cores by itself and lets go of the interpreter meanwhile: one thread keeps it busy while this one reads and writes.
+    Each core gets a process. A fast tokenizer's own threads leave making Python's integers, and freeing what the tokenizer
+    returned, to one core; a tokenizer written in Python leaves everything. Where processes cannot be forked safely
+    (macOS), threads do the work, more slowly.
     """
-    cores = os.cpu_count() or 1
-    workers = ProcessPoolExecutor(cores, get_context("fork")) if processes else ThreadPoolExecutor(1)
+    if sys.platform == "linux":
+        # tokenizers (0.23) warns at each fork after its threads were used, unless the variable was set by hand
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+        count = min(MOST_PROCESSES, len(os.sched_getaffinity(0)))
+        workers: Executor = ProcessPoolExecutor(count, get_context("fork"), _start_worker, (function,))
+        work = _work
+    else:
+        count = min(MOST_PROCESSES, os.cpu_count() or 1)
+        workers, work = ThreadPoolExecutor(count), function
     waiting: deque = deque()
     with workers:
         for item in items:
-            waiting.append(workers.submit(function, item))
-            if len(waiting) > 2 * cores:
+            waiting.append(workers.submit(work, item))
+            if len(waiting) > 2 * count:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+
+
+_function: Callable  # of this worker: inherited at the fork, where sending it with each item would copy the tokenizer
+
+
+def _start_worker(function: Callable) -> None:
+    global _function
+    _function = function
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tokenizer's threads did not survive the fork
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A killed parent ends no child by itself (CPython 3.11): each would wait for work for ever."""
+    parent = parent_process()
+    assert parent
+    parent.join()
+    os._exit(1)
+
+
+def _work(item: Any) -> Any:
+    return _function(item)
 
 
 def file_digest(path: str) -> str:
@@ -157,8 +191,10 @@ def file_digest(path: str) -> str:
 
 def tokenizer_digest(tokenizer: Any) -> str:
     """Digest of everything in a tokenizer that decides its ids; not of the padding that an earlier call left set."""
+    content: Any
     if tokenizer.is_fast:
-        content = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
+        content = tokenizer.backend_tokenizer.to_str()
+        content = content[content.index('"added_tokens"') :]  # before it stand version, truncation and padding
     else:
         files = [str(value) for _, value in sorted(tokenizer.init_kwargs.items()) if os.path.isfile(str(value))]
         content = [sorted(tokenizer.get_vocab().items()), [file_digest(path) for path in files]]

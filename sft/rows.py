@@ -6,14 +6,19 @@ Rows are numbered as a spreadsheet shows them: the header is row 1, the first re
 """
 
 import csv
+import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from tqdm import tqdm
 
 from sft.arguments import UserError
 
 LARGEST_CELL = 64 * 2**20  # characters; beyond it a quote was never closed, and the rest of the file would be one cell
 PROBLEMS_SHOWN = 10
+ROWS_PER_BATCH, CHARACTERS_PER_BATCH = 256, 2**20  # small, so that all cores end together; bounded in memory
 
 
 def read_csv(
@@ -77,6 +82,23 @@ _CURES = {  # what csv.reader says -> what to do
     "never closed does that: close it; a quote inside a cell is written twice.",
     "',' expected after '\"'": "text after a closing quote. A quote inside a cell is written twice.",
 }
+
+
+def read_batches(path: str, source: str, target: str) -> Iterator[list[tuple[str, str]]]:
+    """Yield the rows in batches of (source cell, target cell), with a progress bar over the file's bytes."""
+    seconds = 0.1 if sys.stderr.isatty() else 60  # a log file needs no animation
+    with tqdm(
+        total=os.path.getsize(path), unit="B", unit_scale=True, desc=f"tokenizing {path}", mininterval=seconds
+    ) as bar:
+        batch: list[tuple[str, str]] = []
+        characters = 0
+        for _, *cells in read_csv(path, source, target, lambda at: bar.update(at - bar.n)):
+            batch.append((cells[0], cells[1]))
+            characters += len(cells[0]) + len(cells[1])
+            if len(batch) == ROWS_PER_BATCH or characters > CHARACTERS_PER_BATCH:
+                yield batch
+                batch, characters = [], 0
+        yield batch
 
 
 def header_problems(path: str, source: str, target: str | None) -> list[str]:

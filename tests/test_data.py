@@ -4,6 +4,7 @@ import csv
 import io
 import os
 import pickle
+import sys
 import time
 
 import numpy as np
@@ -359,25 +360,32 @@ def test_a_tokenizer_written_in_python_gives_the_same_rows(write, make):
     assert np.array_equal(slow.rows.tokens, fast.rows.tokens) and np.array_equal(slow.lengths, fast.lengths)
 
 
-def own_process(seconds: float) -> int:
-    time.sleep(seconds)
-    return os.getpid()
-
-
 def test_work_ahead_keeps_its_order_and_its_bound():
     taken = []
 
     def items():
-        for item in range(40):
+        for item in range(200):
             taken.append(item)
             yield item
 
-    results = cache.map_ahead(lambda item: item * item, items(), processes=False)
-    assert [next(results), next(results)] == [0, 1]
-    assert len(taken) <= 2 + 1 + 2 * os.cpu_count()
-    assert list(results) == [item * item for item in range(2, 40)]
-    workers = set(cache.map_ahead(own_process, [0.05] * 4 * os.cpu_count(), processes=True))
-    assert os.getpid() not in workers and len(workers) == os.cpu_count()
+    def square_there(item):
+        time.sleep(0.002)
+        return item * item, os.getpid()
+
+    results = cache.map_ahead(square_there, items())  # a local function: it is inherited, not sent
+    first = next(results)[0], next(results)[0]
+    assert first == (0, 1) and len(taken) <= 2 + 1 + 2 * os.cpu_count()
+    squares, processes = zip(*results)
+    assert squares == tuple(item * item for item in range(2, 200))
+    if sys.platform == "linux":
+        assert os.getpid() not in processes and len(set(processes)) == len(os.sched_getaffinity(0))
+
+
+def test_work_ahead_hands_on_a_users_mistake():
+    def fail(item):
+        raise UserError([f"row {item}: wrong.", "and more."])
+
+    assert problems_of(lambda: list(cache.map_ahead(fail, range(3)))) == ["row 0: wrong.", "and more."]
 
 
 # ---------------------------------------------------------------------------------------------- dataset and batch
