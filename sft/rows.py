@@ -80,6 +80,7 @@ _CURES = {  # what csv.reader says -> what to do
     "unexpected end of data": "a quote is opened and never closed. Close it; a quote inside a cell is written twice.",
     "field larger than field limit": f"a cell above {LARGEST_CELL // 2**20} Mi characters. A quote that is opened and "
     "never closed does that: close it; a quote inside a cell is written twice.",
+    "line contains NUL": "a NUL byte. Remove it.",  # Python 3.10; later ones hand it over, and the column is named above
     "',' expected after '\"'": "text after a closing quote. A quote inside a cell is written twice.",
 }
 
@@ -160,7 +161,8 @@ def _bad_byte(path: str) -> str:
     place = ""
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         header: list[str] = []
-        for row_number, row in enumerate(csv.reader(file), 1):
+        lines = (line.replace("\0", "") for line in file)  # Python 3.10 refuses them
+        for row_number, row in enumerate(csv.reader(lines), 1):
             header = header or row
             bad = [index for index, cell in enumerate(row) if re.search("[\udc80-\udcff]", cell)]
             if bad:
