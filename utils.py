@@ -406,7 +406,7 @@ class SupervisedTrainer(Trainer):
 
 def plan_micro_batches(trainer: SupervisedTrainer) -> PackedBatchSampler:
     """Decide what each micro-batch of the run holds and how it is computed, set the accumulation to match, and say all."""
-    args, model = trainer.args, trainer.model
+    args, model, dtype = trainer.args, trainer.model, compute_dtype(trainer.args)
     arithmetic, lengths = plan(args, len(trainer.train_dataset)), trainer.train_dataset.lengths
     recipe = packing.recipe(args, lengths, **arithmetic)
     if not args.packing:
@@ -421,7 +421,8 @@ def plan_micro_batches(trainer: SupervisedTrainer) -> PackedBatchSampler:
     def trial(probe: PreTrainedModel, tokens: int) -> None:
         ids = torch.zeros(256, dtype=torch.int64)
         batch = trainer._prepare_inputs(PackedCollator()([{"input_ids": ids, "labels": ids}] * (tokens // 256)))
-        with trainer.compute_loss_context_manager():
+        # as Accelerate will wrap the model, which has not happened yet
+        with torch.autocast(args.device.type, dtype, enabled=dtype != torch.float32):
             loss = summed_loss(probe, labelled_head(probe), batch)
         loss.backward()
         probe.zero_grad(set_to_none=True)

@@ -8,10 +8,13 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig
 
 from sft.arguments import UserError
 
+# The keywords changed between torch 2.10 and 2.13: causal attention was `is_causal=True`, grouped heads needed no word.
+VARLEN_WORDS = frozenset(inspect.signature(varlen_attn).parameters)
 VARLEN = "varlen"
 PER_EXAMPLE = "per_example"
 
@@ -39,8 +42,6 @@ def varlen(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """FlashAttention over the examples of one packed row; (1, tokens, heads, head_dim) in the compute type."""
-    from torch.nn.attention.varlen import varlen_attn
-
     assert cu_seq_lens_q is not None and query.shape[0] == 1, (
         "varlen attention takes one packed row with its cu_seq_lens"
     )
@@ -48,12 +49,12 @@ def varlen(
     dtype = torch.get_autocast_dtype(query.device.type) if torch.is_autocast_enabled(query.device.type) else value.dtype
     head_dim = query.shape[-1]
     missing = -head_dim % 8  # the kernel wants a multiple of 8; zeros change neither the scores nor the other outputs
-    rows = [F.pad(tensor[0].transpose(0, 1).to(dtype), (0, missing)) for tensor in (query, key, value)]
+    rows = [tensor[0].transpose(0, 1).to(dtype) for tensor in (query, key, value)]
+    if missing:  # F.pad copies even where it adds nothing
+        rows = [F.pad(row, (0, missing)) for row in rows]
     window = (-1 if sliding_window is None else sliding_window - 1, 0)
-    # The keywords changed between torch 2.10 and 2.13: causal attention was `is_causal=True`, grouped heads needed no word.
-    words = inspect.signature(varlen_attn).parameters
-    options: dict[str, Any] = {"window_size": window} if "window_size" in words else {"is_causal": True}
-    if "enable_gqa" in words:
+    options: dict[str, Any] = {"window_size": window} if "window_size" in VARLEN_WORDS else {"is_causal": True}
+    if "enable_gqa" in VARLEN_WORDS:
         options["enable_gqa"] = True
     out = varlen_attn(*rows, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling, **options)
     return out[None, ..., :head_dim], None

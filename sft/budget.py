@@ -26,7 +26,7 @@ def choose(
     largest_step: int,
     prepare: Callable[[PreTrainedModel], None],
     trial: Callable[[PreTrainedModel, int], None],
-    not_for_activations: float | None,
+    not_for_activations: Callable[[int], float] | None,
 ) -> Budget:
     """The budget that --tokens_per_micro_batch asks for. Every rank gets the smallest rank's answer.
 
@@ -39,7 +39,8 @@ def choose(
         largest_step: tokens of one rank in the fullest step.
         prepare: makes a model compute as the real one does (compiled layers).
         trial: (model, tokens) -> runs forward and backward on one packed row, as training will.
-        not_for_activations: bytes of PyTorch's share of the card that the rest takes, or that stay free; None where there is no plan.
+        not_for_activations: (tokens) -> bytes of PyTorch's share of the card that the rest takes, or that stay free, when a micro-batch
+            holds so many; None where there is no plan.
     """
     if args.tokens_per_micro_batch != "auto":
         return Budget(int(args.tokens_per_micro_batch), "--tokens_per_micro_batch")
@@ -51,20 +52,27 @@ def choose(
         return Budget(floor, "per device x --model_max_length, more than any step has")
     if not_for_activations is None:
         return Budget(floor, "per device x --model_max_length; without a memory plan it does not grow")
-    fixed, per_layer = activation_bytes(model, args, prepare, trial)
-    if per_layer <= 0:
-        return Budget(floor, "per device x --model_max_length; the model's activations could not be measured")
+    try:
+        fixed, per_layer = activation_bytes(model, args, prepare, trial)
+    except torch.OutOfMemoryError:  # a card that the weights nearly fill
+        fixed = per_layer = 0.0
     per_token = fixed + per_layer * model.config.num_hidden_layers
     share = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    room = max(0, int((share - not_for_activations) / per_token))
+    room = 0
+    if per_layer > 0:
+        room = int((share - not_for_activations(ceiling)) / per_token)
+        if room < ceiling:  # several micro-batches in a step: gradients lie beside the activations
+            room = max(0, int((share - not_for_activations(ceiling - 1)) / per_token))
     if args.world_size > 1:
         smallest = torch.tensor(room, device=device)
         torch.distributed.all_reduce(smallest, torch.distributed.ReduceOp.MIN)
         room = int(smallest)
+    if room <= floor:
+        return Budget(floor, "per device x --model_max_length; no room was found for more")
     measured = f"{per_token / 2**20:.2f} MiB per token, room for {room:,}"
     if room >= ceiling:
         return Budget(ceiling, f"auto: a whole step; {measured}")
-    return Budget(max(floor, room), f"auto: {measured}")
+    return Budget(room, f"auto: {measured}")
 
 
 def activation_bytes(

@@ -207,10 +207,10 @@ class Plan:
     def gpu_usable(self) -> float:
         return self.gpu_there * (1 - FRAGMENTS) - OUTSIDE if self.setting.cuda else 0.0
 
-    @property
-    def not_for_activations(self) -> float:
-        """Bytes of PyTorch's share of the card that activations cannot have under `--tokens_per_micro_batch auto`."""
-        return self.beside + SPARE * self.gpu_there
+    def not_for_activations(self, tokens: int) -> float:
+        """Bytes of PyTorch's share of the card that activations cannot have when a micro-batch holds so many tokens."""
+        beside = _add_up(self.shape, self.setting, tokens, self.gpu_there, self.host_there).beside
+        return beside + SPARE * self.gpu_there
 
     @property
     def fits(self) -> bool:

@@ -91,7 +91,8 @@ def test_varlen_calls_torchs_kernel_in_each_versions_words(monkeypatch, words):
         f"def fake(q, k, v, a, b, c, d, *, scale=None, {names}): return kernel(q, k, v, a, b, c, d, scale, {passed})",
         inner,
     )
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", inner["fake"])
+    monkeypatch.setattr("sft.attention.varlen_attn", inner["fake"])
+    monkeypatch.setattr("sft.attention.VARLEN_WORDS", words.keys() | {"scale"})
     query, key = torch.randn(1, 4, 5, 100), torch.randn(1, 2, 5, 100)
     starts = torch.tensor([0, 2, 5], dtype=torch.int32)
     out, _ = varlen(None, query, key, key.bfloat16(), None, scaling=0.1, cu_seq_lens_q=starts, max_length_q=3)
