@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -303,6 +304,7 @@ class SupervisedTrainer(Trainer):
     memory_plan: memory.Plan | None = None
     packing_plan: packing.Plan | None = None
     sampler: PackedBatchSampler | None = None
+    ahead: tuple[Any, Any] = (None, None)  # an epoch's iterator, and the next step's micro-batches from it
     before_writing: Callable[[dict], dict] | None = None  # sees, and may change, the weights about to be written
 
     def __init__(self, **kwargs):
@@ -344,6 +346,10 @@ class SupervisedTrainer(Trainer):
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.stops.saw(inputs, loss)
+        if (
+            self.accelerator.sync_gradients
+        ):  # the step's last: the GPU has work in hand, and the next examples are gathered meanwhile
+            self.ahead = (self.source[0], super().get_batch_samples(*self.source))
         return loss
 
     def _get_grad_norm(self, model, grad_norm=None):
@@ -352,7 +358,11 @@ class SupervisedTrainer(Trainer):
         return grad_norm
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        (fetched_from, fetched), self.ahead = self.ahead, (None, None)
+        if fetched_from is not epoch_iterator:
+            fetched = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.source = (epoch_iterator, num_batches, device)
+        batches, num_items_in_batch = fetched
         counts = take_counts(batches)
         self.meter.add_step(counts)
         self.current_flos += self.meter.flops.step(counts)

@@ -507,6 +507,8 @@ def parse(
         notices.append("no GPU was found: this run is on the CPU")
     if flags.use_cpu:  # where it is installed, accelerate imports DeepSpeed, which (0.19.8) warns that it found no GPU
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    elif flags.accelerator_config is None and flags.dataloader_pin_memory:
+        flags.accelerator_config = {"non_blocking": True}  # copies to the GPU do not wait for the work that it has in hand
     problems += _read_fsdp_config(flags)
     problems += _contradictions(flags)
     if problems and flags.plan_only:
