@@ -263,7 +263,7 @@ class TrainingArguments(transformers.TrainingArguments):
     compile_layers: str = field(
         default="auto",
         metadata={
-            "help": "Compile the decoder layers of a packed run (torch.compile): the first step takes about 40 s longer, the "
+            "help": "Compile the decoder layers of a packed run (torch.compile): the first step takes about 25 s longer, the "
             "others about a third less. auto: on a GPU, when the run is long enough. True or False."
         },
     )

@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 FLOPS_PER_S = 2e14  # what eager layers reach on a recent card; only to tell a short run from a long one
-WORTH_SECONDS = 240  # compiling costs about 40 s and saves about a third of what follows (benchmarks/LOG.md)
+WORTH_SECONDS = 240  # compiling takes about 25 s on 16 cores and saves about a third of what follows (benchmarks/LOG.md)
 
 
 class Choice(NamedTuple):
@@ -40,8 +40,8 @@ def choose(args: Any, parameters: int, quantized: bool, tokens: float) -> Choice
         return Choice(False, "--torch_compile compiles the whole model")
     seconds = 6 * parameters * tokens / (args.world_size * FLOPS_PER_S)
     if seconds < WORTH_SECONDS:
-        return Choice(False, f"about {seconds:.0f} s of work, and the compiler takes 40")
-    return Choice(True, "the first step takes about 40 s longer, the others about a third less")
+        return Choice(False, f"about {seconds:.0f} s of work, and the compiler takes 25")
+    return Choice(True, "the first step takes about 25 s longer, the others about a third less")
 
 
 def prepare(model: PreTrainedModel, device: torch.device, choice: Choice) -> None:
