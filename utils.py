@@ -585,7 +585,7 @@ def train(load_tokenizer: LoadTokenizer, argv: list[str] | None = None) -> Super
     memory_plan = plan_memory(model_args, training_args, data_module["train_dataset"].lengths)
     full = partial(memory.full_is_a_sentence, memory_plan)
     set_seed(training_args.seed)
-    with report.phase("load"), full():
+    with report.phase("load"), full(), safety.safe_loads(model_args.model_name_or_path, deepspeed=False):
         pretrained.start_deepspeed(training_args)
         model = load_model(model_args, training_args, tokenizer)
         trainer = SupervisedTrainer(model=model, args=training_args, processing_class=tokenizer, **data_module)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 from sft.arguments import UserError
 
@@ -24,6 +25,7 @@ METADATA_NAMES = {  # what such a file names: classes without code that runs whe
     (DCP + "filesystem", "_StorageInfo"),
     ("torch.serialization", "_get_layout"),
     ("torch", "Size"),
+    *((module, "PosixPath") for module in ("pathlib", "pathlib._local")),
     ("collections", "OrderedDict"),
 }
 
@@ -52,14 +54,14 @@ def check_metadata(checkpoint: Path) -> None:
 
 
 @contextmanager
-def safe_loads(checkpoint: str | None, deepspeed: bool) -> Iterator[None]:
+def safe_loads(source: str | None, deepspeed: bool) -> Iterator[None]:
     """While it lasts, torch.load executes nothing from any file, whichever library calls it.
 
     DeepSpeed (0.19) and torch's sharded checkpoints (2.13) load with weights_only=False; torch's own switch overrules that.
     What DeepSpeed stores beside tensors is allowed by name.
 
     Args:
-        checkpoint: the one that will be resumed from.
+        source: the model, or the checkpoint to resume from; None where nothing will be loaded.
         deepspeed: DeepSpeed will read it.
     """
     allowed = []
@@ -69,18 +71,22 @@ def safe_loads(checkpoint: str | None, deepspeed: bool) -> Iterator[None]:
         from deepspeed.utils.tensor_fragment import fragment_address
 
         allowed = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
-    if checkpoint:
-        check_metadata(Path(checkpoint))
+    if source:
+        check_metadata(Path(source))
     before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     try:
         with torch.serialization.safe_globals(allowed):
             yield
-    except pickle.UnpicklingError as error:
-        reason = str(error).split("Please file an issue")[0].strip()
-        raise UserError(
-            f"{checkpoint}: one of its files was not loaded, because it could run code.\n{reason}"
-        ) from error
+    except (pickle.UnpicklingError, CheckpointException) as error:
+        found = (
+            [failure for failure, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+        )
+        reason = next((str(failure) for failure in found if isinstance(failure, pickle.UnpicklingError)), None)
+        if reason is None:
+            raise
+        reason = reason.rsplit("WeightsUnpickler error:", 1)[-1].strip().splitlines()[0]
+        raise UserError(f"{source}: one of its files was not loaded, because it could run code. {reason}") from error
     finally:
         del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
         if before is not None:

@@ -1,6 +1,8 @@
 """A run of 16 steps in two epochs, small enough to repeat in a second or two, and what can be asked of its checkpoints."""
 
 import json
+import os
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -40,3 +42,15 @@ def train(*flags: str):
 
 def choose(output: Path, wanted="True") -> str | None:
     return checkpoints.choose(SimpleNamespace(resume_from_checkpoint=wanted, output_dir=str(output)))
+
+
+def signal_at(monkeypatch, step: int, number=signal.SIGUSR1) -> None:
+    """Send this process a signal in the first micro-batch of a step."""
+    real = utils.SupervisedTrainer.training_step
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if self.state.global_step + 1 == step and not self.stops.micro_batches:
+            os.kill(os.getpid(), number)
+        return real(self, model, inputs, num_items_in_batch)
+
+    monkeypatch.setattr(utils.SupervisedTrainer, "training_step", training_step)

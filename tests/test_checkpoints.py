@@ -11,24 +11,11 @@ from types import SimpleNamespace
 import jobs
 import pytest
 import torch
-from saved_runs import choose, flags_for, losses, same_weights, train
+from saved_runs import choose, flags_for, losses, same_weights, signal_at, train
 
 import utils
 from sft import checkpoints, fingerprint, rehearsal
 from sft.arguments import UserError
-
-
-def signal_at(monkeypatch, step: int, number=signal.SIGUSR1) -> None:
-    """Send this process a signal in the first micro-batch of a step."""
-    real = utils.SupervisedTrainer.training_step
-
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        if self.state.global_step + 1 == step and not self.stops.micro_batches:
-            os.kill(os.getpid(), number)
-        return real(self, model, inputs, num_items_in_batch)
-
-    monkeypatch.setattr(utils.SupervisedTrainer, "training_step", training_step)
-
 
 # ---- exact resume
 
