@@ -527,6 +527,7 @@ def export_model(trainer: SupervisedTrainer, model_args: ModelArguments, data_ar
             template = load_template(data_args.prompt_template)
             Path(args.output_dir, TEMPLATE_FILE).write_text(template, encoding="utf-8")
     with trainer.report.phase("proof"), all_ranks_or_none():
+        pretrained.hold_deepspeed(args)  # rank 0 alone reloads: split by ZeRO-3, it would wait for the others for ever
         if args.should_save:
             proved = exporter.prove(saved)
     say(f"model saved in {args.output_dir}; proved: {'; '.join(proved)}")
@@ -569,6 +570,7 @@ def train(load_tokenizer: LoadTokenizer, argv: list[str] | None = None) -> Super
         ),
     )
     keep_other_ranks_quiet()
+    pretrained.hold_deepspeed(training_args)
     if export.nothing_is_left(training_args):
         raise SystemExit(0)
     report = Report(model_args, data_args, training_args, draw)

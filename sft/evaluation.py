@@ -97,7 +97,7 @@ class EvalBatchSampler(torch.utils.data.Sampler[list[int]]):
 
 
 def token_weighted_loop(
-    trainer: transformers.Trainer,
+    trainer: Any,
     dataloader: torch.utils.data.DataLoader,
     loss_sum: Callable[[torch.nn.Module, dict], torch.Tensor],
     metric_key_prefix: str = "eval",
@@ -105,7 +105,7 @@ def token_weighted_loop(
     """The Trainer's evaluation loop, with one mean over all trained tokens instead of a mean of batch means.
 
     Args:
-        trainer: gives the wrapped model, the device and the callbacks.
+        trainer: a `Trainer`; gives the wrapped model, the device and the callbacks.
         dataloader: has an `EvalBatchSampler`; its batches carry their `counts`, as training batches do.
         loss_sum: (model, inputs on the device) -> the loss summed over this batch's trained tokens.
 
@@ -203,7 +203,7 @@ class AnswersCallback(transformers.TrainerCallback):
 
 
 def greedy_answers(
-    model: torch.nn.Module,
+    model: Any,
     tokenizer: transformers.PreTrainedTokenizerBase,
     prompts: list[torch.Tensor],
     device: torch.device,

@@ -255,7 +255,7 @@ def answer_csv(models: dict[str, TunedModel], args: GenerateArguments) -> None:
 
 
 def parse(argv: list[str] | None = None) -> GenerateArguments:
-    parser = Parser((GenerateArguments,), prog="python -m sft.generate", description=DESCRIPTION, allow_abbrev=False)
+    parser = Parser((GenerateArguments,), prog="python -m sft.generate", description=DESCRIPTION, allow_abbrev=False)  # type: ignore[arg-type]
     flags, unknown = parser.parse_known_args(argv)
     problems = unknown_flags(parser, unknown)
     if not flags.model:

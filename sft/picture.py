@@ -24,6 +24,7 @@ def draw(runs: dict[str, dict], path: Path) -> None:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
     except ImportError:
         raise UserError("pictures need matplotlib: pip install matplotlib") from None
 
@@ -50,7 +51,7 @@ def draw(runs: dict[str, dict], path: Path) -> None:
     for axes in (loss, rate, speed):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.margins(x=0.04)
     for axes in (rate, speed):
         axes.set_ylim(bottom=0)

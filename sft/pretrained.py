@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from sft.arguments import TrainingArguments, say
 
@@ -44,6 +45,15 @@ def load_config(model_args):
     )
 
 
+def hold_deepspeed(training_args: TrainingArguments) -> None:
+    """Until `start_deepspeed`, and after the training, models that are made are whole: ZeRO-3 would split these too.
+
+    TrainingArguments announces ZeRO-3 to `from_config` and `from_pretrained` as soon as it exists (transformers 5.23).
+    """
+    if training_args.deepspeed:
+        unset_hf_deepspeed_config()
+
+
 def start_deepspeed(training_args: TrainingArguments) -> None:
     """Tell DeepSpeed about the ranks before the model loads: ZeRO-3 splits the weights while they are read.
 
@@ -52,6 +62,7 @@ def start_deepspeed(training_args: TrainingArguments) -> None:
     """
     if not training_args.deepspeed:
         return
+    set_hf_deepspeed_config(training_args.hf_deepspeed_config)
     # deepspeed 0.19.8 on torch 2.13: hundreds of lines about the new names of two collectives
     warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)
     if training_args.device.type == "cpu":

@@ -148,7 +148,7 @@ class Report:
         draw: Callable[[dict[str, dict], Path], None],
     ):
         self.model_args, self.data_args = model_args, data_args
-        self.folder = Path(training_args.output_dir)
+        self.folder = Path(str(training_args.output_dir))
         self.draw = draw
         self.complete = False  # True when the last step of the schedule has run
         self.secrets = _secrets(training_args)
@@ -178,7 +178,7 @@ class Report:
 
     def note_facts(
         self,
-        trainer: transformers.Trainer,
+        trainer: Any,
         template: str,
         batch: dict[str, int],
         precision: dict[str, str],
@@ -187,7 +187,7 @@ class Report:
         """Note what is settled before the first step: the data, the tokenizer, the model, the arithmetic, the types.
 
         Args:
-            trainer: its datasets know their `rows.key()` and `counts`; its `meter` knows the peak and the convention.
+            trainer: a `SupervisedTrainer`; its datasets know their `rows.key()` and `counts`; its `meter` knows the peak and the convention.
             template: the text around the instruction.
             batch, precision: the sections of these names.
             attention_reason: why the model's kernel was chosen.

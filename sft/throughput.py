@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import transformers
@@ -127,7 +128,7 @@ class ModelFlops:
     attention_width: int  # layers x heads x head_dim
 
     @classmethod
-    def of(cls, model: torch.nn.Module) -> "ModelFlops":
+    def of(cls, model: Any) -> "ModelFlops":
         """Count from the shapes of the linear layers: right for sharded (ZeRO-3), quantized and LoRA weights as well."""
         head = model.get_output_embeddings()
         weights = dict.fromkeys(("layer", "trained_layer", "head", "trained_head"), 0)
