@@ -15,6 +15,7 @@ has been damaged since, which the sizes and checksums show.
 import contextlib
 import errno
 import fcntl
+import gc
 import hashlib
 import json
 import os
@@ -165,6 +166,7 @@ _function: Callable  # of this worker: inherited at the fork, where sending it w
 def _start_worker(function: Callable) -> None:
     global _function
     _function = function
+    gc.freeze()  # what was inherited is not searched for garbage, which would copy its pages
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tokenizer's threads did not survive the fork
     Thread(target=_end_with_parent, daemon=True).start()
 

@@ -1,0 +1,207 @@
+"""How fast a CSV becomes tokenized rows: beside the ancestor's way, and beside the bare call of the tokenizer.
+
+    python benchmarks/bench_data.py --data_path open_instruct_v1.csv --tokenizer MODEL_FOLDER
+    python benchmarks/bench_data.py --data_path open_instruct_v1.csv --tokenizer MODEL_FOLDER --rows 1000000
+
+Prints one JSON line. Ours is all that a run does before it has its dataset: digests, reading, tokens and labels, writing,
+syncing, opening. The three are measured in turn, several times, on the first rows of the file; the medians count. More
+rows than that are the file's rows again and again, tokenized once.
+"""
+
+import argparse
+import copy
+import csv
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, redirect_stdout
+from itertools import cycle, islice
+from pathlib import Path
+
+import psutil
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import utils
+from sft.arguments import DataArguments, ModelArguments
+from sft.rows import read_csv
+from sft.tokenizers import load_llama_tokenizer
+
+ROWS_COMPARED = 10_000  # by the ancestor, the bare call and us in turn
+GIB = 2**30
+
+
+# What follows up to `measure` runs in processes of their own, so that none finds another's memory in its way.
+own = argparse.Namespace()
+
+
+def begin(args: argparse.Namespace, path: str) -> None:
+    own.memory_of_imports = psutil.Process().memory_full_info()
+    own.args, own.path = args, path
+    with redirect_stdout(sys.stderr):
+        own.tokenizer = load_llama_tokenizer(ModelArguments(model_name_or_path=args.tokenizer), args)
+
+
+def seconds(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    result = function()
+    duration = time.perf_counter() - start
+    del result  # freed outside the measurement, in favour of those that return much
+    return duration
+
+
+def ancestor() -> float:
+    """The ancestor's method: one text at a time, each prompt twice, a tensor at once, lengths counted by the pad id."""
+    rows, tokenizer = read_rows(own.args, own.path), own.tokenizer
+
+    def encode(text: str) -> tuple[torch.Tensor, int]:
+        input_ids = tokenizer(
+            text, return_tensors="pt", padding="longest", max_length=own.args.model_max_length, truncation=True
+        ).input_ids[0]
+        return input_ids, int(input_ids.ne(tokenizer.pad_token_id).sum())
+
+    def preprocess() -> list[dict[str, torch.Tensor]]:
+        examples = []
+        for prompt, response in rows:
+            (input_ids, _), (_, prompt_length) = encode(prompt + response + tokenizer.eos_token), encode(prompt)
+            labels = copy.deepcopy(input_ids)
+            labels[:prompt_length] = utils.IGNORE_INDEX
+            examples.append({"input_ids": input_ids, "labels": labels})
+        return examples
+
+    return seconds(preprocess)
+
+
+def bare_call() -> float:
+    """Nothing but the tokenizer's fastest call, on all prompts and on all responses; the ids are not even looked at."""
+    prompts, responses = zip(*read_rows(own.args, own.path))
+    encode = own.tokenizer.backend_tokenizer.encode_batch_fast
+    return seconds(lambda: (encode(prompts), encode(responses, add_special_tokens=False)))
+
+
+def ours() -> float:
+    """All that a run does before it has its first example, where nothing is cached."""
+    with tempfile.TemporaryDirectory() as cache_dir:
+        return seconds(lambda: dataset(cache_dir)[0])
+
+
+def dataset(cache_dir: str) -> utils.SupervisedDataset:
+    args = own.args
+    data_args = DataArguments(data_path=own.path, source=args.source, target=args.target, data_cache_dir=cache_dir)
+    return utils.SupervisedDataset(utils.tokenize_csv(own.path, own.tokenizer, data_args, args.model_max_length))
+
+
+def one_start(cache_dir: str) -> dict[str, float]:
+    """Seconds until the first example, and memory above the bare imports: this process's, and with its workers'."""
+    rank = psutil.Process()
+    peak_rss, peak_pss, ended = 0, 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak_rss, peak_pss
+        while not ended.wait(0.2):
+            pss = 0
+            for process in (rank, *rank.children()):
+                try:
+                    memory = process.memory_full_info()
+                except psutil.Error:  # the worker ended meanwhile
+                    continue
+                pss += memory.pss
+                if process is rank:
+                    peak_rss = max(peak_rss, memory.rss)
+            peak_pss = max(peak_pss, pss)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    duration = seconds(lambda: dataset(cache_dir)[0])
+    ended.set()
+    watcher.join()
+    return {
+        "seconds": duration,
+        "tokens": dataset(cache_dir).counts["tokens"],
+        "peak_rss_gib": max(0, peak_rss - own.memory_of_imports.rss) / GIB,
+        "peak_pss_gib": max(0, peak_pss - own.memory_of_imports.pss) / GIB,
+    }
+
+
+# ------------------------------------------------------------------------------------------------------ the measurement
+
+
+def process_of_its_own(args: argparse.Namespace, path: str) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), begin, (args, path))
+
+
+def read_rows(args: argparse.Namespace, path: str) -> list[tuple[str, str]]:
+    return [(source, target) for _, source, target in read_csv(path, args.source, args.target)]
+
+
+def write_rows(path: Path, rows, count: int, args: argparse.Namespace) -> str:
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow([args.source, args.target])
+        writer.writerows(islice(rows, count))
+    return str(path)
+
+
+def measure(args: argparse.Namespace) -> dict[str, float]:
+    rows = read_rows(args, args.data_path)
+    count = args.rows or len(rows)
+    compared = min(count, len(rows), ROWS_COMPARED)
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as processes:
+        path = write_rows(Path(folder, "compared.csv"), rows, compared, args)
+        methods = {
+            method: processes.enter_context(process_of_its_own(args, path)) for method in (ancestor, bare_call, ours)
+        }
+        durations: dict[Callable, list[float]] = {method: [] for method in methods}
+        for _ in range(args.repeats):
+            for method, process in methods.items():
+                durations[method].append(process.submit(method).result())
+        rates = {method: compared / statistics.median(durations[method]) for method in methods}
+
+        path = write_rows(Path(folder, "rows.csv"), cycle(rows), count, args)
+        starts = []
+        for _ in ("nothing cached", "cached"):
+            with process_of_its_own(args, path) as process:
+                starts.append(process.submit(one_start, folder).result())
+        first, second = starts
+        rate = count / first["seconds"] if count > compared else rates[ours]
+        return {
+            "rows": count,
+            "tokens": first["tokens"],
+            "csv_gib": os.path.getsize(path) / GIB,
+            "rows_per_s": rate,
+            "tokens_per_s": first["tokens"] * rate / count,
+            "ancestor_rows_per_s": rates[ancestor],
+            "speedup": rate / rates[ancestor],
+            "ceiling_rows_per_s": rates[bare_call],
+            "fraction_of_ceiling": rate / rates[bare_call],
+            "first_start_s": first["seconds"],
+            "second_start_s": second["seconds"],
+            "peak_rss_gib": max(start["peak_rss_gib"] for start in starts),
+            "peak_pss_with_workers_gib": max(start["peak_pss_gib"] for start in starts),
+            "cores": os.cpu_count() or 1,
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_path", required=True, help="CSV file of real rows")
+    parser.add_argument("--tokenizer", required=True, help="folder or hub repository of a LLaMA tokenizer")
+    parser.add_argument("--rows", type=int, help="default: the file's; more repeat them")
+    parser.add_argument("--source", default="prompt")
+    parser.add_argument("--target", default="response")
+    parser.add_argument("--model_max_length", type=int, default=1024)
+    parser.add_argument("--repeats", type=int, default=7)
+    result = measure(parser.parse_args())
+    print(json.dumps({name: round(value, 3) if isinstance(value, float) else value for name, value in result.items()}))
+
+
+if __name__ == "__main__":
+    main()
