@@ -46,11 +46,12 @@ from sft.arguments import parse
 from sft.record import Report
 from sft.stops import Stops
 from sft.throughput import ModelFlops, TokenCounts, peak_tflops
+from sft.tokenizers import load_llama_tokenizer
 
 LENGTHS = Path(__file__).with_name("instruction_lengths.csv")
 IGNORE_INDEX = -100
 
-SHAPES: dict[str, dict[str, int]] = {
+SHAPES: dict[str, dict[str, Any]] = {
     "1.1B": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_key_value_heads": 4},
     "7B-shaped, 8 layers": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 8},
     "tiny": {
@@ -114,7 +115,7 @@ def lengths_of(data_path: str, tokenizer: str, source: str, target: str) -> np.n
     """The same of a CSV, by the project's own data path."""
     flags = ["--model_name_or_path", tokenizer, "--data_path", data_path, "--source", source, "--target", target]
     model_args, data_args, training_args = parse([*flags, "--output_dir", tempfile.mkdtemp()])
-    loaded = utils.load_llama_tokenizer(model_args, training_args)
+    loaded = load_llama_tokenizer(model_args, training_args)
     dataset = utils.make_supervised_data_module(loaded, data_args, training_args)["train_dataset"]
     return np.stack([dataset.prompt_lengths, dataset.lengths], axis=1)
 
@@ -264,7 +265,7 @@ class Clock(transformers.TrainerCallback):
                 self.batches += [{name: batch[name] for name in names if name in batch} for batch in found[0]]
             return found
 
-        trainer.get_batch_samples = get_batch_samples  # type: ignore[method-assign]
+        trainer.get_batch_samples = get_batch_samples  # type: ignore[method-assign, assignment]
         trainer.add_callback(self)
         return self
 
@@ -310,7 +311,7 @@ def measure(variant: str, scenario_name: str, lengths: np.ndarray, profile: str 
     else:
         trainer = trl_trainer(variant, scenario, rows, device)
     clock = Clock(*(scenario.slow_steps if variant in SLOW else scenario.steps), device).watch(trainer)
-    flops = ModelFlops.of(trainer.model)
+    flops = ModelFlops.of(trainer.model)  # type: ignore[arg-type]
     began = clock.now()
     with profiled(profile, trainer, clock):
         trainer.train()
@@ -318,6 +319,7 @@ def measure(variant: str, scenario_name: str, lengths: np.ndarray, profile: str 
     if not all(np.isfinite(losses)):
         raise ArithmeticError(f"a loss is not a number: {losses}")
     counts = clock.counts()
+    plan = getattr(trainer, "memory_plan", None)  # TRL's trainers have none
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     peak = peak_tflops(name, torch.bfloat16) if device.type == "cuda" else None
     tflops, tflops_6n = (count(counts) / clock.seconds / 1e12 for count in (flops.step, flops.step_6n))
@@ -336,7 +338,7 @@ def measure(variant: str, scenario_name: str, lengths: np.ndarray, profile: str 
         "mfu": tflops / peak if peak else None,
         "mfu_6n": tflops_6n / peak if peak else None,
         "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
-        "forecast_memory_gib": trainer.memory_plan.gpu_peak / 2**30 if variant == "ours" else None,
+        "forecast_memory_gib": plan.gpu_peak / 2**30 if plan and device.type == "cuda" else None,
         "first_step_s": clock.first
         - began,  # from the start of train(): the budget's trials, compiling, the step itself
         "steps": clock.steps,
@@ -512,7 +514,7 @@ def _child(pipe: Any, function: Callable, arguments: tuple) -> None:
 
 def alone(function: Callable, *arguments: Any) -> Any:
     """Call a function in a fresh process: its memory is its own, and its failure too. Libraries are loaded once, here."""
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     ours, theirs = context.Pipe()
     child = context.Process(target=_child, args=(theirs, function, arguments))
     child.start()

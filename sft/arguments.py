@@ -508,7 +508,7 @@ def parse(
     if flags.use_cpu:  # where it is installed, accelerate imports DeepSpeed, which (0.19.8) warns that it found no GPU
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     elif flags.accelerator_config is None and flags.dataloader_pin_memory:
-        flags.accelerator_config = {"non_blocking": True}  # copies to the GPU do not wait for the work that it has in hand
+        flags.accelerator_config = {"non_blocking": True}  # copies do not wait for the work that the GPU has in hand
     problems += _read_fsdp_config(flags)
     problems += _contradictions(flags)
     if problems and flags.plan_only:

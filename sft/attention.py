@@ -49,14 +49,15 @@ def varlen(
     dtype = torch.get_autocast_dtype(query.device.type) if torch.is_autocast_enabled(query.device.type) else value.dtype
     head_dim = query.shape[-1]
     missing = -head_dim % 8  # the kernel wants a multiple of 8; zeros change neither the scores nor the other outputs
-    rows = [tensor[0].transpose(0, 1).to(dtype) for tensor in (query, key, value)]
+    q, k, v = (tensor[0].transpose(0, 1).to(dtype) for tensor in (query, key, value))
     if missing:  # F.pad copies even where it adds nothing
-        rows = [F.pad(row, (0, missing)) for row in rows]
+        q, k, v = (F.pad(rows, (0, missing)) for rows in (q, k, v))
     window = (-1 if sliding_window is None else sliding_window - 1, 0)
     options: dict[str, Any] = {"window_size": window} if "window_size" in VARLEN_WORDS else {"is_causal": True}
     if "enable_gqa" in VARLEN_WORDS:
         options["enable_gqa"] = True
-    out = varlen_attn(*rows, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling, **options)
+    longest: Any = max_length_q
+    out: Any = varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_q, longest, longest, scale=scaling, **options)
     return out[None, ..., :head_dim], None
 
 
@@ -178,17 +179,18 @@ def isolation_problem(
 
     with torch.no_grad():
         together, alone = logits(first, second), torch.cat([logits(first), logits(second)])
-    error = (together - alone).norm() / alone.norm()
+    moved = (together - alone).norm() / alone.norm()
     # Rounding is under 1e-2 in bf16; a second example that sees the first one moves by tens of percent.
-    return None if error < 3e-2 else f"examples joined in a row see each other (logits move by {error:.0%})."
+    return None if moved < 3e-2 else f"examples joined in a row see each other (logits move by {moved:.0%})."
 
 
 @contextlib.contextmanager
 def padded(model: torch.nn.Module) -> Iterator[None]:
     """Give a model, wrapped or not, stock attention for a while: padded batches and generation have no `cu_seq_lens`."""
-    before = model.config._attn_implementation
-    model.config._attn_implementation = "sdpa"  # what each layer looks up when it is called
+    config: Any = model.config
+    before = config._attn_implementation
+    config._attn_implementation = "sdpa"  # what each layer looks up when it is called
     try:
         yield
     finally:
-        model.config._attn_implementation = before
+        config._attn_implementation = before

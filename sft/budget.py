@@ -143,7 +143,7 @@ def probe_model(
     if model.is_gradient_checkpointing:
         probe.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
 
-    def use_layers(count: int) -> None:
+    def use_layers_of_probe(count: int) -> None:
         probe.config.num_hidden_layers = count
 
-    yield probe, use_layers
+    yield probe, use_layers_of_probe

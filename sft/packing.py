@@ -115,7 +115,7 @@ class PackedBatchSampler(BatchRebalanceSampler):
         drop_last: bool = False,
         padded: int | None = None,
     ):
-        self.lengths = np.asarray(lengths, dtype=np.int64)
+        self.lengths: np.ndarray = np.asarray(lengths, dtype=np.int64)  # type: ignore[assignment]  # a list in the parent
         self.examples_per_step = examples_per_step
         self.world_size, self.rank = world_size, rank
         self.max_tokens = max_tokens
