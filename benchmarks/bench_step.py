@@ -367,7 +367,8 @@ def profiled(path: str | None, trainer: transformers.Trainer, clock: Clock):
     trainer.add_callback(Window())
     yield
     events = sorted(profiler.key_averages(), key=lambda event: -event.self_device_time_total)
-    kernels = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+    on_gpu = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = [event for event in on_gpu if not event.is_user_annotation]
     busy = sum(event.self_device_time_total for event in kernels) or 1.0
     with open(path, "w", encoding="utf-8") as file:
         file.write(f"two steps; GPU busy {busy / 2e3:.1f} ms per step\n")
