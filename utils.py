@@ -85,10 +85,10 @@ def tokenize(batch, tokenizer, template: str, allow_control_tokens: bool, max_le
     """
     outcomes = np.full(len(batch), cache.EMPTY, np.uint8)
     filled = [index for index, (source, target) in enumerate(batch) if source.strip() and target.strip()]
-    prompts = [template.replace("{instruction}", batch[index][0]) for index in filled]
-    prompts = encode_prompts(tokenizer, prompts, allow_control_tokens=allow_control_tokens)
-    responses = [batch[index][1] for index in filled]
-    responses = encode_responses(tokenizer, responses, allow_control_tokens=allow_control_tokens)
+    texts = [template.replace("{instruction}", batch[index][0]) for index in filled]
+    prompts = encode_prompts(tokenizer, texts, allow_control_tokens=allow_control_tokens)
+    texts = [batch[index][1] for index in filled]
+    responses = encode_responses(tokenizer, texts, allow_control_tokens=allow_control_tokens)
     tokens, lengths, prompt_lengths = (array("i") for _ in range(3))
     for index, prompt_ids, response_ids in zip(filled, prompts, responses, strict=True):
         room = max_length - len(prompt_ids)
@@ -102,7 +102,7 @@ def tokenize(batch, tokenizer, template: str, allow_control_tokens: bool, max_le
         tokens.fromlist(trained_ids)
         lengths.append(len(prompt_ids) + len(trained_ids))
         prompt_lengths.append(len(prompt_ids))
-    return cache.Batch(*(np.array(part, np.int32) for part in (tokens, lengths, prompt_lengths)), outcomes)
+    return cache.Batch(np.array(tokens), np.array(lengths), np.array(prompt_lengths), outcomes)
 
 
 ROWS_COMPARED = 1000  # with SentencePiece, where the model has its tokenizer.model
@@ -112,7 +112,11 @@ def tokenize_csv(path: str, tokenizer, data_args: DataArguments, max_length: int
     """Tokenize a CSV once for each machine, or open what an earlier run left."""
     template = load_template(data_args.prompt_template)
     sentencepiece_model = getattr(tokenizer, "sentencepiece_model", None)
-    decides = {"template": template, "max_length": max_length, "allow_control_tokens": data_args.allow_control_tokens}
+    decides: dict[str, Any] = {
+        "template": template,
+        "max_length": max_length,
+        "allow_control_tokens": data_args.allow_control_tokens,
+    }
     key = {
         **decides,
         "version": cache.VERSION,
@@ -297,6 +301,7 @@ def check_ids(tokenizer: PreTrainedTokenizerBase, data_module: dict, config) -> 
 class SupervisedTrainer(Trainer):
     """The stock Trainer with packed micro-batches, an exact evaluation loss, counted tokens, and checkpoints that are whole."""
 
+    data_collator: Callable[[list], dict]
     meter: Meter  # set by `watch`, like the report
     report: Report
     stops: Stops  # set by `prepare_saving`, like the fingerprint
@@ -438,7 +443,7 @@ def plan_micro_batches(trainer: SupervisedTrainer) -> PackedBatchSampler:
         probe.zero_grad(set_to_none=True)
 
     prepare = partial(compiling.prepare, device=args.device, choice=compiled)
-    beside = trainer.memory_plan and trainer.memory_plan.not_for_activations
+    beside = trainer.memory_plan.not_for_activations if trainer.memory_plan else None
     tokens = budget.choose(model, args, packing.largest_step(recipe), prepare, trial, beside)
     sampler = packing.within(recipe, tokens.tokens)
     trainer.packing_plan = packed = packing.describe(

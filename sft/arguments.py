@@ -52,7 +52,7 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def say(text: str) -> None:
+def say(text: object) -> None:
     """Print once for the job (rank 0), at once."""
     if rank() == 0:
         print(text, file=sys.stdout, flush=True)

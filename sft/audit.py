@@ -105,7 +105,8 @@ def audit(
         vocabulary_size: rows of the model's embedding.
     """
     findings = token_findings(dataset.rows, tokenizer, vocabulary_size)
-    planned, examples = {}, []
+    planned: dict[str, Any] = {}
+    examples: list[str] = []
     if len(dataset):
         control_texts = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         findings += text_findings(cells, dataset.rows, template, control_texts, encode_continuation)

@@ -359,7 +359,7 @@ def choose(training_args) -> str | None:
             )
         say(f"resume: {folder}")
         return str(folder)
-    problems = []
+    problems: list[str] = []
     for folder in candidates:
         problem = why_not_whole(folder)
         if problem is None:

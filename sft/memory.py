@@ -170,7 +170,7 @@ class Setting:
         )
 
 
-def _zero_block(deepspeed: str | dict | None) -> dict:
+def _zero_block(deepspeed: Any) -> dict:
     if not deepspeed:
         return {}
     if isinstance(deepspeed, str):
@@ -295,7 +295,7 @@ def activation_bytes(shape: Shape, setting: Setting) -> tuple[float, float]:
         kept = (22 if setting.engine == "ddp" else 16) * hidden + 8 * intermediate + 4 * query + 4 * key
     missing = -shape.head_dim % 8  # sft/attention.py pads such heads: copies of all four, and the unpadded output
     if missing and setting.cuda and setting.half:
-        kept += (4 * query + 4 * key) * missing / shape.head_dim + 2 * query
+        return kept + (4 * query + 4 * key) * missing / shape.head_dim + 2 * query, wide * hidden
     return kept, wide * hidden
 
 
@@ -348,7 +348,7 @@ def _add_up(shape: Shape, setting: Setting, tokens: int, gpu_there: float, host_
         weights = (frozen_bytes + 4 * trained) / sharded
     # Autocast keeps a copy of each linear weight until its layer's backward pass, or with recomputation until the forward pass ends.
     copies = compute * shape.linear if s.engine == "ddp" and s.half and not s.lora_rank else 0
-    gathered = unpacked
+    gathered: float = unpacked
     if s.engine == "fsdp" and ranks >= 1:  # the layer at work and the next one, each with the buffer it arrives in
         gathered += compute * (4 * layer + head_weights)
     if s.stage == 3:

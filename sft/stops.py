@@ -113,7 +113,7 @@ class Stops(TrainerCallback):
             (rank(), number, loss.item(), rows_of(inputs, trainer.train_dataset))
             for number, (inputs, loss) in enumerate(self.micro_batches, start=1)
         ]
-        found = [None] * world_size()
+        found: list = [None] * world_size()
         if dist.is_initialized():
             dist.all_gather_object(found, mine)
         else:
