@@ -9,7 +9,7 @@ Every variant takes the same number of examples (or, where examples are packed i
 runs in a process of its own, and goes through its own Trainer as a user's run does: `ours` and `ancestor` through
 `utils.SupervisedTrainer`, with `ancestor` adding --packing False; `trl_*` through `trl.SFTTrainer`. Weights are random (speed
 does not depend on them) and so are the token ids; the lengths are those of 9,310 real instruction rows. TRL is measured
-where `trl`, `datasets` and `liger-kernel` are installed.
+where benchmarks/requirements.txt is installed.
 """
 
 import argparse
@@ -617,7 +617,7 @@ def main() -> int:
     try:
         import trl.trainer.sft_trainer  # noqa: F401  loaded here, so that the children need not
     except ImportError as error:
-        print(f"TRL is not measured: {error}", flush=True)
+        print(f"TRL is not measured ({error}): pip install -r benchmarks/requirements.txt", flush=True)
         trl_is_here = False
     else:
         trl_is_here = True
