@@ -5,10 +5,12 @@ import doctest
 import json
 import re
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from conftest import run_script
 from hypothesis import given, settings
@@ -300,6 +302,42 @@ def test_a_placeholder_trains_nothing_and_reaches_every_parameter():
     loss.backward()
     assert loss.item() == 0.0
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())
+
+
+# ----------------------------------------------------------------------------------------------------- fetched ahead
+
+
+def test_the_next_steps_micro_batches_are_fetched_while_this_ones_are_worked_on(monkeypatch):
+    """Each once and in order, over the end of an epoch, where nothing is left to fetch ahead."""
+    fetched = []
+
+    def get_batch_samples(self, iterator, count, device):
+        batches = [{"number": number} for _, number in zip(range(count), iterator)]
+        fetched.extend(batch["number"] for batch in batches)
+        return batches, len(batches)
+
+    monkeypatch.setattr(transformers.Trainer, "get_batch_samples", get_batch_samples)
+    monkeypatch.setattr(transformers.Trainer, "training_step", lambda *_: torch.zeros(()))
+    monkeypatch.setattr(utils, "take_counts", lambda batches: 0)
+    trainer = utils.SupervisedTrainer.__new__(utils.SupervisedTrainer)
+    trainer.accelerator = SimpleNamespace(sync_gradients=False)
+    trainer.stops = SimpleNamespace(saw=lambda *_: None)
+    trainer.meter = SimpleNamespace(add_step=lambda _: None, flops=SimpleNamespace(step=lambda _: 0))
+    trainer.current_flos = 0
+    seen = []
+    for numbers in ([1, 2, 3, 4, 5], [6, 7, 8, 9, 10]):
+        iterator = iter(numbers)
+        for step in range(3):
+            batches, count = trainer.get_batch_samples(iterator, 2, None)
+            seen += [batch["number"] for batch in batches]
+            for micro_batch, batch in enumerate(batches, start=1):
+                trainer.accelerator.sync_gradients = micro_batch == count
+                trainer.training_step(None, batch)
+                ahead = min(2 * (step + 1 + (micro_batch == count)), 5)
+                assert fetched[-1] == numbers[ahead - 1], (
+                    "the last micro-batch of a step fetches the next step's, no other"
+                )
+    assert seen == fetched == list(range(1, 11))
 
 
 # ------------------------------------------------------------------------------------------------------ the real script
