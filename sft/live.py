@@ -40,6 +40,10 @@ class ReportCallback(transformers.TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
+        if state.global_step >= state.max_steps and args.logging_strategy != "no":
+            # else steps after the last full --logging_steps are never shown, and the final mean takes them from rank 0
+            # alone (transformers 5.23)
+            control.should_log = True
 
     def on_prediction_step(self, args, state, control, **kwargs):
         if self.bar is not None:

@@ -73,6 +73,15 @@ def test_another_order_of_the_examples_does_change_the_losses(padded_run, tiny_l
     assert losses_of(trainer) != pytest.approx(losses_of(padded_run[0]), rel=1e-4)
 
 
+def test_the_last_steps_are_logged_though_they_fill_no_interval(padded_run, tiny_llama, questions_csv, tmp_path):
+    flags = flags_for(tiny_llama, questions_csv, tmp_path / "model", "--packing", "False", "--logging_steps", "3")
+    trainer = utils.train(load_llama_tokenizer, [*flags, "--per_device_train_batch_size", "8"])
+    assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [3, 6, 8]
+    losses = losses_of(padded_run[0])
+    assert losses_of(trainer)[-1] == pytest.approx(sum(losses[6:]) / 2, rel=1e-5)
+    assert trainer.state.log_history[-1]["train_loss"] == pytest.approx(sum(losses) / 8, rel=1e-5)
+
+
 def test_the_saved_model_is_plain_transformers_and_gives_the_same_logits(padded_run):
     trainer, folder = padded_run
     model = AutoModelForCausalLM.from_pretrained(folder)
