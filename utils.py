@@ -65,6 +65,7 @@ from sft.recipe import compute_dtype, describe_plan, export_dtype, plan, precisi
 from sft.record import Report
 from sft.rehearsal import Rehearsal
 from sft.rows import ROWS_PER_BATCH, header_problems, read_batches, read_csv
+from sft.split import hold_out
 from sft.stops import Stops
 from sft.template import TEMPLATE_FILE, load_template
 from sft.throughput import CountingCollator, Meter, ModelFlops, device_name, take_counts
@@ -196,9 +197,6 @@ class DataCollatorForSupervisedDataset:
         }
 
 
-EVAL_SPLIT_SEED = 0  # the training seed does not decide which rows are held out
-
-
 def data_problems(data_args: DataArguments) -> list[str]:
     """What can be said of the data before a row is tokenized: template, files, columns."""
     problems = []
@@ -228,13 +226,8 @@ def make_supervised_data_module(tokenizer, data_args: DataArguments, training_ar
         datasets[path] = SupervisedDataset(rows)
     train_dataset, eval_dataset = datasets[data_args.data_path], datasets.get(data_args.eval_data_path)
     if data_args.eval_split:
-        order = np.random.default_rng(EVAL_SPLIT_SEED).permutation(len(train_dataset))
-        held_out = max(1, round(len(order) * data_args.eval_split))
-        if held_out == len(order):
-            raise UserError(f"--eval_split {data_args.eval_split:g} leaves none of {len(order)} examples to train on.")
         rows = train_dataset.rows
-        train_dataset = SupervisedDataset(rows, np.sort(order[held_out:]))
-        eval_dataset = SupervisedDataset(rows, np.sort(order[:held_out]))
+        train_dataset, eval_dataset = (SupervisedDataset(rows, kept) for kept in hold_out(rows, data_args.eval_split))
     say(audit.describe_datasets(train_dataset, eval_dataset))
     say(audit.describe_example(tokenizer, train_dataset, 0, colour=sys.stdout.isatty()))
     collator = DataCollatorForSupervisedDataset(tokenizer)

@@ -213,7 +213,8 @@ class DataArguments:
     eval_split: float = field(
         default=0.0,
         metadata={
-            "help": "Share of --data_path's rows held out for evaluation, the same rows in every run: 0.02 is one in 50."
+            "help": "Share of --data_path's rows held out for evaluation, the same rows in every run: 0.02 is one in 50. "
+            "Rows with the same prompt stay on one side."
         },
     )
     data_cache_dir: str | None = field(

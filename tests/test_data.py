@@ -430,14 +430,25 @@ def test_eval_split_holds_out_the_same_rows_in_every_run(write, make):
     splits = [make(path, eval_split=0.1) for _ in range(2)]
     train, evaluation = (splits[0][name].row_numbers for name in ("train_dataset", "eval_dataset"))
     assert len(evaluation) == 5 and sorted([*train, *evaluation]) == list(range(2, 52))
-    assert evaluation.tolist() == splits[1]["eval_dataset"].row_numbers.tolist()
-    assert evaluation.tolist() != [2, 3, 4, 5, 6]
+    assert evaluation.tolist() == splits[1]["eval_dataset"].row_numbers.tolist() == [4, 6, 20, 25, 38]
     assert splits[0]["train_dataset"].counts["kept"] == 45 and splits[0]["eval_dataset"].counts["tokens"] == sum(
         splits[0]["eval_dataset"].lengths
     )
     assert len(make(path, eval_split=0.001)["eval_dataset"]) == 1
     assert make(path)["eval_dataset"] is None
-    assert problems_of(make, path, eval_split=0.999) == ["--eval_split 0.999 leaves none of 50 examples to train on."]
+    assert [line.split(". ")[0] for line in problems_of(make, path, eval_split=0.999)] == [
+        "--eval_split 0.999 leaves none of 50 examples to train on; they have 50 different prompts"
+    ]
+
+
+def test_rows_with_the_same_prompt_stay_on_one_side(write, make):
+    path = write([(f"p{n % 10}", f"r{n}") for n in range(40)])  # each prompt four times
+    module = make(path, eval_split=0.25)
+    train, evaluation = (module[name].row_numbers for name in ("train_dataset", "eval_dataset"))
+    assert len(evaluation) == 8 and sorted([*train, *evaluation]) == list(range(2, 42))
+    assert not {(row - 2) % 10 for row in train} & {(row - 2) % 10 for row in evaluation}
+    assert len(make(path, eval_split=0.01)["eval_dataset"]) == 4  # one prompt at least
+    assert len(problems_of(make, write([("p", f"r{n}") for n in range(9)]), eval_split=0.1)) == 1
 
 
 def test_eval_rows_of_their_own_file(write, make):
