@@ -4,6 +4,7 @@ A server process imports torch, transformers and `utils` once and forks each ran
 A rank is a process of its own, with torchrun's environment variables, and ends with the exit code of the real scripts.
 """
 
+import contextlib
 import gc
 import multiprocessing
 import os
@@ -90,7 +91,8 @@ class Job:
         """SIGKILL the ranks (default all) that still run."""
         for index, process in enumerate(self.ranks):
             if (which is None or index in which) and process.exitcode is None:
-                os.kill(process.pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
+                    os.kill(process.pid, signal.SIGKILL)
         for index, process in enumerate(self.ranks):
             if which is None or index in which:
                 process.join()
