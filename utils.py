@@ -515,7 +515,8 @@ def prepare_saving(
 def export_model(trainer: SupervisedTrainer, model_args: ModelArguments, data_args: DataArguments) -> list[str]:
     """Write the tuned model, its tokenizer and its prompt template for plain transformers; return what was proved of them."""
     args, proved = trainer.args, []
-    with trainer.report.phase("save"), memory.full_is_a_sentence(trainer.memory_plan):
+    failing = checkpoints.stop_if_it_fails(Path(args.output_dir, "model"))
+    with trainer.report.phase("save"), failing, memory.full_is_a_sentence(trainer.memory_plan):
         exporter = export.Exporter(trainer, model_args, export_dtype(args))
         if model_args.use_lora:
             saved = lora.save(trainer, model_args, export_dtype(args))

@@ -113,6 +113,8 @@ def missing_parts(names: list[str], ranks: int) -> list[str]:
         has_optimizer = any(name.startswith(("optimizer.", "optimizer_")) for name in names)
         missing += [] if has_optimizer else ["the optimizer's state"]
         missing += [] if "scheduler.pt" in names else ["scheduler.pt"]
+    shards = {name.split("/")[0] for name in names if name.endswith(".distcp")}  # torch.distributed.checkpoint (FSDP)
+    missing += [f"{folder}/.metadata" for folder in sorted(shards) if f"{folder}/.metadata" not in names]
     weights = ("model", "pytorch_model", "adapter_model", "global_step")
     missing += [] if any(name.startswith(weights) for name in names) else ["the weights"]
     return missing
@@ -216,6 +218,8 @@ def stop_if_it_fails(final: Path) -> Iterator[None]:
     """
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:
         kept = next((folder for folder in newest_first(final.parent) if (folder / MANIFEST).is_file()), None)
         what, left = final.name, "No earlier checkpoint exists."
@@ -385,9 +389,14 @@ def _what_exists(candidates: list[Path], output_dir: Path) -> str:
 
 def problems(flags) -> list[str]:
     """Why a run must not write into its output_dir; empty when it may."""
-    output_dir = Path(flags.output_dir or "")
+    if not flags.output_dir or flags.check_data:
+        return []
+    output_dir = Path(flags.output_dir)
+    there = next(folder for folder in (output_dir.absolute(), *output_dir.absolute().parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        return [f"{output_dir}: {there} is not a folder that can be written to. Name another --output_dir."]
     resumes = str(flags.resume_from_checkpoint or False).lower() != "false"
-    if not flags.output_dir or flags.overwrite_output_dir or resumes or flags.check_data:
+    if flags.overwrite_output_dir or resumes:
         return []
     if any(output_dir.glob("*.safetensors")):
         return [

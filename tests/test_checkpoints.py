@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -45,6 +46,23 @@ def test_a_run_stopped_in_an_epoch_and_at_its_end_continues_bit_for_bit(
     train(*other, "--max_grad_norm", "0.5", "--resume_with_changes", "True")
     assert not same_weights(tmp_path / "other", whole_run)
     shutil.rmtree(tmp_path / "out"), shutil.rmtree(tmp_path / "other")
+
+
+def test_a_run_with_random_numbers_in_its_steps_continues_bit_for_bit(tiny_llama, questions_csv, tmp_path, monkeypatch):
+    more = ["--use_lora", "True", "--lora_dropout", "0.3", "--max_steps", "6", "--resume_from_checkpoint", "True"]
+    whole, stopped = (flags_for(tiny_llama, questions_csv, tmp_path / name, *more) for name in ("whole", "stopped"))
+    train(*whole)
+    with monkeypatch.context() as patch:
+        signal_at(patch, 4)
+        train(*stopped)
+    shutil.copytree(tmp_path / "stopped", tmp_path / "other")
+    train(*stopped)
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+    # and the comparison sees it when the random state is not restored
+    monkeypatch.setattr(utils.SupervisedTrainer, "_load_rng_state", lambda *_: None)
+    train(*flags_for(tiny_llama, questions_csv, tmp_path / "other", *more))
+    assert losses(tmp_path / "other")[:4] == losses(tmp_path / "whole")[:4]
+    assert losses(tmp_path / "other") != losses(tmp_path / "whole")
 
 
 def signal_rank_1_at_steps() -> None:
@@ -145,6 +163,15 @@ def test_a_missing_rank_file_of_a_larger_run_is_seen():
     zero += [f"global_step4/zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in (0, 1)]
     assert checkpoints.missing_parts(zero, ranks=2) == []
     assert checkpoints.missing_parts(zero[:-1], ranks=2) == ["optimizer states of rank 1"]
+    fsdp = ["trainer_state.json", "rng_state_0.pth", "rng_state_1.pth", "scheduler.pt"]
+    for folder in ("pytorch_model_fsdp_0", "optimizer_0"):
+        fsdp += [f"{folder}/.metadata", f"{folder}/__0_0.distcp", f"{folder}/__1_0.distcp"]
+    assert checkpoints.missing_parts(fsdp, ranks=2) == []
+    fsdp.remove("optimizer_0/.metadata")
+    assert checkpoints.missing_parts(fsdp, ranks=2) == ["optimizer_0/.metadata"]
+    whole = [*fsdp[:4], "pytorch_model_fsdp.bin", "optimizer.bin"]
+    assert checkpoints.missing_parts(whole, ranks=2) == []
+    assert checkpoints.missing_parts(whole[:-1], ranks=2) == ["the optimizer's state"]
 
 
 def test_only_damaged_checkpoints_stop_the_run(two_checkpoints):
@@ -258,6 +285,80 @@ def test_a_full_disk_skips_the_save_and_the_run_goes_on(
     assert "checkpoint-3 is untouched and training goes on" in printed
     assert [f.name for f in checkpoints.newest_first(tmp_path / "out")] == ["checkpoint-3"]
     assert same_weights(tmp_path / "out", whole_run)  # and a rehearsal changes nothing in the run that had one
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """Mount a disk of so many kB at tmp_path/out; call it again with other options to change the disk."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+
+    def mount(options: str) -> Path:
+        what = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+        done = subprocess.run(what, capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"a disk cannot be mounted here: {done.stderr.strip()}")
+        return folder
+
+    yield mount
+    subprocess.run(["umount", "-l", str(folder)], capture_output=True)
+
+
+def test_a_disk_that_fills_while_saving_loses_nothing(
+    disk, whole_run, tiny_llama, questions_csv, tmp_path, monkeypatch, capfd
+):
+    output = disk("size=1700k")
+    flags = flags_for(
+        tiny_llama, questions_csv, output, "--save_rehearsal", "False", "--resume_from_checkpoint", "True"
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "too_little_space", lambda *_: False)  # someone else takes the room meanwhile
+        with pytest.raises(SystemExit) as stop:
+            train(*flags)
+    assert stop.value.code == 2
+    said = capfd.readouterr().err
+    assert re.search(r"checkpoint-9 could not be saved .*No space left on device", said, re.IGNORECASE)
+    assert "checkpoint-6 is untouched: mend the cause and continue with --resume_from_checkpoint True" in said
+    assert choose(output) == str(output / "checkpoint-6")
+    disk("remount,size=20m")
+    train(*flags)
+    assert losses(output) == losses(whole_run)
+    assert same_weights(output, whole_run)
+
+
+def test_a_full_disk_is_seen_before_a_save_and_named_at_the_export(disk, tiny_llama, questions_csv, capfd):
+    output = disk("size=1700k")
+    flags = flags_for(tiny_llama, questions_csv, output, "--save_rehearsal", "False", "--report_to", "none")
+    with pytest.raises(SystemExit) as stop:
+        train(*flags, "--save_total_limit", "3")
+    assert stop.value.code == 2
+    said = capfd.readouterr()
+    assert re.search(r"warning: checkpoint-9 was not saved: it needs .* and .* has .* free", said.out)
+    assert re.search(r"error: model could not be saved .*No space left on device", said.err)
+    assert "checkpoint-6 is untouched: mend the cause and continue with --resume_from_checkpoint True" in said.err
+    assert choose(output) == str(output / "checkpoint-6")
+
+
+def test_a_disk_that_turns_read_only_loses_nothing(disk, tiny_llama, questions_csv, monkeypatch, capfd):
+    output = disk("size=20m")
+    real = utils.SupervisedTrainer.training_step
+
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step == 4:
+            disk("remount,ro")
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(utils.SupervisedTrainer, "training_step", training_step)
+    with pytest.raises(SystemExit) as stop:
+        train(*flags_for(tiny_llama, questions_csv, output))
+    assert stop.value.code == 2
+    said = capfd.readouterr().err
+    assert re.search(r"checkpoint-6 could not be saved .*Read-only file system", said)
+    assert "checkpoint-3 is untouched" in said
+    assert checkpoints.why_not_whole(output / "checkpoint-3") is None
+    # and a run that begins there is refused before anything is loaded
+    with pytest.raises(UserError, match=r"out is not a folder that can be written to\. Name another --output_dir"):
+        train(*flags_for(tiny_llama, questions_csv, output / "new"))
 
 
 # ---- the same run
