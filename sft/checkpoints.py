@@ -44,16 +44,16 @@ def _my_share(names: list[str]) -> list[str]:
     return names[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else names
 
 
-def step_of(folder: Path) -> int | None:
-    """checkpoint-12 -> 12, anything else -> None."""
+def step_of(folder: Path) -> int:
+    """checkpoint-12 -> 12, anything else -> -1."""
     match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
-    return int(match[1]) if match and folder.is_dir() else None
+    return int(match[1]) if match and folder.is_dir() else -1
 
 
 def newest_first(output_dir: str | Path) -> list[Path]:
     """The folders of output_dir that are named like a checkpoint, whole or not, highest step first."""
     folder = Path(output_dir)
-    return sorted((f for f in folder.glob("checkpoint-*") if step_of(f) is not None), key=step_of, reverse=True)
+    return sorted((f for f in folder.glob("checkpoint-*") if step_of(f) >= 0), key=step_of, reverse=True)
 
 
 def digest(path: Path) -> str:
@@ -245,7 +245,7 @@ def too_little_space(output_dir: Path, step: int) -> bool:
     needed = sum((before / name).stat().st_size for name in files_in(before)) if before else 0
     free = shutil.disk_usage(output_dir).free if output_dir.is_dir() else needed
     full = gather(free < needed)[0]
-    if full:
+    if full and before:
         say(
             f"warning: checkpoint-{step} was not saved: it needs {needed / 1e9:.3f} GB and {output_dir} has {free / 1e9:.3f} GB free. "
             f"{before.name} is untouched and training goes on. Make room before the next save."
@@ -348,7 +348,7 @@ def choose(training_args) -> str | None:
         return None
     if str(wanted).lower() != "true":
         folder = Path(os.path.normpath(wanted))
-        if step_of(folder) is None:
+        if step_of(folder) < 0:
             raise UserError(
                 f"--resume_from_checkpoint {wanted}: no such checkpoint folder. {_what_exists(candidates, output_dir)}"
             )

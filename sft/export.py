@@ -176,7 +176,8 @@ def show_umask(folder: Path) -> None:
 
 def digest(tensor: torch.Tensor) -> str:
     """SHA-256 of a tensor's bytes."""
-    return hashlib.sha256(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()).hexdigest()
+    values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(values.data).hexdigest()
 
 
 def describe_weights(state_dict: Weights) -> dict[str, dict]:

@@ -36,9 +36,9 @@ EFFECT_OF_CHANGE = {
 def describe(trainer, model_args, template: str, tokenizer_digest: str) -> dict[str, str]:
     """What a continued run must share with the one that it continues: a readable value for each key of EFFECT_OF_CHANGE."""
     args, dataset, config = trainer.args, trainer.train_dataset, trainer.model.config.to_diff_dict()
-    tokens = hashlib.sha256(dataset.rows.tokens)
+    tokens = hashlib.sha256(dataset.rows.tokens.data)
     for numbers in (dataset.offsets, dataset.lengths, dataset.prompt_lengths):
-        tokens.update(numpy.ascontiguousarray(numbers))
+        tokens.update(numpy.ascontiguousarray(numbers).data)
     for name in ("transformers_version", "_name_or_path", "dtype", "use_cache", "pad_token_id"):
         config.pop(name, None)
 

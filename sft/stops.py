@@ -113,11 +113,10 @@ class Stops(TrainerCallback):
             (rank(), number, loss.item(), rows_of(inputs, trainer.train_dataset))
             for number, (inputs, loss) in enumerate(self.micro_batches, start=1)
         ]
-        found: list = [None] * world_size()
+        found: list[list[tuple]] = [mine]
         if dist.is_initialized():
+            found = [[]] * world_size()
             dist.all_gather_object(found, mine)
-        else:
-            found = [mine]
         every = [entry for entries in found for entry in entries]
         guilty = [entry for entry in every if not torch.isfinite(torch.tensor(entry[2]))]
         step = trainer.state.global_step

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,14 @@ def whole_run(tiny_llama, questions_csv, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("whole") / "out"
     train(*flags_for(tiny_llama, questions_csv, output))
     return output
+
+
+@pytest.fixture
+def two_checkpoints(whole_run, tmp_path) -> Path:
+    """A folder with checkpoint-15 and checkpoint-16 of the undisturbed run, to be damaged."""
+    for name in ("checkpoint-15", "checkpoint-16"):
+        shutil.copytree(whole_run / name, tmp_path / "out" / name)
+    return tmp_path / "out"
 
 
 def save_llama(folder: Path, vocab_size: int, **config) -> None:
