@@ -33,13 +33,15 @@ def draw(runs: dict[str, dict], path: Path) -> None:
     grid = figure.add_gridspec(2, 2, height_ratios=(2, 1))
     loss, rate, speed = (figure.add_subplot(grid[place]) for place in ((0, slice(None)), (1, 0), (1, 1)))
 
-    for (name, record), colour in zip(runs.items(), COLOURS * len(runs)):
+    for index, ((name, record), colour) in enumerate(zip(runs.items(), COLOURS * len(runs))):
         label = f"{name}: " if len(runs) > 1 else ""
+        width = 2 + 2.5 * (len(runs) - 1 - index)  # curves that lie on each other are all seen
         steps = [entry["step"] for entry in record["log"]]
-        draw_noisy(loss, steps, [number(entry["loss"]) for entry in record["log"]], colour, f"{label}train")
-        draw_evaluations(loss, record["evaluations"], colour if label else EVALUATION_COLOUR, f"{label}evaluation")
-        rate.plot(steps, [entry["learning_rate"] for entry in record["log"]], color=colour, linewidth=1.5)
-        draw_noisy(speed, steps, [entry["tokens_per_s_per_gpu"] for entry in record["log"]], colour)
+        draw_noisy(loss, steps, [number(entry["loss"]) for entry in record["log"]], colour, width, f"{label}train")
+        evaluation_colour = colour if label else EVALUATION_COLOUR
+        draw_evaluations(loss, record["evaluations"], evaluation_colour, width, f"{label}evaluation")
+        rate.plot(steps, [entry["learning_rate"] for entry in record["log"]], color=colour, linewidth=width)
+        draw_noisy(speed, steps, [entry["tokens_per_s_per_gpu"] for entry in record["log"]], colour, 2)
 
     figure.suptitle("\n".join(describe(name, record) for name, record in runs.items()), fontsize=11)
     loss.set(ylabel="loss per trained token")
@@ -70,26 +72,29 @@ def describe(name: str, record: dict) -> str:
     return f"{text}: {model}, {rows:,} examples, {record['batch']['examples_per_step']:,} per optimizer step"
 
 
-def draw_noisy(axes: Any, steps: list[int], values: list[float], colour: str, label: str | None = None) -> None:
+def draw_noisy(
+    axes: Any, steps: list[int], values: list[float], colour: str, width: float, label: str | None = None
+) -> None:
     """Draw values, faintly when there are many, and then their running mean over a twentieth of them."""
     if len(values) < SMOOTHED_FROM:
-        axes.plot(steps, values, color=colour, linewidth=1.5, label=label)
+        axes.plot(steps, values, color=colour, linewidth=width, label=label)
         return
     window = len(values) // 20
     # a label that starts with an underscore is not in the legend
     axes.plot(steps, values, color=colour, alpha=0.3, linewidth=0.8, label="_" if label is None else label)
     smooth = running_mean(values, window)
     meaning = "_" if label is None else f"{label}, mean of {window} logged values"
-    axes.plot(steps, smooth, color=colour, linewidth=2, label=meaning)
+    axes.plot(steps, smooth, color=colour, linewidth=width, label=meaning)
 
 
-def draw_evaluations(axes: Any, evaluations: list[dict], colour: str, label: str) -> None:
+def draw_evaluations(axes: Any, evaluations: list[dict], colour: str, width: float, label: str) -> None:
     """Draw evaluation losses, with the first and the lowest as numbers beside them."""
     known = [(entry["step"], entry["eval_loss"]) for entry in evaluations if entry["eval_loss"] is not None]
     if not known:
         return
     steps, losses = zip(*known, strict=True)
-    axes.plot(steps, losses, color=colour, marker="o", markersize=5, linestyle="--", linewidth=1.5, label=label)
+    style = {"marker": "o", "markersize": 3 + width, "linestyle": "--", "linewidth": width - 0.5}
+    axes.plot(steps, losses, color=colour, label=label, **style)
     for step, loss in {known[0], min(known, key=lambda point: point[1])}:
         axes.annotate(
             f"{loss:.3f}", (step, loss), xytext=(0, 7), textcoords="offset points", ha="center", va="bottom",

@@ -260,7 +260,7 @@ class Report:
         """Write the record and the picture. Failing to is said once and stops nothing.
 
         Args:
-            spare: write only what has become due, so that each costs less than 1/400 of the run's time.
+            spare: write only what has become due: ten seconds after the last time, and 400 times what that took.
         """
         if rank() != 0:
             return
@@ -276,7 +276,8 @@ class Report:
                 if name not in self._failed:
                     self._failed.add(name)
                     say(f"warning: {self.folder / name} was not written: {type(error).__name__}: {error}")
-            self._cost[name] = (time.perf_counter(), time.perf_counter() - began)
+            # the first picture imports matplotlib, before the first step: no measure of the next one
+            self._cost[name] = (time.perf_counter(), time.perf_counter() - began if written else 0.0)
 
     def _write_record(self) -> None:
         text = json.dumps(_clean(self.record, self.secrets), indent=1, ensure_ascii=False, allow_nan=False)
@@ -286,9 +287,8 @@ class Report:
         os.replace(beside, self.folder / REPORT_NAME)
 
     def _draw(self) -> None:
-        if self.record["log"]:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.draw({self.folder.resolve().name: self.record}, self.folder / PICTURE_NAME)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.draw({self.folder.resolve().name: self.record}, self.folder / PICTURE_NAME)
 
 
 def _now() -> str:
