@@ -219,7 +219,7 @@ EVERY_EPOCH = "--eval_strategy epoch"
             "lost their EOS. Nothing is left to evaluate: raise --model_max_length or mend the rows.",
         ),
         (None, f"{EVERY_EPOCH} --eval_split 1.5", "--eval_split 1.5: give a share from 0 up to 1, such as 0.02."),
-        (None, f"{EVERY_EPOCH} --eval_split 0.995", "--eval_split 0.995 leaves none of 64 examples to train on."),
+        (None, f"{EVERY_EPOCH} --eval_split 0.995", "--eval_split 0.995 leaves none of 64 examples to train on; "),
         (
             None,
             f"{EVERY_EPOCH} --eval_split 0.1 --load_best_model_at_end True",
