@@ -2,6 +2,7 @@
 
 import ast
 import csv
+import json
 import os
 import re
 import shlex
@@ -240,6 +241,28 @@ def test_the_row_becomes_the_tokens_shown(tmp_path):
     assert shown["input_ids"] == [str(token) for token in ids]
     assert shown["labels"] == ["-100"] * prompt + [str(token) for token in ids[prompt:]]
     assert f"### Instruction:\n{rows[0][0]}\n\n### Response:\n```" in README  # the Alpaca prompt of the same row
+
+
+def test_the_speed_table_is_the_results_file():
+    lines = (ROOT / "benchmarks/results/2026-11-24-h100-step.jsonl").read_text().splitlines()
+    measured = {(line["scenario"], line["variant"]): line for line in map(json.loads, lines)}
+    names = [
+        (scenario, variant)
+        for scenario in ("original", "large", "7b")
+        for variant in ("ancestor", "trl_best_whole", "ours")
+    ]
+    table = README.partition("| model, recipe | variant |")[2].partition("\n\n")[0]
+    rows = [[cell.strip(" *") for cell in row.split("|")[3:-1]] for row in table.splitlines()[2:]]
+    assert len(rows) == len(names)
+    for name, row in zip(names, rows):
+        line = measured[name]
+        peers = [
+            line["tokens_per_s"] / measured[name[0], peer]["tokens_per_s"] for peer in ("ancestor", "trl_best_whole")
+        ]
+        assert float(row[0].replace(",", "")) == round(line["tokens_per_s"]), name
+        assert [float(cell) for cell in row[1:3]] == pytest.approx(peers, abs=0.05), name
+        assert row[3] == f"{line['ceiling_share']:.0%}".replace("%", " %"), name
+        assert row[4] == f"{line['peak_memory_gib']:.1f}", name
 
 
 def test_make_demo_runs_the_demo():
