@@ -234,11 +234,13 @@ class Plan:
         """The lines above the verdict."""
         s = self.setting
         whole = "a whole step in one" if not accumulates(s, self.tokens) else "several in a step"
-        how = {"ddp": "every GPU holds the whole model" if s.ranks > 1 else "one process", "fsdp": "FSDP"}
+        how = {"ddp": "each holds the whole model" if s.ranks > 1 else "which holds the whole model", "fsdp": "FSDP"}
         engine = how.get(s.engine, f"ZeRO stage {s.stage}") + (", offloaded to the host" if s.offload_optimizer else "")
-        gpu = (f"{s.ranks} x {self.gpu_there / GIB:.1f} GiB GPU" if s.cuda else f"{s.ranks} on the CPU") + f", {engine}"
+        processes = f"{s.ranks} process{'es' * (s.ranks > 1)} on the CPU"
+        gpu = (f"{s.ranks} x {self.gpu_there / GIB:.1f} GiB GPU" if s.cuda else processes) + f", {engine}"
+        size = self.shape.parameters / 1e9
         lines = [
-            f"memory plan: {self.shape.parameters / 1e9:.2f} B parameters, {gpu}",
+            f"memory plan: {size:.{2 if size >= 0.1 else 4}f} B parameters, {gpu}",
             f"  micro-batches of up to {self.tokens:,} tokens ({whole}), {self.token_bytes / 2**20:.2f} MiB for each token",
         ]
         if s.cuda:
