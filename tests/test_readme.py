@@ -273,6 +273,28 @@ def test_make_demo_runs_the_demo():
         assert re.search(rf"^{target} ", listed, re.M), target
 
 
+def test_the_data_table_is_the_results_file():
+    lines = (ROOT / "benchmarks/results/2026-11-24-data.jsonl").read_text().splitlines()
+    table = README.partition("| tokenizer | rows | rows/s |")[2].partition("\n\n")[0]
+    rows = [[cell.strip() for cell in row.split("|")[2:-1]] for row in table.splitlines()[2:]]
+    names = (
+        "rows",
+        "rows_per_s",
+        "ancestor_rows_per_s",
+        "speedup",
+        "fraction_of_ceiling",
+        "first_start_s",
+        "second_start_s",
+        "peak_rss_gib",
+    )
+    assert len(rows) == 4
+    for row, line in zip(rows, map(json.loads, lines)):
+        for cell, name in zip(row, names, strict=True):
+            shown = float(re.sub("[^0-9.]", "", cell)) / (100 if "%" in cell else 1)
+            decimals = len(cell.split(" ")[0].partition(".")[2]) + 2 * ("%" in cell)
+            assert shown == pytest.approx(line[name], abs=0.51 * 10**-decimals), name
+
+
 def masked(line: str) -> str:
     """Numbers that another machine, or another day, has otherwise are one sign."""
     return re.sub(r"[\d.,:]*\d\S*", "#", line)
