@@ -6,8 +6,7 @@ CSV -> template -> tokens and labels -> dataset -> collator -> model -> trainer 
 import sys
 from array import array
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,29 +16,22 @@ import tokenizers
 import torch
 import transformers
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
     set_seed,
 )
-from transformers.trainer_utils import EvalLoopOutput
 
 from sft import (
-    attention,
     audit,
-    budget,
     cache,
     checkpoints,
-    compiling,
     evaluation,
     export,
-    fingerprint,
     lora,
     memory,
-    packing,
     pretrained,
     restarts,
     safety,
@@ -55,21 +47,23 @@ from sft.arguments import (
     say,
 )
 from sft.card import write_card
-from sft.evaluation import AnswersCallback, EarlyStop, EvalBatchSampler, token_weighted_loop
-from sft.live import ReportCallback, replace_progress, tracker_problems
-from sft.loss import compile_loss, labelled_head, summed_loss
-from sft.packing import PackedBatchSampler, PackedCollator
+from sft.live import tracker_problems
 from sft.picture import draw
 from sft.preflight import check_deepspeed
-from sft.recipe import compute_dtype, describe_plan, export_dtype, plan, precision
+from sft.recipe import describe_plan, plan, precision
 from sft.record import Report
-from sft.rehearsal import Rehearsal
 from sft.rows import ROWS_PER_BATCH, header_problems, read_batches, read_csv
 from sft.split import hold_out
-from sft.stops import Stops
-from sft.template import TEMPLATE_FILE, load_template
-from sft.throughput import CountingCollator, Meter, ModelFlops, device_name, take_counts
+from sft.template import load_template
 from sft.tokenizers import check_vocabulary, compare_with_sentencepiece, encode_prompts, encode_responses
+from sft.trainer import (
+    SupervisedTrainer,
+    choose_attention,
+    export_model,
+    plan_memory,
+    prepare_saving,
+    watch,
+)
 
 IGNORE_INDEX = -100
 
@@ -286,251 +280,6 @@ def check_ids(tokenizer: PreTrainedTokenizerBase, data_module: dict, config) -> 
         )
     if problems:
         raise UserError(problems)
-
-
-# ---------------------------------------------------------------------------------------------------------- Trainer
-
-
-class SupervisedTrainer(Trainer):
-    """The stock Trainer with packed micro-batches, an exact evaluation loss, counted tokens, and checkpoints that are whole."""
-
-    data_collator: Callable[[list], dict]
-    meter: Meter  # set by `watch`, like the report
-    report: Report
-    stops: Stops  # set by `prepare_saving`, like the fingerprint
-    fingerprint: dict[str, str]
-    memory_plan: memory.Plan | None = None
-    packing_plan: packing.Plan | None = None
-    sampler: PackedBatchSampler | None = None
-    ahead: tuple[Any, Any] = (None, None)  # an epoch's iterator, and the next step's micro-batches from it
-    before_writing: Callable[[dict], dict] | None = None  # sees, and may change, the weights about to be written
-
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        self.accumulation_asked = self.args.gradient_accumulation_steps
-        if self.args.packing:
-            self.data_collator = PackedCollator()
-            self.head = labelled_head(self.model)
-
-    def _get_train_sampler(self, train_dataset=None):
-        if not self.args.packing and self.args.train_sampling_strategy != "random":
-            return super()._get_train_sampler(train_dataset)
-        if self.sampler is None:
-            self.sampler = plan_micro_batches(self)
-        return self.sampler
-
-    def get_train_dataloader(self) -> DataLoader:
-        dataloader = super().get_train_dataloader()
-        wrapper = dataloader.batch_sampler  # on several ranks Accelerate's, which loses the epoch after a resume
-        if self.sampler is not None and wrapper is not self.sampler:
-            wrapper.set_epoch = self.sampler.set_epoch
-        return dataloader
-
-    def get_total_train_batch_size(self, args) -> int:
-        return args.per_device_train_batch_size * self.accumulation_asked * args.world_size
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if not self.args.packing:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        # num_items_in_batch counts the step's tokens on all ranks, over which the gradients will be averaged
-        return summed_loss(model, self.head, inputs) * (self.accelerator.num_processes / num_items_in_batch)
-
-    def _run_epoch(self, **kwargs) -> None:
-        if (
-            self.state.global_step < self.state.max_steps
-        ):  # transformers 5.23 resumes a run at its end with one step more
-            super()._run_epoch(**kwargs)
-
-    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        self.stops.saw(inputs, loss)
-        if (
-            self.accelerator.sync_gradients
-        ):  # the step's last: the GPU has work in hand, and the next examples are gathered meanwhile
-            self.ahead = (self.source[0], super().get_batch_samples(*self.source))
-        return loss
-
-    def _get_grad_norm(self, model, grad_norm=None):
-        grad_norm = super()._get_grad_norm(model, grad_norm)
-        self.stops.before_update(self, grad_norm)
-        return grad_norm
-
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
-        (fetched_from, fetched), self.ahead = self.ahead, (None, None)
-        if fetched_from is not epoch_iterator:
-            fetched = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self.source = (epoch_iterator, num_batches, device)
-        batches, num_items_in_batch = fetched
-        counts = take_counts(batches)
-        self.meter.add_step(counts)
-        self.current_flos += self.meter.flops.step(counts)
-        return batches, num_items_in_batch
-
-    def floating_point_ops(self, inputs) -> int:
-        return 0  # counted above, from the examples' lengths; the stock one walks all parameters in each micro-batch
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:
-            logs.update(self.meter.read())  # before the trackers and the log history see them
-        super().log(logs, start_time)
-
-    def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        size = {"max_examples": self.args.per_device_eval_batch_size}
-        if self.args.packing:
-            tokens = self.args.per_device_eval_batch_size * self.args.model_max_length
-            size = {"max_tokens": max(tokens, self.sampler.max_tokens if self.sampler else 0)}
-        sampler = EvalBatchSampler(dataset.lengths, self.args.world_size, self.args.process_index, **size)
-        return DataLoader(dataset, batch_sampler=sampler, collate_fn=self.data_collator)
-
-    def evaluation_loop(
-        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
-    ) -> EvalLoopOutput:
-        return token_weighted_loop(self, dataloader, self.loss_sum, metric_key_prefix)
-
-    def loss_sum(self, model: torch.nn.Module, inputs: dict) -> torch.Tensor:
-        """The loss summed over the trained tokens of one micro-batch."""
-        # compute_loss divides by the step's tokens, and multiplies by the ranks whose mean the gradient will be
-        ranks = self.args.world_size if self.args.average_tokens_across_devices else 1
-        one = torch.ones((), device=self.args.device)
-        return self.compute_loss(model, inputs, num_items_in_batch=one) / ranks
-
-    def create_model_card(self, **kwargs) -> None:
-        """push_to_hub's draft is left out: the card made from the report is in the folder already."""
-
-    def _save_checkpoint(self, model, trial) -> None:
-        run = self.fingerprint
-        if self.args.packing:
-            run = run | {"tokens_per_micro_batch": str(self.sampler.max_tokens)}
-        with self.report.phase("checkpoints"):
-            checkpoints.save_whole(self, run, partial(super()._save_checkpoint, model, trial))
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if self.before_writing and self.args.should_save:
-            state_dict = self.before_writing(self.model.state_dict() if state_dict is None else state_dict)
-        with safety.without_secrets(self.args, output_dir):
-            super()._save(output_dir, state_dict)
-
-
-def plan_micro_batches(trainer: SupervisedTrainer) -> PackedBatchSampler:
-    """Decide what each micro-batch of the run holds and how it is computed, set the accumulation to match, and say all."""
-    args, model, dtype = trainer.args, trainer.model, compute_dtype(trainer.args)
-    arithmetic, lengths = plan(args, len(trainer.train_dataset)), trainer.train_dataset.lengths
-    recipe = packing.recipe(args, lengths, **arithmetic)
-    if not args.packing:
-        return PackedBatchSampler(**recipe, max_tokens=0, padded=args.per_device_train_batch_size)
-    run_tokens = arithmetic["steps"] * arithmetic["examples_per_step"] * lengths.mean()
-    compiled = compiling.choose(args, model.num_parameters(), getattr(model, "is_quantized", False), run_tokens)
-    say(compiled)
-    compiling.prepare(model, args.device, compiled)
-    if compiled.on:
-        compile_loss()
-
-    def trial(probe: PreTrainedModel, tokens: int) -> None:
-        ids = torch.zeros(256, dtype=torch.int64)
-        batch = trainer._prepare_inputs(PackedCollator()([{"input_ids": ids, "labels": ids}] * (tokens // 256)))
-        # as Accelerate will wrap the model, which has not happened yet
-        with torch.autocast(args.device.type, dtype, enabled=dtype != torch.float32):
-            loss = summed_loss(probe, labelled_head(probe), batch)
-        loss.backward()
-        probe.zero_grad(set_to_none=True)
-
-    prepare = partial(compiling.prepare, device=args.device, choice=compiled)
-    beside = trainer.memory_plan.not_for_activations if trainer.memory_plan else None
-    tokens = budget.choose(model, args, packing.largest_step(recipe), prepare, trial, beside)
-    sampler = packing.within(recipe, tokens.tokens)
-    trainer.packing_plan = packed = packing.describe(
-        sampler,
-        args.per_device_train_batch_size,
-        args.gradient_accumulation_steps,
-        args.model_max_length,
-        tokens.reason,
-    )
-    say(packed)
-    trainer.report.note("packing", **asdict(packed), line=str(packed))
-    packing.adopt(args, sampler)
-    return sampler
-
-
-def choose_attention(model_args: ModelArguments, training_args: TrainingArguments) -> str:
-    """Set the kernel for packed rows, and say and return why this one. Padded batches have transformers' own choice."""
-    if not training_args.packing:
-        return "--attn_implementation" if model_args.attn_implementation else "transformers' choice for padded batches"
-    config, dtype = pretrained.load_config(model_args), compute_dtype(training_args)
-    choice = attention.choose(config, training_args.device, dtype, model_args.attn_implementation)
-    model_args.attn_implementation = choice.name
-    say(choice)
-    return choice.reason
-
-
-def plan_memory(model_args: ModelArguments, args: TrainingArguments, lengths: np.ndarray) -> memory.Plan | None:
-    """Say what the run will hold on each GPU and in the host, before a weight is loaded."""
-    shape = memory.Shape.of(pretrained.load_config(model_args), model_args.lora_target_modules)
-    step_tokens, compiled = None, False
-    if args.packing and shape is not None:
-        arithmetic = plan(args, len(lengths))
-        step_tokens = packing.largest_step(packing.recipe(args, lengths, **arithmetic))
-        run_tokens = arithmetic["steps"] * arithmetic["examples_per_step"] * lengths.mean()
-        compiled = compiling.choose(args, shape.parameters, model_args.load_in_4bit, run_tokens).on
-    return memory.plan(model_args, args, shape, step_tokens, compiled)
-
-
-def watch(trainer: SupervisedTrainer, report: Report) -> None:
-    """Count tokens, print the live line, keep the record, answer the evaluation prompts, stop early if asked to."""
-    args, trainer.report = trainer.args, report
-    trainer.data_collator = CountingCollator(trainer.data_collator)
-    trainer.meter = Meter(
-        ModelFlops.of(trainer.model),
-        args.device,
-        device_name(args.device),
-        compute_dtype(args),
-        gather=lambda numbers: trainer.accelerator.gather(numbers[None]),
-    )
-    callbacks: list[transformers.TrainerCallback] = []
-    if trainer.eval_dataset is not None and args.eval_samples:
-        generating = attention.padded if args.packing else nullcontext
-        keep = report.record["samples"].append
-        callbacks.append(AnswersCallback(trainer.eval_dataset, args.eval_samples, keep, generating))
-    if args.early_stopping_patience:
-        callbacks.append(EarlyStop(args.early_stopping_patience))
-    replace_progress(trainer, *callbacks, ReportCallback(report), trainer.meter)
-
-
-def prepare_saving(
-    trainer: SupervisedTrainer, model_args: ModelArguments, data_args: DataArguments, resume: str | None
-) -> None:
-    """Refuse to continue another run than this one, watch for stops, and rehearse the saving before the first step."""
-    before = checkpoints.run_of(resume) if resume else {}
-    fingerprint.keep_token_budget(resume, before, trainer.args)
-    tokenizer = cache.tokenizer_digest(trainer.processing_class)
-    trainer.fingerprint = fingerprint.describe(trainer, model_args, load_template(data_args.prompt_template), tokenizer)
-    if resume:
-        fingerprint.refuse_changes(resume, before, trainer.fingerprint, trainer.args.resume_with_changes)
-    trainer.stops = Stops()
-    trainer.add_callback(trainer.stops)
-    if trainer.args.save_rehearsal:
-        trainer.add_callback(Rehearsal(trainer, export_dtype(trainer.args), trainer.report.add_seconds))
-
-
-def export_model(trainer: SupervisedTrainer, model_args: ModelArguments, data_args: DataArguments) -> list[str]:
-    """Write the tuned model, its tokenizer and its prompt template for plain transformers; return what was proved of them."""
-    args, proved = trainer.args, []
-    failing = checkpoints.stop_if_it_fails(Path(args.output_dir, "model"))
-    with trainer.report.phase("save"), failing, memory.full_is_a_sentence(trainer.memory_plan):
-        exporter = export.Exporter(trainer, model_args, export_dtype(args))
-        if model_args.use_lora:
-            saved = lora.save(trainer, model_args, export_dtype(args))
-        else:
-            saved = exporter.save_whole_model()
-        if args.should_save:
-            template = load_template(data_args.prompt_template)
-            Path(args.output_dir, TEMPLATE_FILE).write_text(template, encoding="utf-8")
-    with trainer.report.phase("proof"), all_ranks_or_none():
-        pretrained.hold_deepspeed(args)  # rank 0 alone reloads: split by ZeRO-3, it would wait for the others for ever
-        if args.should_save:
-            proved = exporter.prove(saved)
-    say(f"model saved in {args.output_dir}; proved: {'; '.join(proved)}")
-    return proved
 
 
 # ------------------------------------------------------------------------------------------------------------ train

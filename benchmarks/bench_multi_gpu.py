@@ -55,7 +55,7 @@ def finish(process: subprocess.Popen, log: Path) -> str:
     process.wait()
     printed = log.read_text(encoding="utf-8")
     if process.returncode:
-        sys.exit(f"{shlex.join(map(str, process.args))}\nexit code {process.returncode}\n{printed[-4000:]}")  # type: ignore[arg-type]
+        sys.exit(f"{printed[-4000:]}\n{log}: exit code {process.returncode}")
     return printed
 
 

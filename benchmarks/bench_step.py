@@ -43,6 +43,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import utils
 from sft import attention
 from sft.arguments import parse
+from sft.recipe import compute_dtype
 from sft.record import Report
 from sft.stops import Stops
 from sft.throughput import ModelFlops, TokenCounts, peak_tflops
@@ -175,7 +176,7 @@ def our_trainer(
     model_args, data_args, training_args = parse([*flags.split(), *bf16, *extra])
     kernel = None
     if training_args.packing:
-        choice = attention.choose(shape, training_args.device, utils.compute_dtype(training_args))
+        choice = attention.choose(shape, training_args.device, compute_dtype(training_args))
         print(choice, flush=True)
         kernel = choice.name
     memory_plan = utils.plan_memory(model_args, training_args, rows.lengths)

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -48,7 +49,7 @@ def main(model: str, rows: str, result: str, steps: str, examples_per_step: str 
         for row in sample
     ]
     tokens = round(statistics.fmean(lengths) * int(examples_per_step) / world_size())
-    sharding = {}
+    sharding: dict[str, Any] = {}
     if cuda and world_size() > 1:
         layers = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "reshard_after_forward": True}
         sharding = {"fsdp": True, "fsdp_config": layers}

@@ -187,8 +187,12 @@ def test_a_full_disk_skips_the_save_and_the_run_goes_on(
 
 
 @pytest.fixture
-def disk(tmp_path):
-    """Mount a disk of so many kB at tmp_path/out; call it again with other options to change the disk."""
+def disk(tmp_path, monkeypatch):
+    """Mount a disk of so many kB at tmp_path/out; call it again with other options to change the disk.
+
+    No picture is drawn: its size would decide which checkpoint is the one that no longer fits.
+    """
+    monkeypatch.setattr(utils, "draw", lambda *_, **__: None)
     folder = tmp_path / "out"
     folder.mkdir()
 
