@@ -290,7 +290,7 @@ def test_a_full_gpu_ends_in_a_sentence_and_exit_code_3(tiny_llama, questions_csv
             "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.18 GiB of which 1 GiB is free."
         )
 
-    monkeypatch.setattr(utils, "summed_loss", full)
+    monkeypatch.setattr("sft.trainer.summed_loss", full)
     words = [
         "--model_name_or_path",
         str(tiny_llama),

@@ -318,7 +318,7 @@ def test_the_next_steps_micro_batches_are_fetched_while_this_ones_are_worked_on(
 
     monkeypatch.setattr(transformers.Trainer, "get_batch_samples", get_batch_samples)
     monkeypatch.setattr(transformers.Trainer, "training_step", lambda *_: torch.zeros(()))
-    monkeypatch.setattr(utils, "take_counts", lambda batches: 0)
+    monkeypatch.setattr("sft.trainer.take_counts", lambda batches: 0)
     trainer = utils.SupervisedTrainer.__new__(utils.SupervisedTrainer)
     trainer.accelerator = SimpleNamespace(sync_gradients=False)
     trainer.stops = SimpleNamespace(saw=lambda *_: None)
