@@ -430,7 +430,9 @@ def translate(argv: list[str]) -> tuple[list[str], list[str], list[str]]:
         if given is not None and Path(given).is_file():
             given = Path(given).read_text(encoding="utf-8")
         try:
-            merged = {"version": 2, **fsdp_config, **json.loads(given or "{}")}
+            # one rank reads the checkpoint into host memory and hands the others their shards
+            defaults = {"version": 2, "cpu_ram_efficient_loading": True}
+            merged = {**defaults, **fsdp_config, **json.loads(given or "{}")}
         except ValueError as error:
             return out, notices, [*problems, f"--fsdp_config {given}: neither a JSON file nor JSON ({error})."]
         out = [*_without(out, "fsdp_config"), "--fsdp", "true", "--fsdp_config", json.dumps(merged)]
@@ -549,7 +551,12 @@ def _unknown_flag(known: transformers.HfArgumentParser, word: str) -> str:
 
 
 def _read_fsdp_config(flags) -> list[str]:
-    """Make --fsdp_config a dict, whether it was given as JSON or as the path of a JSON file."""
+    """Make --fsdp_config a dict, whether it was given as JSON or as the path of a JSON file, and --fsdp true a boolean.
+
+    transformers 5.23 parses `--fsdp true` as the text, and then refuses it as an unknown word of the former spelling.
+    """
+    if isinstance(flags.fsdp, str) and flags.fsdp.lower() in ("true", "false"):
+        flags.fsdp = _is_true(flags.fsdp) or None
     given = flags.fsdp_config
     flags.fsdp_config = None
     if given is None:

@@ -28,7 +28,8 @@ def problems_of(*flags: str, checks=()) -> list[str]:
 def test_the_original_command_is_translated_line_by_line():
     argv, notices, problems = translate(shlex.split(LLAMA_2023))
     assert problems == []
-    config = '{"version": 2, "reshard_after_forward": true, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}'
+    config = '{"version": 2, "cpu_ram_efficient_loading": true, '
+    config += '"reshard_after_forward": true, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}'
     assert notices == [
         "`--evaluation_strategy no` is now `--eval_strategy no`",
         "`--warmup_ratio 0.05` is now `--warmup_steps 0.05`",
@@ -55,10 +56,23 @@ def test_fsdp_settings_reach_the_trainer_where_there_is_a_gpu():
     assert flags.fsdp == "true"
     assert json.loads(flags.fsdp_config) == {
         "version": 2,
+        "cpu_ram_efficient_loading": True,
         "reshard_after_forward": True,
         "cpu_offload": True,
         "transformer_layer_cls_to_wrap": ["Block"],
     }
+
+
+def test_the_trainer_accepts_the_translated_fsdp_flags(monkeypatch):
+    # on a CPU they are dropped before the Trainer sees them; here they are not
+    monkeypatch.setattr(arguments, "_drop_fsdp_where_nothing_is_sharded", lambda flags: [])
+    words = ["--fsdp", "full_shard auto_wrap", "--fsdp_transformer_layer_cls_to_wrap", "LlamaDecoderLayer"]
+    args = parse([*REQUIRED, "--use_cpu", "True", *words])[2]
+    assert args.fsdp is True
+    assert args.fsdp_plugin_args["fsdp_version"] == 2
+    assert args.fsdp_plugin_args["reshard_after_forward"] is True
+    assert args.fsdp_plugin_args["cpu_ram_efficient_loading"] is True
+    assert args.fsdp_plugin_args["transformer_cls_names_to_wrap"] == "LlamaDecoderLayer"
 
 
 @pytest.mark.parametrize(
