@@ -21,7 +21,7 @@ from typing import Any
 
 import psutil
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig
 
 from sft.arguments import rank, say, world_size
 
@@ -67,10 +67,12 @@ class Shape:
             targets: --lora_target_modules; None or ["all-linear"] are all linear layers but the head.
         """
         names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers")
-        if not all(isinstance(getattr(config, name, None), int) for name in names):
+        architecture = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+        if architecture is None or not all(isinstance(getattr(config, name, None), int) for name in names):
             return None
+        # `from_config` would split it among the ranks under ZeRO-3 (transformers 5.23)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = architecture(config)
         parameters = dict(model.named_parameters())  # tied tensors count once
         embedding = model.get_input_embeddings().weight
         output = model.get_output_embeddings().weight
@@ -162,7 +164,7 @@ class Setting:
             offload_optimizer=optimizer.get("device", "none") != "none" or offload,
             offload_weights=(stage == 3 and weights.get("device", "none") != "none") or offload,
             pinned=bool(optimizer.get("pin_memory")),
-            one_loader=bool(fsdp.get("cpu_ram_efficient_loading", True)),
+            one_loader=bool(fsdp.get("cpu_ram_efficient_loading")),
             lora_rank=(model_args.lora_r or 16) if model_args.use_lora else 0,
             lora_dropout=model_args.lora_dropout is None or model_args.lora_dropout > 0,
             four_bit=model_args.load_in_4bit,
@@ -306,24 +308,27 @@ def make(shape: Shape, setting: Setting, gpu_there: float, host_there: float) ->
 
     `auto` grows from the padded run's number as far as the GPU has room; what is asked for is taken as it is.
     """
-    s = setting
-    least = min(s.floor_tokens, s.step_tokens)
-    if not s.packing:
-        return _add_up(shape, s, s.floor_tokens, gpu_there, host_there)
-    if s.tokens_asked is not None or not s.cuda:
-        return _add_up(shape, s, min(s.tokens_asked or least, s.step_tokens), gpu_there, host_there)
-    limit, most = gpu_there * (1 - SPARE) - OUTSIDE, max(least, min(s.step_tokens, LARGEST_BUDGET))
-    whole = _add_up(shape, s, most, gpu_there, host_there)
+    if not setting.packing:
+        return _add_up(shape, setting, setting.floor_tokens, gpu_there, host_there)
+
+    def at_most(tokens: int) -> Plan:
+        step = setting.step_tokens  # packing makes as few micro-batches as fit, of nearly one size
+        return _add_up(shape, setting, math.ceil(step / math.ceil(step / tokens)), gpu_there, host_there)
+
+    least = min(setting.floor_tokens, setting.step_tokens)
+    if setting.tokens_asked is not None or not setting.cuda:
+        return at_most(setting.tokens_asked or least)
+    limit, most = gpu_there * (1 - SPARE) - OUTSIDE, max(least, min(setting.step_tokens, LARGEST_BUDGET))
+    whole = at_most(most)
     if (
         whole.gpu_peak <= limit
-    ):  # also where fewer would not fit: one micro-batch in a step needs no gradients beside activations
+    ):  # also where fewer would not fit: one micro-batch in a step needs no gradients beside it
         return whole
     fitting, too_many = least, most
     while too_many - fitting > 1:  # bisection
         tokens = (fitting + too_many) // 2
-        peak = _add_up(shape, s, tokens, gpu_there, host_there).gpu_peak
-        fitting, too_many = (tokens, too_many) if peak <= limit else (fitting, tokens)
-    return _add_up(shape, s, fitting, gpu_there, host_there)
+        fitting, too_many = (tokens, too_many) if at_most(tokens).gpu_peak <= limit else (fitting, tokens)
+    return at_most(fitting)
 
 
 def _add_up(shape: Shape, setting: Setting, tokens: int, gpu_there: float, host_there: float) -> Plan:

@@ -169,14 +169,19 @@ def test_float32_training_takes_sixteen_bytes_for_each_parameter():
 
 def test_one_micro_batch_per_step_needs_no_gradients_beside_activations():
     one = plan_of(OPEN_LLAMA_3B, "--tokens_per_micro_batch", "2048", step_tokens=2048)
-    many = plan_of(OPEN_LLAMA_3B, "--tokens_per_micro_batch", "2048", step_tokens=2049)
+    many = plan_of(OPEN_LLAMA_3B, "--tokens_per_micro_batch", "2048", step_tokens=4096)
     assert many.gpu_peak - one.gpu_peak == 4 * one.shape.parameters
+
+
+def test_micro_batches_are_planned_as_packing_makes_them():
+    # 13,300 tokens with at most 4,096 in each: four of one size
+    assert plan_of(OPEN_LLAMA_3B, "--tokens_per_micro_batch", "4096", step_tokens=13_300).tokens == 3325
 
 
 def test_ranks_share_what_the_engine_shards():
     words = ["--tokens_per_micro_batch", "2048", "--plan_world_size", "4"]
     ddp = plan_of(OPEN_LLAMA_7B, *words)
-    fsdp = plan_of(OPEN_LLAMA_7B, *words, "--fsdp", "true")
+    fsdp = plan_of(OPEN_LLAMA_7B, *words, "--fsdp", "true", "--fsdp_config", '{"cpu_ram_efficient_loading": true}')
     zero = plan_of(OPEN_LLAMA_7B, *words, "--deepspeed", str(ROOT / "ds_config.json"))
     size = ddp.shape.parameters
     assert ddp.gpu["weights"] == 4 * size and fsdp.gpu["weights"] == size and zero.gpu["weights"] == 2 * size
@@ -192,7 +197,8 @@ def test_auto_grows_to_what_the_card_has_room_for():
     assert roomy.tokens == 2500, "a whole step"
     tight = plan_of(OPEN_LLAMA_3B, step_tokens=500_000)
     assert 2048 < tight.tokens < 10_000 and tight.fits
-    assert tight.gpu_peak + tight.token_bytes > 80 * GIB * (1 - memory.SPARE) - memory.OUTSIDE - 64 * 2**20
+    room = 80 * GIB * (1 - memory.SPARE) - memory.OUTSIDE - tight.gpu_peak
+    assert 0 <= room < 100 * tight.token_bytes
 
 
 @pytest.mark.parametrize(
@@ -212,7 +218,7 @@ def test_the_verdict_names_the_cheapest_change_that_fits(argv, verdict):
 
 def test_a_7b_model_fits_one_card_with_recomputation_and_an_8_bit_optimizer():
     plan = plan_of(OPEN_LLAMA_7B, step_tokens=13_000)
-    assert plan.tokens == 2048 and not plan.fits
+    assert plan.tokens == 1858 and not plan.fits, "seven micro-batches"
     rungs = dict(memory.next_rungs(plan))
     assert not rungs["--gradient_checkpointing True"].fits
     carried = rungs["--gradient_checkpointing True --optim adamw_bnb_8bit"]
@@ -314,7 +320,7 @@ def test_a_full_gpu_ends_in_a_sentence_and_exit_code_3(tiny_llama, questions_csv
 
 def test_the_sentence_names_the_next_rung():
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has …")
-    said = memory.describe_full(error, plan_of(OPEN_LLAMA_3B, "--tokens_per_micro_batch", "4096", step_tokens=13_000))
+    said = memory.describe_full(error, plan_of(OPEN_LLAMA_3B, "--tokens_per_micro_batch", "4096", step_tokens=16_384))
     assert said.startswith(
         "error: GPU memory is full (rank 0), while the run was prepared. Tried to allocate 20.00 MiB.\nmemory plan:"
     )
