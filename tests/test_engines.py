@@ -1,0 +1,199 @@
+"""DDP, ZeRO-2, ZeRO-3 and FSDP2 give one and the same training: losses, learning rates, steps, weights, resume.
+
+Each run is the real script under torchrun with two ranks. The DeepSpeed file is the project's own, edited as a user edits it.
+"""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, run_script
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+STEPS, HALFWAY = 12, 6
+RECIPE = f"""
+    --max_steps {STEPS} --learning_rate 5e-3 --lr_scheduler_type cosine --warmup_ratio 0.25 --logging_steps 1 --seed 3
+    --model_max_length 64 --per_device_train_batch_size 2 --gradient_accumulation_steps 2 --evaluation_strategy no
+    --save_strategy steps --save_steps {HALFWAY} --disable_tqdm True
+""".split()
+# warm-up over a quarter of the steps, then a cosine to zero; the Trainer logs the rate that a step was taken with
+RATES = [5e-3 * step / 3 for step in range(3)] + [
+    5e-3 * 0.5 * (1 + math.cos(math.pi * (step - 3) / 9)) for step in range(3, STEPS)
+]
+
+
+class Run:
+    """What a finished run left in its output folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        report = json.loads((folder / "run_report.json").read_text())
+        self.losses = [entry["loss"] for entry in report["log"]]
+        self.rates = [entry["learning_rate"] for entry in report["log"]]
+        self.steps = report["final"]["steps"]
+        files = folder.glob("*model.safetensors")
+        self.weights = {name: weight for file in files for name, weight in load_file(file).items()}
+
+
+def edited_deepspeed_file(folder: Path, stage: int) -> str:
+    text = (ROOT / "ds_config.json").read_text()
+    assert text.count('"stage": 2') == 1
+    (folder / f"stage{stage}.json").write_text(text.replace('"stage": 2', f'"stage": {stage}'))
+    return str(folder / f"stage{stage}.json")
+
+
+class Runs:
+    """Runs of one model on one CSV, made when they are first asked for."""
+
+    def __init__(self, model: Path, csv: Path, folder: Path):
+        self.folder = folder
+        self.flags = [
+            "--model_name_or_path",
+            str(model),
+            "--data_path",
+            str(csv),
+            "--data_cache_dir",
+            str(folder / "cache"),
+        ]
+        self.done: dict[str, Run] = {}
+
+    def flags_of(self, name: str) -> list[str]:
+        """ "zero3 lora" -> --deepspeed stage3.json --use_lora True ..."""
+        words = name.split()
+        flags = [] if "cuda" in words else ["--use_cpu", "True"]
+        for stage in (2, 3):
+            flags += ["--deepspeed", edited_deepspeed_file(self.folder, stage)] * (f"zero{stage}" in words)
+        flags += ["--fsdp", "full_shard auto_wrap", "--fsdp_transformer_layer_cls_to_wrap", "LlamaDecoderLayer"] * (
+            "fsdp" in words
+        )
+        flags += ["--bf16", "True"] * ("bf16" in words)
+        flags += ["--ddp_backend", "gloo"] * ("cuda" in words)  # NCCL refuses two ranks on one GPU
+        flags += ["--gradient_accumulation_steps", "4"] * ("alone" in words)  # the same examples in each step
+        flags += [
+            "--use_lora",
+            "True",
+            "--lora_r",
+            "4",
+            "--lora_alpha",
+            "64",
+            "--lora_dropout",
+            "0",
+            "--merge_lora",
+            "True",
+        ] * ("lora" in words)
+        return flags
+
+    def get(self, name: str) -> Run:
+        if name not in self.done:
+            processes = 1 if "alone" in name else 2
+            output = self.folder / name.replace(" ", "-")
+            run_script(
+                "llama_training.py",
+                *self.flags,
+                *RECIPE,
+                *self.flags_of(name),
+                "--output_dir",
+                str(output),
+                processes=processes,
+            )
+            self.done[name] = Run(output)
+        return self.done[name]
+
+    def resume(self, name: str) -> Run:
+        """Continue from the checkpoint in the middle, in a folder that holds nothing else."""
+        middle = f"checkpoint-{HALFWAY}"
+        output = self.folder / f"{name.replace(' ', '-')}-resumed"
+        shutil.copytree(self.get(name).folder / middle, output / middle)
+        flags = [*self.flags_of(name), "--output_dir", str(output), "--resume_from_checkpoint", "True"]
+        run_script("llama_training.py", *self.flags, *RECIPE, *flags, processes=1 if "alone" in name else 2)
+        return Run(output)
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_llama, questions_csv, tmp_path_factory) -> Runs:
+    return Runs(tiny_llama, questions_csv, tmp_path_factory.mktemp("engines"))
+
+
+def assert_same_training(run: Run, reference: Run, rel: float, learned: float = 0.3) -> None:
+    assert run.steps == reference.steps == STEPS
+    assert run.rates == pytest.approx(RATES, rel=1e-6, abs=1e-12)
+    assert run.losses == pytest.approx(reference.losses, rel=rel)
+    assert run.losses[-1] < run.losses[0] - learned, "nothing was learned: the comparison proves nothing"
+
+
+def assert_whole(run: Run, reference: Run, atol: float) -> None:
+    """Every tensor is there, with the reference's shape, type and, nearly, values, and plain transformers reads them."""
+    assert {n: (w.shape, w.dtype) for n, w in run.weights.items()} == {
+        n: (w.shape, w.dtype) for n, w in reference.weights.items()
+    }
+    for name, weight in run.weights.items():
+        assert weight.isfinite().all(), name
+        torch.testing.assert_close(
+            weight, reference.weights[name], rtol=0.02, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    loaded, unused = AutoModelForCausalLM.from_pretrained(run.folder, output_loading_info=True)
+    assert not any(unused.values()), unused
+    assert loaded.dtype == run.weights["lm_head.weight"].dtype
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["zero2", "zero3"])
+def test_deepspeed_trains_as_plain_data_parallel_does(runs, engine):
+    pytest.importorskip("deepspeed")
+    run, reference = runs.get(engine), runs.get("ddp")
+    assert_same_training(run, reference, rel=1e-4)
+    assert_whole(run, reference, atol=2e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["zero2", "zero3"])
+def test_deepspeed_resumes_where_it_was(runs, engine):
+    pytest.importorskip("deepspeed")
+    resumed, whole = runs.resume(engine), runs.get(engine)
+    assert resumed.losses == pytest.approx(whole.losses, rel=1e-5)
+    assert resumed.rates == pytest.approx(RATES, rel=1e-6, abs=1e-12)
+    for name, weight in resumed.weights.items():
+        torch.testing.assert_close(weight, whole.weights[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["zero2", "zero3"])
+def test_lora_trains_the_same_additions_under_every_engine(runs, engine):
+    pytest.importorskip("deepspeed")
+    pytest.importorskip("peft")
+    run, reference = runs.get(f"{engine} bf16 lora"), runs.get("ddp bf16 lora")
+    assert_same_training(run, reference, rel=0.005, learned=0.15)
+    assert_whole(run, reference, atol=0.02)
+
+
+needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="Accelerate shards nothing on a CPU")
+
+
+@needs_a_gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", ["", " alone"])
+def test_fsdp2_trains_as_plain_data_parallel_does(runs, ranks):
+    run, reference = runs.get(f"fsdp cuda bf16{ranks}"), runs.get("ddp cuda bf16")
+    assert_same_training(run, reference, rel=0.02)
+    assert_whole(run, reference, atol=0.02)
+
+
+@needs_a_gpu
+@pytest.mark.slow
+def test_fsdp2_resumes_where_it_was(runs):
+    resumed, whole = runs.resume("fsdp cuda bf16"), runs.get("fsdp cuda bf16")
+    assert resumed.losses == pytest.approx(whole.losses, rel=2e-3)
+    assert resumed.rates == pytest.approx(RATES, rel=1e-6, abs=1e-12)
+
+
+@needs_a_gpu
+@pytest.mark.slow
+def test_lora_trains_the_same_additions_under_fsdp2(runs):
+    pytest.importorskip("peft")
+    run, reference = runs.get("fsdp cuda bf16 lora"), runs.get("ddp cuda bf16 lora")
+    assert_same_training(run, reference, rel=0.02, learned=0.15)
+    assert_whole(run, reference, atol=0.02)
