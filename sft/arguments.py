@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -21,6 +22,9 @@ import transformers
 from torch.distributed import PrefixStore, TCPStore
 
 # ------------------------------------------------------------------------------------------------ speaking and ending
+
+# peft 0.21 (and sft/budget.py, for transformers 5.17) read a name that transformers 5.23 is about to drop
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
 
 class UserError(Exception):
