@@ -4,7 +4,6 @@ Such a part stands between <!-- begin NAME --> and <!-- end NAME -->.
 """
 
 import ast
-import re
 import sys
 from pathlib import Path
 
@@ -21,7 +20,9 @@ OTHER_FILES = {  # what is not Python and so has no docstring
     "examples/demo.sh": "What `make demo` runs.",
     "examples/facts.csv": "587 rows of facts, the demo's data; examples/make_facts.py wrote them.",
     "examples/slurm.sh": "Several machines under Slurm.",
+    "benchmarks/LOG.md": "What was tried, predicted and measured, failures included.",
     "benchmarks/results/": "What the tables above were made from.",
+    "benchmarks/run_multi_gpu.sh": "All that needs several GPUs, stage by stage.",
     "tests/": "One file for each of these; CPU, offline.",
     "Makefile": "`make help` lists its targets.",
     "pyproject.toml": "Settings of pytest, ruff and mypy.",
@@ -32,8 +33,9 @@ ORDER = ("llama_training.py", "xgen_training.py", "utils.py", "sft", "ds_config.
 def render(readme: str) -> str:
     """The README with its generated parts as the code is now."""
     for name, part in (("flags", arguments.flags_table()), ("map", f"```text\n{code_map()}\n```")):
-        begin, end = f"<!-- begin {name} -->\n", f"\n<!-- end {name} -->"
-        readme = re.sub(f"(?<={re.escape(begin)}).*(?={re.escape(end)})", lambda _, part=part: part, readme, flags=re.S)
+        begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->"
+        before, rest = readme.split(begin)
+        readme = f"{before}{begin}{part}\n{end}{rest.split(end, 1)[1]}"
     return readme
 
 

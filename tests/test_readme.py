@@ -153,6 +153,10 @@ def test_the_originals_parameters_are_all_understood(capsys):
 
 def test_flags_and_map_are_the_codes():
     assert readme.render(README) == README, "README.md is behind the code: make readme"
+    assert "| `--packing` | `True` |" in README
+    assert "sft/trainer.py  " in README
+    behind = README.replace("sft/trainer.py  ", "sft/gone.py  ")
+    assert readme.render(behind) == README
 
 
 def test_the_map_names_every_file():
