@@ -207,39 +207,52 @@ def disk(tmp_path, monkeypatch):
     subprocess.run(["umount", "-l", str(folder)], capture_output=True)
 
 
+def fill_at_step_5(monkeypatch, disk: Path, left_bytes: int) -> Path:
+    """Someone else's file takes the disk's room between checkpoint-3 and checkpoint-6, all but so many bytes."""
+    real, filler = utils.SupervisedTrainer.training_step, disk / "of_someone_else"
+
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step == 4 and not filler.exists():
+            filler.write_bytes(bytes(shutil.disk_usage(disk).free - left_bytes))
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(utils.SupervisedTrainer, "training_step", training_step)
+    return filler
+
+
 def test_a_disk_that_fills_while_saving_loses_nothing(
     disk, whole_run, tiny_llama, questions_csv, tmp_path, monkeypatch, capfd
 ):
-    output = disk("size=1700k")
-    flags = flags_for(
-        tiny_llama, questions_csv, output, "--save_rehearsal", "False", "--resume_from_checkpoint", "True"
-    )
+    output = disk("size=20m")
+    flags = flags_for(tiny_llama, questions_csv, output, "--resume_from_checkpoint", "True")
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, "too_little_space", lambda *_: False)  # someone else takes the room meanwhile
+        filler = fill_at_step_5(patch, output, left_bytes=250_000)  # a checkpoint has 500,000
+        patch.setattr(checkpoints, "too_little_space", lambda *_: False)  # taken after it was looked at
         with pytest.raises(SystemExit) as stop:
             train(*flags)
     assert stop.value.code == 2
     said = capfd.readouterr().err
-    assert re.search(r"checkpoint-9 could not be saved .*No space left on device", said, re.IGNORECASE)
-    assert "checkpoint-6 is untouched: mend the cause and continue with --resume_from_checkpoint True" in said
-    assert choose(output) == str(output / "checkpoint-6")
-    disk("remount,size=20m")
+    assert re.search(
+        r"error: checkpoint-6 could not be saved \(rank 0\): .*\n.* GB free\. checkpoint-3 is untouched", said
+    )
+    assert choose(output) == str(output / "checkpoint-3")
+    filler.unlink()
     train(*flags)
     assert losses(output) == losses(whole_run)
     assert same_weights(output, whole_run)
 
 
-def test_a_full_disk_is_seen_before_a_save_and_named_at_the_export(disk, tiny_llama, questions_csv, capfd):
-    output = disk("size=1700k")
-    flags = flags_for(tiny_llama, questions_csv, output, "--save_rehearsal", "False", "--report_to", "none")
+def test_a_full_disk_is_seen_before_a_save_and_named_at_the_export(disk, tiny_llama, questions_csv, monkeypatch, capfd):
+    output = disk("size=20m")
+    fill_at_step_5(monkeypatch, output, left_bytes=100_000)  # the model has 156,000
     with pytest.raises(SystemExit) as stop:
-        train(*flags, "--save_total_limit", "3")
+        train(*flags_for(tiny_llama, questions_csv, output))
     assert stop.value.code == 2
     said = capfd.readouterr()
-    assert re.search(r"warning: checkpoint-9 was not saved: it needs .* and .* has .* free", said.out)
+    assert re.search(r"warning: checkpoint-6 was not saved: it needs .* and .* has .* free", said.out)
     assert re.search(r"error: model could not be saved .*No space left on device", said.err)
-    assert "checkpoint-6 is untouched: mend the cause and continue with --resume_from_checkpoint True" in said.err
-    assert choose(output) == str(output / "checkpoint-6")
+    assert "checkpoint-3 is untouched: mend the cause and continue with --resume_from_checkpoint True" in said.err
+    assert choose(output) == str(output / "checkpoint-3")
 
 
 def test_a_disk_that_turns_read_only_loses_nothing(disk, tiny_llama, questions_csv, monkeypatch, capfd):
