@@ -29,9 +29,8 @@ GIB = 2**30
 OUTSIDE = 0.8 * GIB  # of the card: driver, kernels and cuBLAS, which PyTorch's allocator does not see
 FRAGMENTS = 0.04  # of the card: pieces of the allocator's cache that no tensor fits into
 SPARE = 0.08  # of the card: what `auto` leaves free, for pieces that differ in size from step to step
-HOST_LIBRARIES = (
-    3.0 * GIB
-)  # host memory of one process before any weight: Python, PyTorch, the CUDA libraries and driver
+# Host memory of one process beside weights, measured on an H100 (benchmarks/results/2026-11-24-h100-ladder.md): 0.9 to 1.2 GiB
+HOST_LIBRARIES = 1.2 * GIB
 LOSS_CHUNK = 2**27  # logits that exist at a time: sft/loss.py, CHUNK_BYTES / 4
 LARGEST_BUDGET = 65_536  # tokens of a micro-batch to which `auto` grows at most (sft/budget.py)
 ZERO3_LIVE = 10**9  # parameters: DeepSpeed's stage3_max_live_parameters
