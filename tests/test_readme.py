@@ -277,6 +277,22 @@ def test_make_demo_runs_the_demo():
         assert re.search(rf"^{target} ", listed, re.M), target
 
 
+def test_the_ladder_is_the_results_file():
+    measured = map(json.loads, (ROOT / "benchmarks/results/2026-11-24-h100-ladder.jsonl").read_text().splitlines())
+    table = README.partition("| model | added to the command | tokens/s |")[2].partition("\n\n")[0]
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines()[2:]]
+    assert len(rows) == 5
+    for row, line in zip(rows, measured, strict=True):
+        name, added, speed, gpu, planned, host = row
+        assert name.replace(" B", "B").startswith(line["model"])
+        assert added.strip("`") in line["command"]
+        assert speed == f"{line['tokens_per_s']:,}"
+        assert [float(gpu), float(planned)] == pytest.approx(
+            [line["gpu_measured_gib"], line["gpu_planned_gib"]], abs=0.06
+        )
+        assert host == (f"{line['host_measured_gib']:.1f}" if line["host_measured_gib"] else ""), name
+
+
 def test_the_data_table_is_the_results_file():
     lines = (ROOT / "benchmarks/results/2026-11-24-data.jsonl").read_text().splitlines()
     table = README.partition("| tokenizer | rows | rows/s |")[2].partition("\n\n")[0]
