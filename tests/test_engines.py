@@ -60,6 +60,11 @@ class Runs:
             str(folder / "cache"),
         ]
         self.done: dict[str, Run] = {}
+        self.printed: dict[str, str] = {}
+
+    def script_of(self, name: str) -> str:
+        """FSDP on a CPU needs a helping hand."""
+        return "tests/fsdp_on_cpu.py" if "fsdp" in name and "cuda" not in name else "llama_training.py"
 
     def flags_of(self, name: str) -> list[str]:
         """ "zero3 lora" -> --deepspeed stage3.json --use_lora True ..."""
@@ -91,15 +96,8 @@ class Runs:
         if name not in self.done:
             processes = 1 if "alone" in name else 2
             output = self.folder / name.replace(" ", "-")
-            run_script(
-                "llama_training.py",
-                *self.flags,
-                *RECIPE,
-                *self.flags_of(name),
-                "--output_dir",
-                str(output),
-                processes=processes,
-            )
+            flags = [*self.flags, *RECIPE, *self.flags_of(name), "--output_dir", str(output)]
+            self.printed[name] = run_script(self.script_of(name), *flags, processes=processes)
             self.done[name] = Run(output)
         return self.done[name]
 
@@ -109,7 +107,7 @@ class Runs:
         output = self.folder / f"{name.replace(' ', '-')}-resumed"
         shutil.copytree(self.get(name).folder / middle, output / middle)
         flags = [*self.flags_of(name), "--output_dir", str(output), "--resume_from_checkpoint", "True"]
-        run_script("llama_training.py", *self.flags, *RECIPE, *flags, processes=1 if "alone" in name else 2)
+        run_script(self.script_of(name), *self.flags, *RECIPE, *flags, processes=1 if "alone" in name else 2)
         return Run(output)
 
 
@@ -166,6 +164,33 @@ def test_lora_trains_the_same_additions_under_every_engine(runs, engine):
     pytest.importorskip("deepspeed")
     pytest.importorskip("peft")
     run, reference = runs.get(f"{engine} bf16 lora"), runs.get("ddp bf16 lora")
+    assert_same_training(run, reference, rel=0.005, learned=0.15)
+    assert_whole(run, reference, atol=0.02)
+
+
+@pytest.mark.slow
+def test_fsdp2_on_a_cpu_trains_and_saves_as_plain_data_parallel_does(runs):
+    run, reference = runs.get("fsdp"), runs.get("ddp")
+    assert "save rehearsal: whole" in runs.printed["fsdp"]
+    assert "the reloaded model gives the trained model's logits" in runs.printed["fsdp"]
+    manifest = json.loads((run.folder / f"checkpoint-{HALFWAY}" / "manifest.json").read_text())
+    assert manifest["run"]["engine"] == "FSDP"
+    assert_same_training(run, reference, rel=1e-4)
+    assert_whole(run, reference, atol=2e-4)
+
+
+@pytest.mark.slow
+def test_fsdp2_on_a_cpu_resumes_where_it_was(runs):
+    resumed, whole = runs.resume("fsdp"), runs.get("fsdp")
+    assert resumed.losses == pytest.approx(whole.losses, rel=1e-6)
+    for name, weight in resumed.weights.items():
+        torch.testing.assert_close(weight, whole.weights[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_lora_trains_the_same_additions_under_fsdp2_on_a_cpu(runs):
+    pytest.importorskip("peft")
+    run, reference = runs.get("fsdp bf16 lora"), runs.get("ddp bf16 lora")
     assert_same_training(run, reference, rel=0.005, learned=0.15)
     assert_whole(run, reference, atol=0.02)
 
