@@ -79,9 +79,8 @@ RUNGS = [
 def make_model(folder: Path, shape: dict) -> None:
     """Write a LLaMA with random bfloat16 weights, in shards, and a tokenizer of one token for each letter."""
     folder.mkdir(parents=True)
-    config = LlamaConfig(
-        vocab_size=32000, bos_token_id=1, eos_token_id=2, max_position_embeddings=2048, dtype=torch.bfloat16, **shape
-    )
+    fixed = {"vocab_size": 32000, "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 2048}
+    config = LlamaConfig(dtype=torch.bfloat16, **(fixed | shape))
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
     with torch.device("meta"):
