@@ -122,7 +122,6 @@ class Setting:
     offload_optimizer: bool = False
     offload_weights: bool = False
     pinned: bool = False  # offloaded parts lie in page-locked memory
-    one_loader: bool = True  # FSDP: rank 0 alone reads the weights
     lora_rank: int = 0
     lora_dropout: bool = False
     four_bit: bool = False
@@ -163,7 +162,6 @@ class Setting:
             offload_optimizer=optimizer.get("device", "none") != "none" or offload,
             offload_weights=(stage == 3 and weights.get("device", "none") != "none") or offload,
             pinned=bool(optimizer.get("pin_memory")),
-            one_loader=bool(fsdp.get("cpu_ram_efficient_loading")),
             lora_rank=(model_args.lora_r or 16) if model_args.use_lora else 0,
             lora_dropout=model_args.lora_dropout is None or model_args.lora_dropout > 0,
             four_bit=model_args.load_in_4bit,
@@ -429,7 +427,8 @@ def _host(shape: Shape, s: Setting, trained: float, many: bool) -> dict[str, flo
     libraries = {"libraries": HOST_LIBRARIES * ranks_here}
     if s.four_bit:
         return libraries | {"loading": 2 * compute * shape.largest_linear}  # packed on the GPU, tensor by tensor
-    loading = loads * shape.parameters * (1 if (s.engine == "fsdp" and s.one_loader) or s.stage == 3 else ranks_here)
+    # FSDP too: with cpu_ram_efficient_loading rank 1 held as much as rank 0 (transformers 5.23, SmolLM2 on two ranks)
+    loading = loads * shape.parameters * (1 if s.stage == 3 else ranks_here)
     saving = compute * shape.parameters if not s.lora_rank else 0.0
     if s.engine == "fsdp":
         saving += 4 * trained  # gathered in float32 on rank 0, then cast
