@@ -75,6 +75,8 @@ class Runs:
         flags += ["--fsdp", "full_shard auto_wrap", "--fsdp_transformer_layer_cls_to_wrap", "LlamaDecoderLayer"] * (
             "fsdp" in words
         )
+        sharded = {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}
+        flags += ["--fsdp_config", json.dumps(sharded)] * ("shards" in words)
         flags += ["--bf16", "True"] * ("bf16" in words)
         flags += ["--ddp_backend", "gloo"] * ("cuda" in words)  # NCCL refuses two ranks on one GPU
         flags += ["--gradient_accumulation_steps", "4"] * ("alone" in words)  # the same examples in each step
@@ -180,8 +182,11 @@ def test_fsdp2_on_a_cpu_trains_and_saves_as_plain_data_parallel_does(runs):
 
 
 @pytest.mark.slow
-def test_fsdp2_on_a_cpu_resumes_where_it_was(runs):
-    resumed, whole = runs.resume("fsdp"), runs.get("fsdp")
+@pytest.mark.parametrize("checkpoints", ["", " shards"])
+def test_fsdp2_on_a_cpu_resumes_where_it_was(runs, checkpoints):
+    resumed, whole = runs.resume(f"fsdp{checkpoints}"), runs.get(f"fsdp{checkpoints}")
+    each_rank_wrote = list((whole.folder / f"checkpoint-{HALFWAY}").glob("*/__1_0.distcp"))
+    assert bool(each_rank_wrote) == bool(checkpoints)
     assert resumed.losses == pytest.approx(whole.losses, rel=1e-6)
     for name, weight in resumed.weights.items():
         torch.testing.assert_close(weight, whole.weights[name], rtol=1e-5, atol=1e-6)
