@@ -12,6 +12,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -248,8 +249,14 @@ def merge(
             f"{base} is not the model that this adapter was trained on ({record['model_name_or_path']}): the weights differ. "
             "Give that model with --base."
         )
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, cache_dir=cache_dir)
-    tuned = PeftModel.from_pretrained(model, folder).eval()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, cache_dir=cache_dir)
+        tuned = PeftModel.from_pretrained(model, folder).eval()
+    except pickle.UnpicklingError as error:  # torch.load(weights_only=True) refused it
+        raise UserError(
+            f"{base} or {folder}: a weights file there is a pickle that would run code, and was not loaded. "
+            "Take the model's safetensors instead."
+        ) from error
     probe = torch.arange(64, device="cpu")[None] * 37 % model.config.vocab_size
     with torch.no_grad():
         expected = tuned(input_ids=probe, use_cache=False).logits
