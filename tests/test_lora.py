@@ -150,26 +150,3 @@ def test_the_command_line_ends_in_one_message(base, tmp_path, capsys):
     assert capsys.readouterr().err.startswith(f"error: {tmp_path}: no adapter_config.json there.")
     lora.main(["merge", "--adapter", str(adapter), "--output", str(tmp_path / "merged"), "--save_dtype", "float32"])
     assert f"merged: {tmp_path / 'merged'} (float32); logits differ from base + adapter by" in capsys.readouterr().out
-
-
-class RunsCode:
-    """Unpickled, it makes a file."""
-
-    def __init__(self, path: str):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (self.path, "w")
-
-
-def test_an_adapter_that_runs_code_is_not_merged(base, tmp_path):
-    adapter, trace = tmp_path / "adapter", tmp_path / "trace"
-    trained_adapter(base, adapter)
-    (adapter / "adapter_model.safetensors").unlink()
-    torch.save({"weight": RunsCode(str(trace))}, adapter / "adapter_model.bin")
-    with pytest.raises(UserError, match="a pickle that would run code, and was not loaded"):
-        lora.merge(str(adapter), str(tmp_path / "merged"))
-    assert not trace.exists()
-    assert not (tmp_path / "merged").exists()
-    torch.load(adapter / "adapter_model.bin", weights_only=False)
-    assert trace.exists(), "the file would not have run anything: the test proves nothing"
