@@ -17,6 +17,7 @@ from sft.arguments import UserError
 # ---- exact resume
 
 
+@pytest.mark.slow
 def test_a_run_stopped_in_an_epoch_and_at_its_end_continues_bit_for_bit(
     whole_run, tiny_llama, questions_csv, tmp_path, monkeypatch, capsys
 ):
