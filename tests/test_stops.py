@@ -255,21 +255,23 @@ def test_the_rank_with_the_broken_loss_is_named_by_all(poisoned, tmp_path):
 def test_torchrun_restarts_a_killed_worker_and_the_weights_are_those_of_a_quiet_run(
     tiny_llama, questions_csv, tmp_path
 ):
-    more = ["--num_train_epochs", "10", "--save_steps", "20", "--resume_from_checkpoint", "True"]
+    more = ["--num_train_epochs", "40", "--save_steps", "40", "--resume_from_checkpoint", "True"]
     quiet, disturbed = (flags_for(tiny_llama, questions_csv, tmp_path / name, *more) for name in ("quiet", "disturbed"))
     jobs.run(quiet, 2, tmp_path / "quiet.log")
     job = Torchrun(disturbed, tmp_path / "log", "--max_restarts=3")
-    job.wait_for("step 25/")
+    job.wait_for("step  45/")
     first = job.workers()
     os.kill(first[1], signal.SIGKILL)
-    job.wait_for("checkpoint-20\n")
-    job.wait_for("step 35/")
+    job.wait_for("checkpoint-40\n")
+    job.wait_for("step  85/")
     second = job.workers()
     assert not set(first) & set(second)
     os.kill(second[0], signal.SIGKILL)
     code, printed = job.end()
     assert code == 0, printed
-    assert re.findall(r"resume: \S+/(checkpoint-\d+)\n", printed) == ["checkpoint-20", "checkpoint-20"]
+    resumed = re.findall(r"resume: \S+/checkpoint-(\d+)\n", printed)
+    assert resumed[0] == "40"
+    assert resumed[1:] in (["80"], ["120"])  # a quick machine is further on by the time that the kill arrives
     assert losses(tmp_path / "disturbed") == losses(tmp_path / "quiet")
     assert same_weights(tmp_path / "disturbed", tmp_path / "quiet")
     assert export.is_finished(tmp_path / "disturbed")
