@@ -22,6 +22,10 @@ OPEN_LLAMA_3B = LlamaConfig(
 )
 
 
+def flags_for(model, csv, folder) -> list[str]:
+    return ["--model_name_or_path", str(model), "--data_path", str(csv), "--output_dir", str(folder / "out")]
+
+
 def flags(*argv: str):
     given = [
         "--model_name_or_path",
@@ -297,14 +301,7 @@ def test_a_full_gpu_ends_in_a_sentence_and_exit_code_3(tiny_llama, questions_csv
         )
 
     monkeypatch.setattr("sft.trainer.summed_loss", full)
-    words = [
-        "--model_name_or_path",
-        str(tiny_llama),
-        "--data_path",
-        str(questions_csv),
-        "--output_dir",
-        str(tmp_path / "out"),
-    ]
+    words = flags_for(tiny_llama, questions_csv, tmp_path)
     words += ["--data_cache_dir", str(tmp_path / "cache"), "--model_max_length", "64", "--save_strategy", "no"]
     with pytest.raises(SystemExit) as ended:
         utils.train(load_llama_tokenizer, [*words, "--per_device_train_batch_size", "4"])
@@ -350,14 +347,7 @@ def test_bad_input_is_one_message_before_weights_load(words, message, tiny_llama
     files["broken"].write_text("{\n  broken: 1\n}")
     files["text"].write_text('{"zero_optimization": {"stage": "2"}}')
     words = [word.replace("{broken}", str(files["broken"])).replace("{text}", str(files["text"])) for word in words]
-    given = [
-        "--model_name_or_path",
-        str(tiny_llama),
-        "--data_path",
-        str(questions_csv),
-        "--output_dir",
-        str(tmp_path / "out"),
-    ]
+    given = flags_for(tiny_llama, questions_csv, tmp_path)
     with pytest.raises(UserError) as refused:
         utils.train(load_llama_tokenizer, [*given, *words])
     assert len(refused.value.problems) == 1
@@ -366,14 +356,7 @@ def test_bad_input_is_one_message_before_weights_load(words, message, tiny_llama
 
 @pytest.mark.slow
 def test_the_script_says_it_once_and_exits_with_2(tiny_llama, questions_csv, tmp_path):
-    given = [
-        "--model_name_or_path",
-        str(tiny_llama),
-        "--data_path",
-        str(questions_csv),
-        "--output_dir",
-        str(tmp_path / "out"),
-    ]
+    given = flags_for(tiny_llama, questions_csv, tmp_path)
     said = run_script("llama_training.py", *given, "--deepspeed", "missing.json", "--lora_r", "8", expect=2)
     assert said.count("--deepspeed missing.json: there is no such file") == 1
     assert said.count("--lora_r: set, but LoRA is off") == 1
