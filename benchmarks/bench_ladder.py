@@ -7,8 +7,10 @@ random letters with the lengths of instruction data (log-normal, mean 207 tokens
 """
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
+import importlib.metadata
 import json
 import os
 import random
@@ -51,12 +53,14 @@ class Rung:
     """One run.
 
     to_the_end: False stops it after its last step: the export of a large model takes longer than the steps measured here.
+    seconds: its time limit.
     """
 
     name: str
     model: str
     flags: str
     to_the_end: bool = False
+    seconds: float = 110
 
 
 RUNGS = [
@@ -64,12 +68,13 @@ RUNGS = [
     Rung("full", "3.4B", "--tokens_per_micro_batch 2048"),
     Rung("+ checkpointing", "3.4B", f"--tokens_per_micro_batch 4096 {CHECKPOINTING}"),
     Rung("+ 8-bit Adam", "3.4B", f"--tokens_per_micro_batch 4096 {CHECKPOINTING} --optim adamw_bnb_8bit"),
-    Rung("ZeRO-2 offload", "3.4B", f"--tokens_per_micro_batch 4096 {CHECKPOINTING} --deepspeed ds_config.json", to_the_end=True),
+    Rung("ZeRO-2 offload", "3.4B", f"--tokens_per_micro_batch 4096 {CHECKPOINTING} --deepspeed ds_config.json", to_the_end=True, seconds=260),
     Rung("full, 8-bit Adam", "6.7B", f"--tokens_per_micro_batch 16384 {CHECKPOINTING} --optim adamw_bnb_8bit"),
     Rung("LoRA", "6.7B", "--tokens_per_micro_batch 4096 --use_lora True"),
     Rung("QLoRA", "6.7B", "--tokens_per_micro_batch 4096 --use_lora True --load_in_4bit True"),
     Rung("FSDP2, one rank", "1.1B", '--tokens_per_micro_batch 4096 --fsdp "full_shard auto_wrap"'),
-    Rung("full, FSDP2, 8-bit Adam", "6.7B", f'--tokens_per_micro_batch 4096 {CHECKPOINTING} --optim adamw_torch_8bit --fsdp "full_shard auto_wrap"'),
+    Rung("full, FSDP2, 8-bit Adam", "6.7B", f'--tokens_per_micro_batch 4096 {CHECKPOINTING} --optim adamw_torch_8bit --fsdp "full_shard auto_wrap"', seconds=130),
+    Rung("FSDP2, one rank, budget auto", "1.1B", '--fsdp "full_shard auto_wrap"'),
 ]  # fmt: skip
 
 
@@ -158,6 +163,34 @@ class Gpu:
         return self.nvml.nvmlDeviceGetMemoryInfo(self.handle).used if self.handle else 0
 
 
+# What a run prints when it has come so far; the seconds to the line stand in the results.
+MILESTONES = {
+    "imported": " is now `--",  # every run gives old flags
+    "planned": "memory plan:",
+    "first step": "  lr 0.00e+00",
+    "trained": "trained to step",
+}
+
+
+def stop(process: subprocess.Popen) -> None:
+    """Kill torchrun and its workers, which are sessions of their own: killing its process group would leave them on the GPU."""
+    everyone = [*psutil.Process(process.pid).children(recursive=True), process]
+    for each in everyone:
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended by itself
+            each.kill()
+    process.wait()
+
+
+def wait_until_given_back(gpu: Gpu, gpu_before: int, host_before: int, seconds: float = 30) -> float:
+    """Wait until the memory that a run took is free again, so that the next one does not measure it. Returns the GiB that are not."""
+    until = time.perf_counter() + seconds
+    while True:
+        left = max(gpu.used() - gpu_before, host_used() - host_before) / GIB
+        if left < 0.5 or time.perf_counter() > until:
+            return max(left, 0.0)
+        time.sleep(0.1)
+
+
 def climb(rung: Rung, folder: Path, csv: Path, output: Path, steps: int, seconds: float) -> dict:
     """Run a rung and measure it."""
     words = [
@@ -173,7 +206,8 @@ def climb(rung: Rung, folder: Path, csv: Path, output: Path, steps: int, seconds
     shutil.rmtree(output, ignore_errors=True)
     log = output.with_suffix(".log")
     gpu, host_before, began = Gpu(), host_used(), time.perf_counter()
-    gpu_before, gpu_peak, host_training, host_peak, trained_at = gpu.used(), 0, 0, 0, None
+    gpu_before, gpu_peak, host_training, host_peak = gpu.used(), 0, 0, 0
+    reached: dict[str, float] = {}
     with open(log, "w", encoding="utf-8") as file:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", *words]
         environment = {**os.environ, "NO_COLOR": "1"}
@@ -182,22 +216,19 @@ def climb(rung: Rung, folder: Path, csv: Path, output: Path, steps: int, seconds
         while process.poll() is None:
             time.sleep(0.2)
             gpu_peak, host_peak = max(gpu_peak, gpu.used() - gpu_before), max(host_peak, host_used() - host_before)
-            if trained_at is None:
-                host_training = host_peak
-                if "trained to step" in log.read_text(encoding="utf-8"):
-                    trained_at = time.perf_counter() - began
-            late = time.perf_counter() - began > seconds
-            if late or (trained_at and not rung.to_the_end):
-                ended = "stopped after its last step" if trained_at and not late else f"stopped after {seconds:.0f} s"
-                # torchrun's workers are sessions of their own: killing its process group would leave them on the GPU
-                everyone = [*psutil.Process(process.pid).children(recursive=True), process]
-                for each in everyone:
-                    each.kill()
-                process.wait()
-                psutil.wait_procs(everyone[:-1], timeout=60)  # their memory is the next rung's
+            if "trained" not in reached:
+                host_training, printed = host_peak, log.read_text(encoding="utf-8")
+                for milestone, words_printed in MILESTONES.items():
+                    if milestone not in reached and words_printed in printed:
+                        reached[milestone] = round(time.perf_counter() - began, 1)
+            trained = "trained" in reached and not rung.to_the_end
+            if trained or time.perf_counter() - began > seconds:
+                ended = "stopped after its last step" if trained else f"stopped after {seconds:.0f} s"
+                stop(process)
         if ended == "finished" and process.returncode:
             ended = f"exit code {process.returncode}"
     whole = time.perf_counter() - began
+    left = wait_until_given_back(gpu, gpu_before, host_before)
     lines = log.read_text(encoding="utf-8")
     live = re.findall(r"step +(\d+)/\d+ .*?loss ([\d.na]+) .*? ([\d,]+) tok/s.*?mem ([\d.]+) GiB", lines)
     report_file = output / "run_report.json"
@@ -220,10 +251,20 @@ def climb(rung: Rung, folder: Path, csv: Path, output: Path, steps: int, seconds
         "host_measured_gib": (host_peak if rung.to_the_end else host_training) / GIB,
         "host_until_trained_gib": host_training / GIB,
         "plan": plan,
-        "seconds": {"to_the_last_step": trained_at, "whole": whole, **report.get("durations_s", {})},
+        "left_gib": left,  # not given back before the next rung began, on the GPU or in the host
+        "seconds": {"reached": reached, "whole": whole, **report.get("durations_s", {})},
         "said": [line for line in lines.splitlines() if re.match(r"(attention|compiled|packing|save |memory plan|LoRA|  (GPU|host|micro|it))", line)],
-        "tail": [] if live and ended != f"exit code {process.returncode}" else lines.splitlines()[-25:],
+        "tail": [] if live and ended != f"exit code {process.returncode}" else lines.splitlines()[-60:],
     }  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    names = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "deepspeed", "torchao")
+    found = {}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def error_of(planned: float | None, measured: float | None) -> str:
@@ -254,7 +295,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, required=True, help="file that the JSON lines are added to")
     parser.add_argument("--rungs", help="numbers of the rungs to run, such as 0,3,4; default all")
     parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--seconds", type=float, default=180, help="limit of one rung")
+    parser.add_argument("--seconds", type=float, help="limit of each rung, instead of its own")
     parser.add_argument(
         "--model", choices=MODELS, help="use this model in every rung: `tiny` tries the commands on a CPU"
     )
@@ -266,7 +307,7 @@ def main() -> None:
     make_rows(csv, 64 * args.steps)
     numbers = [int(number) for number in args.rungs.split(",")] if args.rungs else range(len(RUNGS))
     card = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu"
-    about = {"date": datetime.date.today().isoformat(), "card": card, "torch": torch.__version__}
+    about = {"date": datetime.date.today().isoformat(), "card": card, **versions()}
     results = []
     for number in numbers:
         rung = RUNGS[number]
@@ -277,10 +318,12 @@ def main() -> None:
             began = time.perf_counter()
             make_model(folder, MODELS[rung.model])
             print(f"made {folder}: {time.perf_counter() - began:.0f} s", flush=True)
-        results.append(climb(rung, folder, csv, args.work_dir / f"rung{number}", args.steps, args.seconds) | about)
+        results.append(
+            climb(rung, folder, csv, args.work_dir / f"rung{number}", args.steps, args.seconds or rung.seconds) | about
+        )
         with open(args.results, "a", encoding="utf-8") as file:
             file.write(json.dumps(results[-1]) + "\n")
-        print(json.dumps(results[-1]), flush=True)
+        print(table(results[-1:]).splitlines()[-1], results[-1]["seconds"]["reached"], results[-1]["ended"], flush=True)
     if not args.keep_models:
         for name in MODELS:
             shutil.rmtree(args.work_dir / name, ignore_errors=True)
