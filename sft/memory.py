@@ -412,6 +412,9 @@ def _add_up(shape: Shape, setting: Setting, tokens: int, gpu_there: float, host_
         "head and loss": peak["head and loss"],
         "copies and gathers": peak["copies"] + gathered,
     }
+    if s.engine == "zero" and s.stage < 3 and sum(gpu.values()) < 2 * weights:
+        # deepspeed 0.19.8, stage_1_and_2.py, joins the weights into one tensor: at the start both are there
+        gpu = dict.fromkeys(gpu, 0.0) | {"weights": weights, "copies and gathers": weights}
     host = _host(shape, s, trained, many) if s.cuda else {"libraries": 0.7 * GIB * s.ranks_per_machine}
     if not s.cuda:
         host |= {part: size * s.ranks_per_machine for part, size in gpu.items()}

@@ -196,6 +196,16 @@ def test_ranks_share_what_the_engine_shards():
     assert not ddp.fits and fsdp.fits and zero.fits
 
 
+def test_deepspeed_joins_the_weights_at_the_start_and_holds_them_twice():
+    words = ["--deepspeed", str(ROOT / "ds_config.json"), "--gradient_checkpointing", "True"]
+    few, many = (
+        plan_of(OPEN_LLAMA_3B, *words, "--tokens_per_micro_batch", str(tokens), step_tokens=tokens)
+        for tokens in (4_096, 65_536)
+    )
+    assert few.gpu_peak == 2 * 2 * few.shape.parameters, "16-bit weights as they were loaded, and joined"
+    assert many.gpu_peak > few.gpu_peak and many.gpu["activations"] > 0, "here training takes more"
+
+
 def test_auto_grows_to_what_the_card_has_room_for():
     roomy = plan_of(OPEN_LLAMA_3B, step_tokens=2500)
     assert roomy.tokens == 2500, "a whole step"
