@@ -183,6 +183,45 @@ def test_memory_is_what_the_system_says():
     assert held[-1] == 1
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the allocator is CUDA's")
+def test_memory_is_what_the_allocator_says(tiny_llama, questions_csv, tmp_path, monkeypatch):
+    """Half a GiB is taken and freed inside step 4: that line shows it, to the byte, and those before it do not."""
+    ballast, steps, expected, reserved = 2**29, [], [], []
+    step, read = utils.SupervisedTrainer.training_step, Meter.read
+
+    def step_with_ballast(self, *arguments):
+        result = step(self, *arguments)
+        steps.append(torch.cuda.memory_allocated())
+        if len(steps) == 4:
+            torch.empty(ballast, dtype=torch.uint8, device="cuda")
+        return result
+
+    def read_beside_the_allocator(self):
+        numbers = read(self)
+        expected.append(torch.cuda.memory_stats()["allocated_bytes.all.peak"] / 2**30)
+        reserved.append(torch.cuda.memory_reserved() / 2**30)
+        return numbers
+
+    monkeypatch.setattr(utils.SupervisedTrainer, "training_step", step_with_ballast)
+    monkeypatch.setattr(Meter, "read", read_beside_the_allocator)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    flags = ("--bf16 True", "--per_device_train_batch_size 8", "--max_steps 6")
+    utils.train(load_llama_tokenizer, flags_for(tiny_llama, questions_csv, tmp_path / "model", *flags))
+
+    record = json.loads((tmp_path / "model" / "run_report.json").read_text())
+    logged = [entry["peak_memory_gib"] for entry in record["log"]]
+    assert len(steps) == len(logged) == 6
+    assert logged == pytest.approx(expected[:6], rel=1e-9)
+    assert logged[3:] == pytest.approx([(steps[3] + ballast) / 2**30] * 3, rel=1e-9)
+    assert logged[2] < logged[3] - 0.4, "the ballast shows in step 4 and no sooner"
+    assert steps[2] / 2**30 <= logged[2], "what a step holds is part of its peak"
+    # allocated, not reserved: the freed half GiB stays with PyTorch, and with the driver's count
+    free, there = torch.cuda.mem_get_info()
+    assert logged[5] <= reserved[5] <= (there - free) / 2**30
+    assert record["final"]["peak_memory_gib"] == pytest.approx(logged[5], rel=1e-9)
+
+
 # --------------------------------------------------------------------------------------------------- speed, on a clock
 
 
