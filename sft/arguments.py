@@ -517,6 +517,8 @@ def parse(
     elif flags.accelerator_config is None and flags.dataloader_pin_memory:
         flags.accelerator_config = {"non_blocking": True}  # copies do not wait for the work that the GPU has in hand
     problems += _read_fsdp_config(flags)
+    if (flags.fsdp_config or {}).get("cpu_offload") and not flags.use_cpu and flags.ddp_backend is None:
+        flags.ddp_backend = "cuda:nccl,cpu:gloo"  # the norm of gradients that lie in host memory is summed by gloo
     problems += _contradictions(flags)
     if problems and flags.plan_only:
         raise UserError(problems)
@@ -598,6 +600,10 @@ def _contradictions(flags) -> list[str]:
         problems.append("--plan_gpu_gib and --plan_world_size plan for another machine. Add --plan_only True.")
     if flags.fsdp and flags.deepspeed:
         problems.append("--fsdp and --deepspeed both shard the model. Choose one.")
+    if flags.gradient_checkpointing and (flags.fsdp_config or {}).get("activation_checkpointing"):
+        problems.append(
+            '--gradient_checkpointing True and "activation_checkpointing" in --fsdp_config both recompute. Choose one.'
+        )
     if flags.bf16 and flags.fp16:
         problems.append("--bf16 and --fp16 are two compute types. Choose one; bf16 where the GPU has it.")
     if flags.tokens_per_micro_batch != "auto" and not re.fullmatch("[1-9][0-9]*", flags.tokens_per_micro_batch):

@@ -46,6 +46,11 @@ def problems(flags) -> list[str]:
         found.append(f"--lora_r {flags.lora_r}: a rank is at least 1.")
     if flags.lora_dropout is not None and not 0 <= flags.lora_dropout < 1:
         found.append(f"--lora_dropout {flags.lora_dropout}: it lies between 0 and 1.")
+    if (flags.fsdp_config or {}).get("activation_checkpointing"):
+        found.append(
+            '--use_lora with "activation_checkpointing" in --fsdp_config: peft (0.21) would save an empty adapter. '
+            "Use --gradient_checkpointing True instead."
+        )
     if importlib.util.find_spec("peft") is None:
         found.append("--use_lora needs the package peft. Run: pip install peft")
     if flags.load_in_4bit:

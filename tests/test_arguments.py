@@ -115,6 +115,21 @@ def test_contradictions_and_checks_are_raised_together():
     ]  # fmt: skip
 
 
+def test_offloaded_gradients_are_summed_by_gloo(monkeypatch):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    backend = (lambda flags: [str(flags.ddp_backend)],)
+    assert problems_of("--fsdp", "full_shard offload", checks=backend) == ["cuda:nccl,cpu:gloo"]
+    assert problems_of("--fsdp", "full_shard offload", "--ddp_backend", "gloo", checks=backend) == ["gloo"]
+    assert problems_of("--fsdp", "full_shard", checks=backend) == ["None"]
+
+
+def test_recomputation_asked_for_twice_is_refused():
+    fsdp = ["--fsdp", "full_shard", "--fsdp_config", '{"activation_checkpointing": true}']
+    assert problems_of(*fsdp, "--gradient_checkpointing", "True") == [
+        '--gradient_checkpointing True and "activation_checkpointing" in --fsdp_config both recompute. Choose one.'
+    ]
+
+
 def test_fsdp_with_deepspeed_is_refused(monkeypatch):
     monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
     monkeypatch.setenv("WORLD_SIZE", "1")

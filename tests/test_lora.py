@@ -48,6 +48,15 @@ def test_flags_that_contradict_each_other(argv, message, monkeypatch):
     assert lora.problems(flags(*argv)) == ([message] if message else [])
 
 
+def test_activation_checkpointing_through_fsdp_is_refused():
+    parsed = flags("--use_lora", "True")
+    parsed.fsdp_config = {"activation_checkpointing": True}
+    assert lora.problems(parsed) == [
+        '--use_lora with "activation_checkpointing" in --fsdp_config: peft (0.21) would save an empty adapter. '
+        "Use --gradient_checkpointing True instead."
+    ]
+
+
 def test_a_name_that_matches_no_layer_is_refused_with_the_names_that_exist(base):
     config = AutoConfig.from_pretrained(base)
     assert lora.target_problems(config, ["q_proj", "query"]) == [
