@@ -127,20 +127,12 @@ def probe_model(
     small.num_hidden_layers = 2
     if getattr(small, "layer_types", None):
         small.layer_types = small.layer_types[:2]
-    zero3 = args.hf_deepspeed_config if args.deepspeed else None
-    if zero3 is not None:  # its model would be split over the ranks as it is made
-        transformers.integrations.deepspeed.unset_hf_deepspeed_config()
-    try:
-        with torch.device(args.device):
-            probe = AutoModelForCausalLM.from_config(
-                small, attn_implementation=config._attn_implementation, dtype=torch.float32
-            )
-    finally:
-        if zero3 is not None:
-            transformers.integrations.deepspeed.set_hf_deepspeed_config(zero3)
-
+    with torch.device(args.device):
+        probe = AutoModelForCausalLM.from_config(
+            small, attn_implementation=config._attn_implementation, dtype=torch.float32
+        )
     prepare(probe)
-    if model.is_gradient_checkpointing:
+    if model.is_gradient_checkpointing or (args.fsdp_config or {}).get("activation_checkpointing"):
         probe.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
 
     def use_layers_of_probe(count: int) -> None:

@@ -199,7 +199,9 @@ def plan_micro_batches(trainer: SupervisedTrainer) -> PackedBatchSampler:
 
     prepare = partial(compiling.prepare, device=args.device, choice=compiled)
     beside = trainer.memory_plan.not_for_activations if trainer.memory_plan else None
+    pretrained.hold_deepspeed(args)  # what the budget tries out is a small model, whole on each rank
     tokens = budget.choose(model, args, packing.largest_step(recipe), prepare, trial, beside)
+    pretrained.start_deepspeed(args)
     sampler = packing.within(recipe, tokens.tokens)
     trainer.packing_plan = packed = packing.describe(
         sampler,
