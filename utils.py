@@ -255,13 +255,18 @@ def load_model(
     transformers 5 would keep the stored type, and at a learning rate of 2e-5 most updates of a bfloat16 weight round
     to nothing. bfloat16 is the type of the computation instead: autocast, FSDP or DeepSpeed see to that.
     """
-    model = AutoModelForCausalLM.from_pretrained(
-        model_args.model_name_or_path,
-        cache_dir=model_args.cache_dir,
-        trust_remote_code=model_args.trust_remote_code,
-        attn_implementation=model_args.attn_implementation,
-        **(lora.load_options(model_args, training_args) if model_args.use_lora else {"dtype": torch.float32}),
-    )
+
+    def load() -> PreTrainedModel:
+        with safety.safe_loads(model_args.model_name_or_path, deepspeed=False):
+            return AutoModelForCausalLM.from_pretrained(
+                model_args.model_name_or_path,
+                cache_dir=model_args.cache_dir,
+                trust_remote_code=model_args.trust_remote_code,
+                attn_implementation=model_args.attn_implementation,
+                **(lora.load_options(model_args, training_args) if model_args.use_lora else {"dtype": torch.float32}),
+            )
+
+    model = pretrained.load_on_rank_0(load) if pretrained.is_handed_out(model_args, training_args) else load()
     model.config.use_cache = False
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
     pretrained.make_generation_config_valid(model)
@@ -335,7 +340,7 @@ def train(load_tokenizer: LoadTokenizer, argv: list[str] | None = None) -> Super
     memory_plan = plan_memory(model_args, training_args, data_module["train_dataset"].lengths)
     full = partial(memory.full_is_a_sentence, memory_plan)
     set_seed(training_args.seed)
-    with report.phase("load"), full(), safety.safe_loads(model_args.model_name_or_path, deepspeed=False):
+    with report.phase("load"), full():
         pretrained.start_deepspeed(training_args)
         model = load_model(model_args, training_args, tokenizer)
         trainer = SupervisedTrainer(model=model, args=training_args, processing_class=tokenizer, **data_module)

@@ -122,6 +122,7 @@ class Setting:
     offload_optimizer: bool = False
     offload_weights: bool = False
     pinned: bool = False  # offloaded parts lie in page-locked memory
+    handed_out: bool = False  # under FSDP: rank 0 alone reads the weights, and the others get their shards from it
     lora_rank: int = 0
     lora_dropout: bool = False
     four_bit: bool = False
@@ -162,6 +163,7 @@ class Setting:
             offload_optimizer=optimizer.get("device", "none") != "none" or offload,
             offload_weights=(stage == 3 and weights.get("device", "none") != "none") or offload,
             pinned=bool(optimizer.get("pin_memory")),
+            handed_out=bool(fsdp.get("version", 2) == 2 and fsdp.get("cpu_ram_efficient_loading")),
             lora_rank=(model_args.lora_r or 16) if model_args.use_lora else 0,
             lora_dropout=model_args.lora_dropout is None or model_args.lora_dropout > 0,
             four_bit=model_args.load_in_4bit,
@@ -430,8 +432,8 @@ def _host(shape: Shape, s: Setting, trained: float, many: bool) -> dict[str, flo
     libraries = {"libraries": HOST_LIBRARIES * ranks_here}
     if s.four_bit:
         return libraries | {"loading": 2 * compute * shape.largest_linear}  # packed on the GPU, tensor by tensor
-    # FSDP too: with cpu_ram_efficient_loading rank 1 held as much as rank 0 (transformers 5.23, SmolLM2 on two ranks)
-    loading = loads * shape.parameters * (1 if s.stage == 3 else ranks_here)
+    read_once = s.stage == 3 or (s.engine == "fsdp" and s.handed_out)
+    loading = loads * shape.parameters * (1 if read_once else ranks_here)
     saving = compute * shape.parameters if not s.lora_rank else 0.0
     if s.engine == "fsdp":
         saving += 4 * trained  # gathered in float32 on rank 0, then cast
@@ -440,7 +442,8 @@ def _host(shape: Shape, s: Setting, trained: float, many: bool) -> dict[str, flo
     share = trained / s.ranks  # of one rank
     states = optimizer_bytes(s.optimizer, share, 0)
     if s.engine == "fsdp":
-        parts = {"optimizer": states, "weights": 4 * share, "gradients": 4 * share}
+        frozen = loads * shape.parameters / s.ranks if s.lora_rank else 0.0
+        parts = {"optimizer": states, "weights": 4 * share + frozen, "gradients": 4 * share}
     else:
         # deepspeed 0.19.8, stage_1_and_2.py: float32 weights, their 16-bit copy on its way back to the GPU and float32 gradients
         # are page-locked, and PyTorch rounds such a block up to a power of two
@@ -516,7 +519,7 @@ def next_rungs(plan: Plan) -> Iterator[tuple[str, Plan]]:
             {"tokens_asked": fewer},
         ),
         "checkpointing": (s.checkpointing, True, "--gradient_checkpointing True", {"checkpointing": True}),
-        "fsdp": (s.engine != "ddp", many, '--fsdp "full_shard auto_wrap"', {"engine": "fsdp"}),
+        "fsdp": (s.engine != "ddp", many, '--fsdp "full_shard auto_wrap"', {"engine": "fsdp", "handed_out": True}),
         "8bit": (
             "8bit" in s.optimizer,
             s.engine != "zero" and not s.lora_rank,

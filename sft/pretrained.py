@@ -1,13 +1,16 @@
 """The pretrained model around the loading of its weights: its config, what must be ready before, what is mended after."""
 
+import copy
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
-from sft.arguments import TrainingArguments, say
+from sft.arguments import ModelArguments, TrainingArguments, all_ranks_or_none, rank, say, world_size
 
 
 def check(flags) -> tuple[list[str], PreTrainedConfig | None]:
@@ -28,7 +31,8 @@ def check(flags) -> tuple[list[str], PreTrainedConfig | None]:
         return [f"{name}: its config cannot be loaded: {str(error).strip().splitlines()[0]}"], None
     wrap_classes = (flags.fsdp_config or {}).get("transformer_layer_cls_to_wrap", [])
     with torch.device("meta"):
-        present = {type(module).__name__ for module in AutoModelForCausalLM.from_config(config).modules()}
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=flags.trust_remote_code)
+    present = {type(module).__name__ for module in model.modules()}
     problems = [
         f"{name} has no layer of class {wrap_class}, which FSDP should wrap. "
         f"Its decoder layer: {', '.join(sorted(c for c in present if 'Layer' in c))}."
@@ -69,6 +73,35 @@ def start_deepspeed(training_args: TrainingArguments) -> None:
         import deepspeed
 
         deepspeed.init_distributed(dist_backend="gloo")
+
+
+def is_handed_out(model_args: ModelArguments, training_args: TrainingArguments) -> bool:
+    """Whether Accelerate will give each rank its shards from the weights of rank 0 (1.15, fsdp_utils.py: not 4-bit ones)."""
+    plugin = training_args.fsdp_plugin_args or {}
+    handed_out = plugin.get("fsdp_version") == 2 and plugin["cpu_ram_efficient_loading"]
+    return bool(handed_out and world_size() > 1 and not model_args.load_in_4bit)
+
+
+def load_on_rank_0(load: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+    """Load on rank 0 of the job; the other ranks get the same model with one zero in the place of each weight.
+
+    They would all read the whole checkpoint (transformers 5.23, whatever `cpu_ram_efficient_loading` says), and drop it when
+    Accelerate hands out the shards. The zeros are not on the meta device because Accelerate tells the optimizer's parameters apart by
+    their addresses, which are all 0 there (1.15, accelerator.py, _prepare_fsdp2).
+    """
+    with all_ranks_or_none():
+        model = load() if rank() == 0 else None
+    handed: list[Any] = [None]
+    if model is not None:
+        zeros = {
+            id(weight): torch.nn.Parameter(
+                torch.zeros((), dtype=weight.dtype).expand(weight.shape), weight.requires_grad
+            )
+            for weight in model.parameters()
+        }
+        handed = [copy.deepcopy(model, zeros)]  # config, ties and buffers are those of rank 0
+    torch.distributed.broadcast_object_list(handed)
+    return handed[0] if model is None else model
 
 
 def make_generation_config_valid(model: PreTrainedModel) -> None:

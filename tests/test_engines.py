@@ -5,14 +5,18 @@ Each run is the real script under torchrun with two ranks. The DeepSpeed file is
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, run_script
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+
+from sft import pretrained
 
 STEPS, HALFWAY = 12, 6
 RECIPE = f"""
@@ -72,13 +76,18 @@ class Runs:
         flags = [] if "cuda" in words else ["--use_cpu", "True"]
         for stage in (2, 3):
             flags += ["--deepspeed", edited_deepspeed_file(self.folder, stage)] * (f"zero{stage}" in words)
-        flags += ["--fsdp", "full_shard auto_wrap", "--fsdp_transformer_layer_cls_to_wrap", "LlamaDecoderLayer"] * (
-            "fsdp" in words
-        )
-        sharded = {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}
-        flags += ["--fsdp_config", json.dumps(sharded)] * ("shards" in words)
+        if "fsdp" in words:
+            flags += ["--fsdp", "full_shard auto_wrap" + " offload" * ("offload" in words)]
+            flags += ["--fsdp_transformer_layer_cls_to_wrap", "LlamaDecoderLayer"]
+            config = {
+                "shards": {"state_dict_type": "SHARDED_STATE_DICT"},
+                "recompute": {"activation_checkpointing": True},
+            }
+            asked = {key: value for word in words for key, value in config.get(word, {}).items()}
+            flags += ["--fsdp_config", json.dumps(asked)] * bool(asked)
         flags += ["--bf16", "True"] * ("bf16" in words)
-        flags += ["--ddp_backend", "gloo"] * ("cuda" in words)  # NCCL refuses two ranks on one GPU
+        # NCCL refuses two ranks on one GPU
+        flags += ["--ddp_backend", "gloo"] * ("cuda" in words and "alone" not in words)
         flags += ["--gradient_accumulation_steps", "4"] * ("alone" in words)  # the same examples in each step
         flags += [
             "--use_lora",
@@ -170,11 +179,37 @@ def test_lora_trains_the_same_additions_under_every_engine(runs, engine):
     assert_whole(run, reference, atol=0.02)
 
 
+def test_weights_are_handed_out_where_accelerate_does_so(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    fsdp2 = {"fsdp_version": 2, "cpu_ram_efficient_loading": True}
+
+    def handed_out(plugin: dict | None, load_in_4bit: bool = False) -> bool:
+        flags = SimpleNamespace(fsdp_plugin_args=plugin)
+        return pretrained.is_handed_out(SimpleNamespace(load_in_4bit=load_in_4bit), flags)
+
+    assert handed_out(fsdp2)
+    assert not handed_out(fsdp2, load_in_4bit=True)
+    for other in (None, fsdp2 | {"cpu_ram_efficient_loading": False}, fsdp2 | {"fsdp_version": 1}):
+        assert not handed_out(other)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert not handed_out(fsdp2)
+
+
+def assert_rank_0_alone_loaded(printed: str) -> None:
+    held = dict(re.findall(r"rank (\d) holds (\d+) bytes of the model", printed))
+    assert int(held["1"]) < 0.02 * int(held["0"]), held
+
+
 @pytest.mark.slow
-def test_fsdp2_on_a_cpu_trains_and_saves_as_plain_data_parallel_does(runs):
-    run, reference = runs.get("fsdp"), runs.get("ddp")
-    assert "save rehearsal: whole" in runs.printed["fsdp"]
-    assert "the reloaded model gives the trained model's logits" in runs.printed["fsdp"]
+@pytest.mark.parametrize("how", ["fsdp", "fsdp offload recompute"])
+def test_fsdp2_on_a_cpu_trains_and_saves_as_plain_data_parallel_does(runs, how):
+    run, reference = runs.get(how), runs.get("ddp")
+    printed = runs.printed[how]
+    assert_rank_0_alone_loaded(printed)
+    assert ("FSDP recomputes 2 layers" in printed) == ("recompute" in how)
+    assert ("FSDP offloads" in printed) == ("offload" in how)
+    assert "save rehearsal: whole" in printed
+    assert "the reloaded model gives the trained model's logits" in printed
     manifest = json.loads((run.folder / f"checkpoint-{HALFWAY}" / "manifest.json").read_text())
     assert manifest["run"]["engine"] == "FSDP"
     assert_same_training(run, reference, rel=1e-4)
@@ -196,6 +231,7 @@ def test_fsdp2_on_a_cpu_resumes_where_it_was(runs, checkpoints):
 def test_lora_trains_the_same_additions_under_fsdp2_on_a_cpu(runs):
     pytest.importorskip("peft")
     run, reference = runs.get("fsdp bf16 lora"), runs.get("ddp bf16 lora")
+    assert_rank_0_alone_loaded(runs.printed["fsdp bf16 lora"])
     assert_same_training(run, reference, rel=0.005, learned=0.15)
     assert_whole(run, reference, atol=0.02)
 
@@ -205,9 +241,10 @@ needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="Accelera
 
 @needs_a_gpu
 @pytest.mark.slow
+@pytest.mark.parametrize("how", ["fsdp", "fsdp offload", "fsdp recompute"])
 @pytest.mark.parametrize("ranks", ["", " alone"])
-def test_fsdp2_trains_as_plain_data_parallel_does(runs, ranks):
-    run, reference = runs.get(f"fsdp cuda bf16{ranks}"), runs.get("ddp cuda bf16")
+def test_fsdp2_trains_as_plain_data_parallel_does(runs, how, ranks):
+    run, reference = runs.get(f"{how} cuda bf16{ranks}"), runs.get("ddp cuda bf16")
     assert_same_training(run, reference, rel=0.02)
     assert_whole(run, reference, atol=0.02)
 

@@ -191,7 +191,11 @@ def test_ranks_share_what_the_engine_shards():
     assert ddp.gpu["weights"] == 4 * size and fsdp.gpu["weights"] == size and zero.gpu["weights"] == 2 * size
     assert ddp.gpu["optimizer"] == 8 * size and fsdp.gpu["optimizer"] == 2 * size and zero.gpu["optimizer"] == 0
     assert ddp.host["loading or saving"] == 4 * 4 * size, "each rank reads the model"
-    assert fsdp.host["loading or saving"] == 4 * 4 * size, "and so it is under FSDP"
+    # float32 weights, gathered on rank 0, and what is written of them: more than its reading of the model
+    assert fsdp.host["loading or saving"] == (4 + 2) * size
+    words += ["--use_lora", "True", "--fsdp", "true", "--fsdp_config"]
+    once, each = (plan_of(OPEN_LLAMA_7B, *words, f'{{"cpu_ram_efficient_loading": {on}}}') for on in ("true", "false"))
+    assert once.host["loading or saving"] == 2 * size and each.host["loading or saving"] == 4 * 2 * size
     assert zero.host["optimizer"] == 8 * size
     assert not ddp.fits and fsdp.fits and zero.fits
 
