@@ -17,6 +17,7 @@ import random
 import re
 import shlex
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -72,7 +73,7 @@ RUNGS = [
     Rung("full, 8-bit Adam", "6.7B", f"--tokens_per_micro_batch 16384 {CHECKPOINTING} --optim adamw_bnb_8bit"),
     Rung("LoRA", "6.7B", "--tokens_per_micro_batch 4096 --use_lora True"),
     Rung("QLoRA", "6.7B", "--tokens_per_micro_batch 4096 --use_lora True --load_in_4bit True"),
-    Rung("FSDP2, one rank", "1.1B", '--tokens_per_micro_batch 4096 --fsdp "full_shard auto_wrap"'),
+    Rung("FSDP2, one rank", "1.1B", '--tokens_per_micro_batch 4096 --fsdp "full_shard auto_wrap"', to_the_end=True),
     Rung("full, FSDP2, 8-bit Adam", "6.7B", f'--tokens_per_micro_batch 4096 {CHECKPOINTING} --optim adamw_torch_8bit --fsdp "full_shard auto_wrap"', seconds=130),
     Rung("FSDP2, one rank, budget auto", "1.1B", '--fsdp "full_shard auto_wrap"'),
 ]  # fmt: skip
@@ -213,17 +214,21 @@ def climb(rung: Rung, folder: Path, csv: Path, output: Path, steps: int, seconds
         environment = {**os.environ, "NO_COLOR": "1"}
         process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=environment)
         ended = "finished"
-        while process.poll() is None:
-            time.sleep(0.2)
-            gpu_peak, host_peak = max(gpu_peak, gpu.used() - gpu_before), max(host_peak, host_used() - host_before)
-            if "trained" not in reached:
-                host_training, printed = host_peak, log.read_text(encoding="utf-8")
-                for milestone, words_printed in MILESTONES.items():
-                    if milestone not in reached and words_printed in printed:
-                        reached[milestone] = round(time.perf_counter() - began, 1)
-            trained = "trained" in reached and not rung.to_the_end
-            if trained or time.perf_counter() - began > seconds:
-                ended = "stopped after its last step" if trained else f"stopped after {seconds:.0f} s"
+        try:
+            while process.poll() is None:
+                time.sleep(0.2)
+                gpu_peak, host_peak = max(gpu_peak, gpu.used() - gpu_before), max(host_peak, host_used() - host_before)
+                if "trained" not in reached:
+                    host_training, printed = host_peak, log.read_text(encoding="utf-8")
+                    for milestone, words_printed in MILESTONES.items():
+                        if milestone not in reached and words_printed in printed:
+                            reached[milestone] = round(time.perf_counter() - began, 1)
+                trained = "trained" in reached and not rung.to_the_end
+                if trained or time.perf_counter() - began > seconds:
+                    ended = "stopped after its last step" if trained else f"stopped after {seconds:.0f} s"
+                    stop(process)
+        finally:  # also when this benchmark is told to stop
+            if process.poll() is None:
                 stop(process)
         if ended == "finished" and process.returncode:
             ended = f"exit code {process.returncode}"
@@ -301,6 +306,7 @@ def main() -> None:
     )
     parser.add_argument("--keep_models", action="store_true", help="leave the random models in --work_dir")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
     args.work_dir.mkdir(parents=True, exist_ok=True)
     args.results.parent.mkdir(parents=True, exist_ok=True)
     csv = args.work_dir / "rows.csv"
