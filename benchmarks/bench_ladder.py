@@ -182,7 +182,7 @@ def stop(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def wait_until_given_back(gpu: Gpu, gpu_before: int, host_before: int, seconds: float = 30) -> float:
+def wait_until_given_back(gpu: Gpu, gpu_before: int, host_before: int, seconds: float = 15) -> float:
     """Wait until the memory that a run took is free again, so that the next one does not measure it. Returns the GiB that are not."""
     until = time.perf_counter() + seconds
     while True:
