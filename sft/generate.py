@@ -79,7 +79,8 @@ class TunedModel:
 
     def prompts(self, instructions: list[str]) -> list[list[int]]:
         """The prompts' ids, exactly those of training."""
-        return encode_prompts(self.tokenizer, [self.template.replace("{instruction}", text) for text in instructions])
+        texts = [self.template.replace("{instruction}", text) for text in instructions]
+        return [ids.tolist() for ids in encode_prompts(self.tokenizer, texts)]
 
 
 # -------------------------------------------------------------------------------------------------------- loading

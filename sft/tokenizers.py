@@ -8,7 +8,11 @@ import copy
 import json
 import os
 import threading
+from array import array
+from collections.abc import Callable
+from itertools import chain
 
+import numpy as np
 import sentencepiece
 from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
@@ -22,7 +26,7 @@ from transformers.utils.hub import cached_file
 from sft.arguments import UserError, say
 
 SPACE = "▁"  # U+2581, how SentencePiece writes a space
-LEADING_SPACE = r"\A "
+LEADING_SPACE, RUN_OF_SPACES, LAST_SPACES = r"\A ", " {2,}", rf"[ {SPACE}]+\z"
 
 # What tokenizers have been seen to differ on: runs of spaces, edges, line ends, code, marks, scripts, control texts, length.
 PROBES = [
@@ -127,8 +131,7 @@ def compare_with_sentencepiece(tokenizer: PreTrainedTokenizerBase, texts: list[s
 
 def _differences(tokenizer, model_file: str, texts: list[str]) -> list[tuple[str, list[int], list[int]]]:
     """(text, ids, SentencePiece's ids) for each text whose ids differ."""
-    encoder = _encoder(tokenizer, "prompt", False)
-    ours = [encoding.ids for encoding in encoder.encode_batch_fast(texts, add_special_tokens=False)]
+    ours = [ids.tolist() for ids in _encode(tokenizer, "prompt", texts, add_special_tokens=False)]
     reference = sentencepiece.SentencePieceProcessor(model_file=model_file).encode(texts)
     return [(text, a, b) for text, a, b in zip(texts, ours, reference, strict=True) if a != b]
 
@@ -192,7 +195,7 @@ def _sentencepiece_backend(proto) -> Tokenizer:
             steps.append(normalizers.Replace("\r", "\n"))  # each is a space in nmt_nfkc
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:
-        steps += [normalizers.Replace(Regex(" {2,}"), " "), normalizers.Replace(Regex(rf"[ {SPACE}]+\z"), "")]
+        steps += [normalizers.Replace(Regex(RUN_OF_SPACES), " "), normalizers.Replace(Regex(LAST_SPACES), "")]
         if not spec.add_dummy_prefix:
             steps.append(normalizers.Replace(Regex(LEADING_SPACE), ""))
     else:
@@ -417,29 +420,105 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model_config) -> list[s
 
 def encode_prompts(
     tokenizer: PreTrainedTokenizerBase, texts: list[str], *, allow_control_tokens: bool = False
-) -> list[list[int]]:
+) -> list[array]:
     """Ids of each text as generation will see it, with BOS where the tokenizer puts one.
 
     A control token's text inside a cell (`</s>`, `<|endoftext|>`) stays text unless `allow_control_tokens`.
     """
     if not tokenizer.is_fast:
-        return [tokenizer(text, split_special_tokens=not allow_control_tokens).input_ids for text in texts]
-    encoder = _encoder(tokenizer, "prompt", allow_control_tokens)
-    return [encoding.ids for encoding in encoder.encode_batch_fast(texts, add_special_tokens=True)]
+        return [array("i", tokenizer(text, split_special_tokens=not allow_control_tokens).input_ids) for text in texts]
+    return _encode(tokenizer, "prompt", texts, add_special_tokens=True, allow_control_tokens=allow_control_tokens)
 
 
 def encode_responses(
     tokenizer: PreTrainedTokenizerBase, texts: list[str], *, allow_control_tokens: bool = False
-) -> list[list[int]]:
+) -> list[array]:
     """Ids of each text as the continuation of a prompt: no BOS, no dummy-prefix space, no EOS.
 
     Equal to `tokenizer(eos_token + text, add_special_tokens=False).input_ids[1:]` where the text holds no control token's text
     (proved on probes when the tokenizer is loaded); such a text stays text unless `allow_control_tokens`.
     """
     if not tokenizer.is_fast:
-        return [_slow_continuation(tokenizer, text, allow_control_tokens) for text in texts]
-    encoder = _encoder(tokenizer, "response", allow_control_tokens)
-    return [encoding.ids for encoding in encoder.encode_batch_fast(texts, add_special_tokens=False)]
+        return [array("i", _slow_continuation(tokenizer, text, allow_control_tokens)) for text in texts]
+    return _encode(tokenizer, "response", texts, add_special_tokens=False, allow_control_tokens=allow_control_tokens)
+
+
+def _encode(
+    tokenizer, use: str, texts: list[str], *, add_special_tokens: bool, allow_control_tokens: bool = False
+) -> list[array]:
+    encoder = _encoder(tokenizer, use, allow_control_tokens)
+
+    def encode_whole(texts: list[str]) -> list[array]:
+        encodings = encoder.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+        return [array("i", encoding.ids) for encoding in encodings]
+
+    if "_sft_words" not in vars(tokenizer):
+        tokenizer._sft_words = _Words(_encoder(tokenizer, "response", False))
+    words = tokenizer._sft_words
+    if allow_control_tokens or not words.stand_alone:
+        return encode_whole(texts)
+    return words.encode(texts, encode_whole, (use, add_special_tokens))
+
+
+class _Words:
+    """Texts encoded word by word, each different word once: nearly all words of a text stood in an earlier one.
+
+        "the river runs" -> ids of "the" where a text begins, of "▁river", of "▁runs"
+
+    For tokenizers like LLaMA's and Mistral's, whose words `stand_alone`: a BPE without a piece that has a space behind another
+    character, so that no token spans two words, and before it no other step than that spaces become ▁, and a prefix.
+    """
+
+    MOST_KEPT = 2**17  # words, about 30 MB
+    LONGEST = 16  # characters, on average; what is written without spaces (Chinese, base64) does not come again
+
+    def __init__(self, encoder: Tokenizer):
+        model, vocab = encoder.model, encoder.get_vocab(with_added_tokens=False)
+        parts = [part for part in _parts_before_model(encoder).values() if part]
+        steps = [step for part in parts for step in part.get("normalizers") or part.get("pretokenizers") or [part]]
+        about_spaces = [{"String": " "}, {"Regex": RUN_OF_SPACES}, {"Regex": LAST_SPACES}]
+        self.stand_alone = (
+            isinstance(model, BPE)
+            and not (
+                model.dropout or model.ignore_merges or model.continuing_subword_prefix or model.end_of_word_suffix
+            )
+            and SPACE in vocab
+            and not any(SPACE in piece.lstrip(SPACE) for piece in vocab)
+            and all(
+                token.special for token in encoder.get_added_tokens_decoder().values()
+            )  # to this encoder they are text
+            and any(SPACE in (step.get("content"), step.get("replacement")) for step in steps)
+            and all(step["type"] == "Metaspace" or step.get("pattern") in about_spaces for step in steps)
+        )
+        self.encoder = encoder
+        self.begins_word = np.zeros(max(vocab.values(), default=0) + 1, bool)  # by id
+        self.begins_word[[i for piece, i in vocab.items() if piece.startswith(SPACE)]] = True
+        self.ids: dict = {}  # int32 as bytes, of a word behind a space, and of (use, word) where a text begins
+
+    def encode(self, texts: list[str], encode_whole: Callable[[list[str]], list[array]], use: tuple) -> list[array]:
+        """Ids of each text: of words with one space between them as said above, of any other text by `encode_whole`."""
+        rows = [self._split(text) for text in texts]
+        if len(self.ids) > self.MOST_KEPT:
+            self.ids = {}  # another thread may still be looking words up in the old one
+        ids = self.ids
+        if new := list(set(chain.from_iterable(rows)).difference(ids)):
+            (encoding,) = self.encoder.encode_batch_fast([" " + " ".join(new)], add_special_tokens=False)
+            new_ids = np.array(encoding.ids, np.int32)
+            starts = np.flatnonzero(self.begins_word[new_ids]).tolist()
+            ends = [*starts[1:], len(new_ids)]
+            ids.update((word, new_ids[a:b].tobytes()) for word, a, b in zip(new, starts, ends, strict=True))
+        if new_first := list({(use, words[0]) for words in rows if words}.difference(ids)):
+            whole = encode_whole([word for _, word in new_first])
+            ids.update((key, word_ids.tobytes()) for key, word_ids in zip(new_first, whole))
+        others = iter(encode_whole([text for text, words in zip(texts, rows) if not words]))
+        return [
+            array("i", ids[use, words[0]] + b"".join(map(ids.__getitem__, words[1:]))) if words else next(others)
+            for words in rows
+        ]
+
+    def _split(self, text: str) -> list[str]:
+        words = text.split(" ")
+        return words if "" not in words and SPACE not in text and len(text) <= self.LONGEST * len(words) else []
 
 
 def _encoder(tokenizer: PreTrainedTokenizerBase, use: str, allow_control_tokens: bool) -> Tokenizer:
@@ -454,18 +533,22 @@ def _encoder(tokenizer: PreTrainedTokenizerBase, use: str, allow_control_tokens:
         backend.no_padding()
         backend.encode_special_tokens = not allow_control_tokens
         if use == "response":
-            # The two parts go through the JSON of a tokenizer without a vocabulary: they have no other public form.
-            empty = Tokenizer(BPE())
-            if backend.normalizer is not None:
-                empty.normalizer = backend.normalizer
-            if backend.pre_tokenizer is not None:
-                empty.pre_tokenizer = backend.pre_tokenizer
-            state = json.loads(empty.to_str())
-            state |= {part: _without_prefix(state[part]) for part in ("normalizer", "pre_tokenizer")}
-            empty = Tokenizer.from_str(json.dumps(state))
+            parts = {name: _without_prefix(part) for name, part in _parts_before_model(backend).items()}
+            empty = Tokenizer.from_str(json.dumps(json.loads(Tokenizer(BPE()).to_str()) | parts))
             backend.normalizer, backend.pre_tokenizer = empty.normalizer, empty.pre_tokenizer
         encoders[use, allow_control_tokens] = backend
     return encoders[use, allow_control_tokens]
+
+
+def _parts_before_model(backend: Tokenizer) -> dict[str, dict | None]:
+    """Normalizer and pre-tokenizer as JSON, through that of a tokenizer without a vocabulary: they have no other public form."""
+    empty = Tokenizer(BPE())
+    if backend.normalizer is not None:
+        empty.normalizer = backend.normalizer
+    if backend.pre_tokenizer is not None:
+        empty.pre_tokenizer = backend.pre_tokenizer
+    state = json.loads(empty.to_str())
+    return {name: state[name] for name in ("normalizer", "pre_tokenizer")}
 
 
 def _without_prefix(part: dict | None) -> dict | None:
@@ -520,6 +603,8 @@ def _finish(tokenizer: PreTrainedTokenizerBase, model_args, training_args) -> No
         bos_first = tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
         tokenizer.add_eos_token = False
         tokenizer.add_bos_token = bos_first
+        for copied in ("_sft_encoders", "_sft_words"):  # by a comparison with SentencePiece, while EOS was added
+            vars(tokenizer).pop(copied, None)
         say("tokenizer: it added EOS to every text; that is off, because a prompt does not end there")
     if tokenizer.unk_token_id is not None:
         tokenizer.pad_token = tokenizer.unk_token
@@ -558,11 +643,11 @@ def _prove_ids(tokenizer: PreTrainedTokenizerBase) -> None:
     for text, prompt_ids, response_ids in zip(
         plain, encode_prompts(tokenizer, plain), encode_responses(tokenizer, plain), strict=True
     ):
-        if prompt_ids != tokenizer(text).input_ids:
+        if prompt_ids.tolist() != tokenizer(text).input_ids:
             raise UserError(
                 f"tokenizer: the prompt {text[:80]!r} gets {prompt_ids[:8]}…, but generation gives {tokenizer(text).input_ids[:8]}…. Report this model."
             )
-        if all(_after(tokenizer, anchor, text) != response_ids for anchor in (tokenizer.eos_token, "\n")):
+        if all(_after(tokenizer, anchor, text) != response_ids.tolist() for anchor in (tokenizer.eos_token, "\n")):
             raise UserError(
                 f"tokenizer: the response {text[:80]!r} gets {response_ids[:8]}…, but after EOS it is {(_after(tokenizer, tokenizer.eos_token, text) or [])[:8]}…. "
                 "Report this model."

@@ -1,10 +1,12 @@
 """LLaMA's tokenizer against SentencePiece, XGen's against tiktoken, and the ids of prompts and responses."""
 
+import contextlib
 import json
 import re
 import shutil
 import threading
 import time
+from array import array
 from types import SimpleNamespace
 
 import pytest
@@ -23,8 +25,6 @@ from sft.tokenizers import (
     PROBES,
     check_vocabulary,
     compare_with_sentencepiece,
-    encode_prompts,
-    encode_responses,
     load_llama_tokenizer,
     load_xgen_tokenizer,
 )
@@ -48,6 +48,14 @@ def arguments(folder, **other):
 
 def load_llama(folder):
     return load_llama_tokenizer(arguments(folder), TRAINING)
+
+
+def encode_prompts(tokenizer, texts, **options) -> list[list[int]]:
+    return [ids.tolist() for ids in sft.tokenizers.encode_prompts(tokenizer, texts, **options)]
+
+
+def encode_responses(tokenizer, texts, **options) -> list[list[int]]:
+    return [ids.tolist() for ids in sft.tokenizers.encode_responses(tokenizer, texts, **options)]
 
 
 def reference_for(folder):
@@ -106,7 +114,7 @@ def test_llama_equals_sentencepiece(folders, llamas, name):
     compare_with_sentencepiece(llamas[name], texts)
 
 
-@pytest.mark.parametrize("name", ["llama", "merged_spaces"])
+@pytest.mark.parametrize("name", ["llama", "merged_spaces", "no_prefix", "no_byte_fallback"])
 def test_llama_equals_sentencepiece_on_any_text(folders, llamas, name):
     tokenizer, reference = llamas[name], reference_for(folders / name)
 
@@ -249,7 +257,7 @@ def test_what_the_folder_declares(folders, tmp_path):
 
 
 @pytest.mark.parametrize("add_bos", [True, False])
-def test_an_eos_added_to_every_text_is_taken_off_and_bos_kept(llama, tmp_path, add_bos, capsys):
+def test_an_eos_added_to_every_text_is_taken_off_and_bos_kept(folders, llama, tmp_path, add_bos, capsys):
     llama.save_pretrained(tmp_path)
     adding = AutoTokenizer.from_pretrained(tmp_path)
     adding.add_bos_token = add_bos
@@ -260,6 +268,8 @@ def test_an_eos_added_to_every_text_is_taken_off_and_bos_kept(llama, tmp_path, a
     assert AutoTokenizer.from_pretrained(tmp_path)("a").input_ids == [*before, *plain, 2]
     assert load_llama(tmp_path)("a").input_ids == [*before, *plain]
     assert "it added EOS to every text; that is off" in capsys.readouterr().out
+    shutil.copy(folders / "llama" / "tokenizer.model", tmp_path)  # it is compared with SentencePiece before that
+    assert encode_prompts(load_llama(tmp_path), ["a"]) == [[*before, *plain]]
 
 
 # ------------------------------------------------------------------------------------------------ prompts and responses
@@ -349,6 +359,52 @@ def test_responses_are_what_follows_eos(llamas, xgen, name):
             assert encode_responses(tokenizer, [text]) == [ids]
 
     check()
+
+
+WORDS_STAND_ALONE = ["llama", "merged_spaces", "no_prefix", "merged_spaces_no_prefix", "no_byte_fallback"]
+
+
+@pytest.mark.parametrize("name", [*SPECS, "xgen"])
+def test_texts_of_words(llamas, xgen, name, monkeypatch):
+    tokenizer = xgen if name == "xgen" else llamas[name]
+    texts = [re.sub(" {2,}", " ", text.strip()) for text in TEXTS]
+    expected = [tokenizer(text).input_ids for text in texts]
+    assert encode_prompts(tokenizer, texts) == expected
+    words = tokenizer._sft_words
+    assert words.stand_alone == (name in WORDS_STAND_ALONE)
+    if words.stand_alone:
+        monkeypatch.setattr(words, "MOST_KEPT", 20)  # forgotten again and again
+        assert [encode_prompts(tokenizer, [text])[0] for text in texts] == expected
+        assert len(words.ids) < 100
+    if name == "pieces_across_words":
+        monkeypatch.setattr(words, "stand_alone", True)
+        got = None
+        with contextlib.suppress(
+            ValueError
+        ):  # more words than beginnings of words, if a piece spans two of those asked for
+            got = encode_prompts(tokenizer, texts)
+        assert got != expected
+
+
+def test_each_word_is_encoded_once(llama):
+    words = sft.tokenizers._Words(llama._sft_words.encoder)
+    river, runs = (llama(word, add_special_tokens=False).input_ids for word in ("river", "runs"))  # with ▁ before it
+    asked = []
+
+    def encode_whole(texts):
+        asked.extend(texts)
+        return [array("i", [-len(text)]) for text in texts]
+
+    def encode(*texts, use="prompt"):
+        asked.clear()
+        return [ids.tolist() for ids in words.encode(list(texts), encode_whole, use)]
+
+    assert encode("the river runs", "the  river", "runs river") == [[-3, *river, *runs], [-10], [-4, *river]]
+    assert sorted(asked) == ["runs", "the", "the  river"]
+    assert encode("the runs", "river") == [[-3, *runs], [-5]] and asked == ["river"]
+    assert encode("the runs", use="response") == [[-3, *runs]] and asked == ["the"]
+    others = ["", " the", "the ", "the▁river", "abcdefghijklmnop" * 3]
+    assert encode(*others) == [[-len(text)] for text in others] and asked == others
 
 
 def test_prompt_and_response_join_as_one_text_does(llama):
