@@ -43,7 +43,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import utils
 from sft import attention
 from sft.arguments import parse
-from sft.recipe import compute_dtype
 from sft.record import Report
 from sft.stops import Stops
 from sft.throughput import ModelFlops, TokenCounts, peak_tflops
@@ -176,9 +175,9 @@ def our_trainer(
     model_args, data_args, training_args = parse([*flags.split(), *bf16, *extra])
     kernel = None
     if training_args.packing:
-        choice = attention.choose(shape, training_args.device, compute_dtype(training_args))
-        print(choice, flush=True)
-        kernel = choice.name
+        model_args.model_name_or_path = folder
+        utils.choose_attention(model_args, training_args, rows.lengths)
+        kernel = model_args.attn_implementation
     memory_plan = utils.plan_memory(model_args, training_args, rows.lengths)
     trainer = utils.SupervisedTrainer(
         model=make_model(scenario.shape, device, kernel),
@@ -236,9 +235,13 @@ def trl_trainer(variant: str, scenario: Scenario, rows: RandomRows, device: torc
             "use_liger_kernel": device.type == "cuda",
             "gradient_checkpointing": False,
         }
-        kernel = attention.VARLEN if device.type == "cuda" else attention.PER_EXAMPLE
+        kernel = attention.PER_EXAMPLE
+        if device.type == "cuda":
+            from sft import triton_attention
+
+            kernel = triton_attention.TRITON
     config = SFTConfig(
-        output_dir=tempfile.mkdtemp(), max_steps=6000, learning_rate=2e-5, lr_scheduler_type="cosine", save_strategy="no",
+        output_dir=tempfile.mkdtemp(), max_steps=6000, learning_rate=2e-5, lr_scheduler_type="cosine", save_strategy="no", logging_steps=1,
         report_to="none", bf16=device.type == "cuda", use_cpu=device.type == "cpu", **options,
     )  # fmt: skip
     model = make_model(scenario.shape, device, kernel)

@@ -41,6 +41,8 @@ class Clock(transformers.TrainerCallback):
 
 def main(model: str, rows: str, result: str, steps: str, examples_per_step: str = "64") -> None:
     cuda = torch.cuda.is_available()
+    if cuda:
+        from sft import triton_attention  # noqa: F401  registers the kernel
     table = load_dataset("csv", data_files=rows, split="train").rename_column("response", "completion")
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     sample = table.select(range(min(2000, len(table))))
@@ -65,10 +67,11 @@ def main(model: str, rows: str, result: str, steps: str, examples_per_step: str 
         gradient_checkpointing=False,
         learning_rate=2e-5,
         save_strategy="no",
+        logging_steps=1,
         report_to="none",
         model_init_kwargs={
             "dtype": "float32",
-            "attn_implementation": attention.VARLEN if cuda else attention.PER_EXAMPLE,
+            "attn_implementation": attention.TRITON if cuda else attention.PER_EXAMPLE,
         },
         **sharding,
     )

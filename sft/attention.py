@@ -2,7 +2,10 @@
 
 import contextlib
 import copy
+import importlib.util
 import inspect
+import os
+import shutil
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -15,8 +18,10 @@ from sft.arguments import UserError
 
 # The keywords changed between torch 2.10 and 2.13: causal attention was `is_causal=True`, grouped heads needed no word.
 VARLEN_WORDS = frozenset(inspect.signature(varlen_attn).parameters)
+TRITON = "triton"  # sft/triton_attention.py, imported where it is chosen: a CPU's PyTorch comes without Triton
 VARLEN = "varlen"
 PER_EXAMPLE = "per_example"
+LONG = 1024  # tokens of a typical example from which FlashAttention is the faster kernel (benchmarks/LOG.md)
 
 
 class Choice(NamedTuple):
@@ -92,13 +97,18 @@ AttentionInterface.register(PER_EXAMPLE, per_example)
 
 
 def choose(
-    model_config: PreTrainedConfig, device: torch.device, dtype: torch.dtype, requested: str | None = None
+    model_config: PreTrainedConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    requested: str | None = None,
+    typical_length: float = 0,
 ) -> Choice:
-    """The kernel for packed rows: the user's when it keeps examples apart, else varlen on CUDA in half precision, else SDPA per example.
+    """The kernel for packed rows: the user's when it keeps examples apart, else the fastest that can run here.
 
     Args:
         dtype: the compute type.
         requested: `--attn_implementation`.
+        typical_length: tokens of the example that a token lies in, on average.
 
     Raises:
         UserError: the requested kernel lets examples see each other, or cannot run here.
@@ -106,17 +116,20 @@ def choose(
     head_dim = getattr(model_config, "head_dim", None) or model_config.hidden_size // model_config.num_attention_heads
     where = f"{device.type}, {str(dtype).removeprefix('torch.')}, head_dim {head_dim}"
     half = dtype in (torch.float16, torch.bfloat16)
-    # FlashAttention 2, which varlen_attn calls, needs an Ampere card or a newer one.
+    # FlashAttention 2, which varlen_attn calls, needs an Ampere card or a newer one, and so do Triton's bf16 products.
     ampere = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     dropout = getattr(model_config, "attention_dropout", 0.0) > 0.0
     window = getattr(model_config, "sliding_window", None)
     can_varlen = ampere and half and head_dim <= 256 and not dropout
-    if requested == VARLEN and not can_varlen:
+    no_triton = triton_problem(head_dim)
+    if requested in (TRITON, VARLEN) and not can_varlen:
         raise UserError(
-            f"--attn_implementation varlen needs a CUDA card of compute capability 8.0, bf16 or fp16, heads of at most 256 and no "
-            f"attention dropout; here it is {where}. Leave the flag out, and per_example is used."
+            f"--attn_implementation {requested} needs a CUDA card of compute capability 8.0, bf16 or fp16, heads of at most 256 and "
+            f"no attention dropout; here it is {where}. Leave the flag out, and per_example is used."
         )
-    if requested not in (None, VARLEN, PER_EXAMPLE):
+    if requested == TRITON and no_triton:
+        raise UserError(f"--attn_implementation triton: {no_triton}. Leave the flag out, and varlen is used.")
+    if requested not in (None, TRITON, VARLEN, PER_EXAMPLE):
         problem = isolation_problem(model_config, device, dtype, requested)
         if problem:
             raise UserError(
@@ -124,13 +137,31 @@ def choose(
                 "Leave the flag out to have a kernel chosen, or train padded with --packing False."
             )
         return Choice(requested, f"--attn_implementation; keeps examples apart; {where}")
-    name = requested or (VARLEN if can_varlen else PER_EXAMPLE)
+    name, reason = requested, "--attn_implementation"
+    if name is None and not can_varlen:
+        name, reason = PER_EXAMPLE, ""
+    elif name is None and typical_length > LONG:
+        name, reason = VARLEN, f"long examples: a token lies in one of {typical_length:,.0f} tokens"
+    elif name is None:
+        name, reason = (VARLEN, f"not triton: {no_triton}") if no_triton else (TRITON, "short examples")
     if name == PER_EXAMPLE and window:
         raise UserError(
-            f"the model attends over a sliding window of {window} tokens, which packed rows support with varlen attention only "
-            f"(CUDA, bf16 or fp16); here it is {where}. Train padded with --packing False."
+            f"the model attends over a sliding window of {window} tokens, which packed rows support with triton and varlen attention "
+            f"only (CUDA, bf16 or fp16); here it is {where}. Train padded with --packing False."
         )
-    return Choice(name, f"--attn_implementation; {where}" if requested else where)
+    return Choice(name, f"{reason}; {where}" if reason else where)
+
+
+def triton_problem(head_dim: int) -> str | None:
+    """Why sft/triton_attention.py cannot run here; None when it can."""
+    if head_dim > 128:
+        return f"heads of {head_dim}, more than 128"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    compilers = [os.environ.get("CC"), "gcc", "clang", "cc"]
+    if not any(compiler and shutil.which(compiler) for compiler in compilers):
+        return "Triton needs a C compiler, and neither gcc nor clang is here"
+    return None
 
 
 def isolation_problem(

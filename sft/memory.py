@@ -117,6 +117,7 @@ class Setting:
     optimizer: str
     checkpointing: bool = False
     compiled: bool = False  # decoder layers go through torch.compile
+    varlen: bool = False  # attention by FlashAttention, which takes heads of a multiple of 8
     engine: str = "ddp"  # ddp (also one process alone), fsdp, zero
     stage: int = 0  # of ZeRO
     offload_optimizer: bool = False
@@ -158,6 +159,7 @@ class Setting:
             optimizer=getattr(flags.optim, "value", flags.optim),
             checkpointing=bool(flags.gradient_checkpointing or fsdp.get("activation_checkpointing")),
             compiled=compiled or flags.compile_layers == "True",
+            varlen=model_args.attn_implementation == "varlen",
             engine="zero" if stage else "fsdp" if flags.fsdp and cuda else "ddp",
             stage=stage,
             offload_optimizer=optimizer.get("device", "none") != "none" or offload,
@@ -297,7 +299,7 @@ def activation_bytes(shape: Shape, setting: Setting) -> tuple[float, float]:
     else:
         kept = (22 if setting.engine == "ddp" else 16) * hidden + 8 * intermediate + 4 * query + 4 * key
     missing = -shape.head_dim % 8  # sft/attention.py pads such heads: copies of all four, and the unpadded output
-    if missing and setting.cuda and setting.half:
+    if missing and setting.varlen:
         return kept + (4 * query + 4 * key) * missing / shape.head_dim + 2 * query, wide * hidden
     return kept, wide * hidden
 

@@ -38,7 +38,11 @@ class Stops(TrainerCallback):
         self.stopping = False  # all ranks agreed on it, in the same step
         self.micro_batches: list[tuple[dict, torch.Tensor]] = []  # of this step: inputs, loss on its device
         self.losses: deque[float] = deque(maxlen=SPIKE_MEMORY)
+        self.loss_since_log = 0.0  # summed over steps, the mean over ranks
         self._before: dict = {}
+        self.counts: torch.Tensor  # (ranks, counts), what each rank gave `ask` in this step
+        self._numbers: torch.Tensor  # (ranks, numbers), on their way to the host
+        self._sent: torch.cuda.Event
 
     # ---- signals
 
@@ -78,13 +82,10 @@ class Stops(TrainerCallback):
         """Remember a micro-batch of this step; its loss stays on the device, so that nothing waits for it."""
         self.micro_batches.append((inputs, loss.detach()))
 
-    def before_update(self, trainer, grad_norm: torch.Tensor | float | None) -> None:
-        """One small all-reduce and one wait for the device per optimizer step: stop requests, and numbers that are not finite.
+    def ask(self, trainer, grad_norm: torch.Tensor | float | None, counts: list[float]) -> None:
+        """Send stop requests, this step's loss and gradient norm, and counts to all ranks and to the host; nothing waits.
 
-        The gradient norm that the Trainer computed anyway is the same on all ranks; losses and signals are each rank's own.
-
-        Raises:
-            UserError: on all ranks, before the weights are touched.
+        The gradient norm that the Trainer computed anyway is the same on all ranks; the others are each rank's own.
         """
         device = trainer.args.device
         norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
@@ -96,16 +97,34 @@ class Stops(TrainerCallback):
             broken |= ~torch.isfinite(norm)
         if trainer.is_deepspeed_enabled and not trainer.args.fp16:  # ZeRO 3 leaves the last step's norm in place
             broken |= bool(getattr(trainer.deepspeed.optimizer, "overflow", False))
-        flags = torch.stack([broken.float(), torch.full((), float(self.asked is not None), device=device)])
-        if dist.is_initialized():
-            dist.all_reduce(flags, dist.ReduceOp.MAX)
-        broken, self.stopping = (flag > 0 for flag in flags.tolist())
-        if broken:
-            message = self._describe(trainer, float(norm))
+        known = torch.tensor([self.asked is not None, *counts], dtype=torch.float64).to(device, non_blocking=True)
+        numbers = torch.cat([torch.stack([broken.double(), loss.double(), norm.double()]), known])
+        every = trainer.accelerator.gather(numbers[None])  # (ranks, numbers)
+        self._numbers = every.to("cpu", non_blocking=True)
+        if device.type == "cuda":
+            self._sent = torch.cuda.Event()
+            self._sent.record()
+
+    def before_update(self, trainer, grad_norm: torch.Tensor | float | None) -> float | None:
+        """Wait for what `ask` sent, and know whether to stop and what to log. Returns the gradient norm.
+
+        Raises:
+            UserError: on all ranks, before the weights are touched, where a number is not finite.
+        """
+        if trainer.args.device.type == "cuda":
+            self._sent.synchronize()
+        broken, losses, norms, asked = self._numbers[:, :4].T
+        self.counts = self._numbers[:, 4:]
+        self.stopping = bool(asked.any())
+        self.loss_since_log += float(losses.mean())
+        norm = float(norms[0])
+        if broken.any():
+            message = self._describe(trainer, norm)
             step = trainer.state.global_step
             if step and not (Path(trainer.args.output_dir) / f"checkpoint-{step}").is_dir():
                 trainer._save_checkpoint(trainer.model_wrapped, None)
             raise UserError(message)
+        return None if grad_norm is None else norm
 
     def _describe(self, trainer, grad_norm: float) -> str:
         """What is not finite, in which step, and the rows of the micro-batches that it came from."""

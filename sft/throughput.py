@@ -249,19 +249,24 @@ class Meter(transformers.TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         self.resume()
 
+    def own(self) -> list[float]:
+        """This rank's counts since the last reading, and its peak memory in GiB: what `gather` gives of every rank."""
+        counts = self.counts
+        return [counts.real, counts.trained, counts.computed, counts.squared, peak_memory_gib(self.device)]
+
     def read(self) -> dict[str, float]:
-        """The rates since the last reading. Call it when the device is idle, as after the Trainer has read the loss."""
+        """The rates since the last reading. Call it at one and the same point of each step: where the host has its gradient norm."""
         now = time.perf_counter()
         running = self._since is not None
         seconds = self._seconds + (now - self._since if self._since is not None else 0.0)
         self._seconds, self._since = 0.0, now if running else None
-        counts, steps = self.counts, self.steps
+        own, steps = torch.tensor(self.own(), dtype=torch.float64), self.steps
         self.counts, self.steps = TokenCounts(), 0
-        own = [counts.real, counts.trained, counts.computed, counts.squared, peak_memory_gib(self.device)]
-        every = self.gather(torch.tensor(own, dtype=torch.float64, device=self.device)).cpu()
+        every = self.gather(own)
         ranks = len(every)
         job = TokenCounts(*(int(total) for total in every[:, :4].sum(dim=0)))
-        self.peak_memory_gib = float(every[:, 4].max())
+        # `every` was asked for before this step's update; the first update is when the optimizer takes its memory
+        self.peak_memory_gib = max(float(every[:, 4].max()), float(own[4]))
         flops, flops_6n = self.flops.step(job), self.flops.step_6n(job)
         self._ranks = ranks
         self.total += job

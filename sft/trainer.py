@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from accelerate.utils import DistributedType
 from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedModel,
@@ -52,6 +53,9 @@ from sft.stops import Stops
 from sft.template import TEMPLATE_FILE, load_template
 from sft.throughput import CountingCollator, Meter, ModelFlops, device_name, take_counts
 
+# Engines under which each rank has the whole gradients.
+PLAIN_ENGINES = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+
 
 class SupervisedTrainer(Trainer):
     """The stock Trainer with packed micro-batches, an exact evaluation loss, counted tokens, and checkpoints that are whole."""
@@ -63,7 +67,9 @@ class SupervisedTrainer(Trainer):
     fingerprint: dict[str, str]
     memory_plan: memory.Plan | None = None
     packing_plan: packing.Plan | None = None
+    _globalstep_last_logged: int
     sampler: PackedBatchSampler | None = None
+    asked = False  # `stops` has sent this step's numbers to the host
     ahead: tuple[Any, Any] = (None, None)  # an epoch's iterator, and the next step's micro-batches from it
     before_writing: Callable[[dict], dict] | None = None  # sees, and may change, the weights about to be written
 
@@ -112,10 +118,39 @@ class SupervisedTrainer(Trainer):
             self.ahead = (self.source[0], super().get_batch_samples(*self.source))
         return loss
 
+    def _clip_grad_norm(self, model):
+        if self.accelerator.distributed_type not in PLAIN_ENGINES or self.args.fp16:
+            return super()._clip_grad_norm(model)
+        # torch's `clip_grad_norm_` in its two halves: the host waits for the norm alone, while the gradients are scaled
+        weights = [weight for weight in model.parameters() if weight.grad is not None]
+        grad_norm = torch.nn.utils.get_total_norm([weight.grad for weight in weights])
+        self.stops.ask(self, grad_norm, self.meter.own())
+        self.asked = True
+        torch.nn.utils.clip_grads_with_norm_(weights, self.args.max_grad_norm, grad_norm)
+        return grad_norm
+
     def _get_grad_norm(self, model, grad_norm=None):
         grad_norm = super()._get_grad_norm(model, grad_norm)
-        self.stops.before_update(self, grad_norm)
-        return grad_norm
+        if not self.asked:
+            self.stops.ask(self, grad_norm, self.meter.own())
+        self.asked = False
+        return self.stops.before_update(self, grad_norm)
+
+    def _maybe_log_save_evaluate(
+        self, tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate=None
+    ) -> None:
+        """As the stock one, which asks the GPU for the loss and so waits for the optimizer; `stops` has it already."""
+        steps = self.state.global_step - self._globalstep_last_logged
+        if self.control.should_log and steps > 0:
+            loss, self.stops.loss_since_log = self.stops.loss_since_log, 0.0
+            tr_loss.zero_()
+            self._total_loss_scalar += loss
+            self._globalstep_last_logged = self.state.global_step
+            logs = {"loss": loss / steps, "grad_norm": grad_norm, "learning_rate": learning_rate}
+            self.log({name: value for name, value in logs.items() if value is not None}, start_time)
+        super()._maybe_log_save_evaluate(
+            tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate
+        )
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         (fetched_from, fetched), self.ahead = self.ahead, (None, None)
@@ -216,12 +251,15 @@ def plan_micro_batches(trainer: SupervisedTrainer) -> PackedBatchSampler:
     return sampler
 
 
-def choose_attention(model_args: ModelArguments, training_args: TrainingArguments) -> str:
+def choose_attention(model_args: ModelArguments, training_args: TrainingArguments, lengths: np.ndarray) -> str:
     """Set the kernel for packed rows, and say and return why this one. Padded batches have transformers' own choice."""
     if not training_args.packing:
         return "--attn_implementation" if model_args.attn_implementation else "transformers' choice for padded batches"
     config, dtype = pretrained.load_config(model_args), compute_dtype(training_args)
-    choice = attention.choose(config, training_args.device, dtype, model_args.attn_implementation)
+    typical = float((lengths.astype(np.float64) ** 2).sum() / lengths.sum())
+    choice = attention.choose(config, training_args.device, dtype, model_args.attn_implementation, typical)
+    if choice.name == attention.TRITON:
+        from sft import triton_attention  # noqa: F401  registers the kernel; it needs Triton
     model_args.attn_implementation = choice.name
     say(choice)
     return choice.reason
@@ -248,7 +286,7 @@ def watch(trainer: SupervisedTrainer, report: Report) -> None:
         args.device,
         device_name(args.device),
         compute_dtype(args),
-        gather=lambda numbers: trainer.accelerator.gather(numbers[None]),
+        gather=lambda _: trainer.stops.counts,
     )
     callbacks: list[transformers.TrainerCallback] = []
     if trainer.eval_dataset is not None and args.eval_samples:

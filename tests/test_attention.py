@@ -28,6 +28,36 @@ def test_a_kernel_that_isolates_is_accepted(name):
     assert choose(config(), CPU, torch.float32, name).name == name
 
 
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture
+def an_ampere_card(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setenv("CC", "true")
+
+
+def test_on_a_card_the_kernel_follows_the_examples(an_ampere_card):
+    here = "cuda, bfloat16, head_dim 8"
+    assert choose(config(), CUDA, torch.bfloat16, None, 200) == ("triton", f"short examples; {here}")
+    long = choose(config(), CUDA, torch.bfloat16, None, 3000)
+    assert long == ("varlen", f"long examples: a token lies in one of 3,000 tokens; {here}")
+    assert choose(config(), CUDA, torch.bfloat16, "triton", 3000) == ("triton", f"--attn_implementation; {here}")
+    assert choose(config(), CUDA, torch.float32).name == "per_example"
+
+
+def test_without_triton_varlen_is_chosen_and_why_is_said(an_ampere_card, monkeypatch):
+    wide = choose(config(head_dim=256), CUDA, torch.bfloat16)
+    assert wide == ("varlen", "not triton: heads of 256, more than 128; cuda, bfloat16, head_dim 256")
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert choose(config(), CUDA, torch.bfloat16).reason.startswith("not triton: Triton needs a C compiler")
+    with pytest.raises(UserError, match=r"triton: Triton needs a C compiler.* Leave the flag out, and varlen is used"):
+        choose(config(), CUDA, torch.bfloat16, "triton")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert choose(config(), CUDA, torch.bfloat16).reason.startswith("not triton: Triton is not installed")
+
+
 def leaky(module, query, key, value, attention_mask, scaling, **kwargs):
     out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
     return out.transpose(1, 2), None
@@ -44,8 +74,9 @@ def test_a_kernel_that_lets_examples_see_each_other_is_refused(dtype):
 
 
 def test_kernels_that_cannot_run_here_are_refused():
-    with pytest.raises(UserError, match=r"varlen needs a CUDA card .* here it is cpu, float32, head_dim 8"):
-        choose(config(), CPU, torch.float32, "varlen")
+    for kernel in ("varlen", "triton"):
+        with pytest.raises(UserError, match=rf"{kernel} needs a CUDA card .* here it is cpu, float32, head_dim 8"):
+            choose(config(), CPU, torch.float32, kernel)
     with pytest.raises(UserError, match="flash_attention_2 cannot be used with packing"):
         choose(config(), CPU, torch.float32, "flash_attention_2")
     windowed = config()

@@ -127,15 +127,12 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(poisoned
 def test_a_gradient_that_is_not_finite_stops_with_the_rows_of_the_step(
     tiny_llama, questions_csv, tmp_path, monkeypatch
 ):
-    from utils import SupervisedTrainer
+    real = stops.Stops.ask
 
-    real = SupervisedTrainer._clip_grad_norm
+    def infinite_at_step_2(self, trainer, grad_norm, counts):
+        real(self, trainer, torch.tensor(float("inf")) if trainer.state.global_step == 1 else grad_norm, counts)
 
-    def infinite_at_step_2(self, model):
-        norm = real(self, model)
-        return torch.tensor(float("inf")) if self.state.global_step == 1 else norm
-
-    monkeypatch.setattr(SupervisedTrainer, "_clip_grad_norm", infinite_at_step_2)
+    monkeypatch.setattr(stops.Stops, "ask", infinite_at_step_2)
     with pytest.raises(UserError) as stopped:
         train(*flags_for(tiny_llama, questions_csv, tmp_path / "out"))
     message = str(stopped.value)

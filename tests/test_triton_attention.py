@@ -1,0 +1,92 @@
+"""The Triton kernels give each example's own attention: interpreted on a CPU, compiled on a GPU.
+
+    TRITON_INTERPRET=1 python tests/test_triton_attention.py    # without a GPU
+
+Triton decides at its import whether to interpret, so on a CPU the comparison runs in a process of its own.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parent.parent
+LENGTHS = [[5, 30, 1, 70, 17], [130, 3], [2, 2]]
+HEADS = [(4, 1, 16), (6, 2, 20), (4, 4, 64), (3, 3, 100)]  # heads, key heads, head size
+
+
+def relative_error(found: torch.Tensor, reference: torch.Tensor) -> float:
+    """||a - b|| / ||b||"""
+    return float((found.detach().double() - reference.detach()).norm() / reference.detach().double().norm())
+
+
+def errors(lengths: list[int], heads: int, key_heads: int, head_dim: int, window: int | None, device: str) -> list:
+    """Of the output and the gradients of q, k and v, against one example after another in float64."""
+    from sft import triton_attention
+
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    torch.manual_seed(sum(lengths))
+    tokens, scale = sum(lengths), 0.7 * head_dim**-0.5
+    shapes = [(tokens, heads, head_dim), *[(tokens, key_heads, head_dim)] * 2]
+    q, k, v = (torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for shape in shapes)
+    gradient = torch.randn(shapes[0], device=device, dtype=dtype)
+    cu_seq_lens = torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
+    seen = window or triton_attention.NO_WINDOW
+    out = triton_attention.packed_attention(q, k, v, cu_seq_lens, scale, seen)[0]
+    found = [out, *torch.autograd.grad(out, (q, k, v), gradient)]
+
+    a, b, c = (tensor.detach().double().requires_grad_() for tensor in (q, k, v))
+    alone = []
+    for example in zip(a.split(lengths), b.split(lengths), c.split(lengths)):
+        distance = torch.arange(len(example[0]), device=device)
+        distance = distance[:, None] - distance[None]
+        x, y, z = (rows.transpose(0, 1)[None] for rows in example)
+        mask = (distance >= 0) & (distance < seen)
+        alone.append(F.scaled_dot_product_attention(x, y, z, attn_mask=mask, scale=scale, enable_gqa=True))
+    expected = torch.cat(alone, dim=2)[0].transpose(0, 1)
+    reference = [expected, *torch.autograd.grad(expected, (a, b, c), gradient.double())]
+    return [relative_error(*pair) for pair in zip(found, reference)]
+
+
+def compare(device: str, limit: float) -> None:
+    for lengths in LENGTHS:
+        for heads in HEADS:
+            for window in (None, 9) if lengths == LENGTHS[0] else (None,):
+                worst = max(errors(lengths, *heads, window, device))
+                print(lengths, heads, window, f"{worst:.1e}")
+                assert worst < limit, (lengths, heads, window, worst)  # NaN is not below it
+    assert error_when_joined(device) > 0.1, "examples that see each other pass too: the comparison proves nothing"
+
+
+def error_when_joined(device: str) -> float:
+    """How far the output moves when two examples of 130 and 3 tokens are called one."""
+    from sft import triton_attention
+
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 133, 2, 16, device=device, dtype=torch.float32 if device == "cpu" else torch.bfloat16)
+    starts = (torch.tensor(edges, dtype=torch.int32, device=device) for edges in ([0, 133], [0, 130, 133]))
+    calls = [(q, k, v, edges, 0.25, triton_attention.NO_WINDOW) for edges in starts]
+    joined, apart = (triton_attention.packed_attention(*call)[0][130:] for call in calls)
+    return relative_error(joined, apart)
+
+
+@pytest.mark.slow
+def test_interpreted():
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(done.stdout.splitlines()) == (len(LENGTHS) + 1) * len(HEADS)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="compiled Triton needs a GPU")
+def test_compiled():
+    compare("cuda", 6e-3)
+
+
+if __name__ == "__main__":
+    compare("cpu", 1e-6)
