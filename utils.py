@@ -222,6 +222,9 @@ def make_supervised_data_module(tokenizer, data_args: DataArguments, training_ar
     if data_args.eval_split:
         rows = train_dataset.rows
         train_dataset, eval_dataset = (SupervisedDataset(rows, kept) for kept in hold_out(rows, data_args.eval_split))
+    elif eval_dataset and rank() == 0:
+        for leak in audit.leaks(train_dataset.rows, eval_dataset.rows):
+            say(f"warning: {leak}")
     say(audit.describe_datasets(train_dataset, eval_dataset))
     say(audit.describe_example(tokenizer, train_dataset, 0, colour=sys.stdout.isatty()))
     collator = DataCollatorForSupervisedDataset(tokenizer)
@@ -230,12 +233,15 @@ def make_supervised_data_module(tokenizer, data_args: DataArguments, training_ar
 
 def check_data(tokenizer, data_args: DataArguments, training_args: TrainingArguments, vocabulary_size: int) -> int:
     """Audit the training data in place of training; the exit code, 1 when a run would be useless."""
-    dataset = SupervisedDataset(tokenize_csv(data_args.data_path, tokenizer, data_args, training_args.model_max_length))
+    dataset, *evaluation = (
+        SupervisedDataset(tokenize_csv(path, tokenizer, data_args, training_args.model_max_length))
+        for path in filter(None, (data_args.data_path, data_args.eval_data_path))
+    )
     if rank() != 0:
         return 0
-    cells = read_csv(data_args.data_path, data_args.source, data_args.target)
-    template, encode = load_template(data_args.prompt_template), partial(encode_responses, tokenizer)
-    return audit.audit(dataset, cells, template, tokenizer, encode, data_args.data_path, training_args, vocabulary_size)
+    path, template = data_args.data_path, load_template(data_args.prompt_template)
+    cells, encode = read_csv(path, data_args.source, data_args.target), partial(encode_responses, tokenizer)
+    return audit.audit(dataset, cells, template, tokenizer, encode, path, training_args, vocabulary_size, *evaluation)
 
 
 # ------------------------------------------------------------------------------------------------------------ model

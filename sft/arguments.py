@@ -212,7 +212,10 @@ class DataArguments:
         },
     )
     eval_data_path: str | None = field(
-        default=None, metadata={"help": "CSV file with the evaluation rows, of the same columns as --data_path."}
+        default=None,
+        metadata={
+            "help": "CSV file with the evaluation rows, of the same columns as --data_path. Prompts that are also trained on are counted."
+        },
     )
     eval_split: float = field(
         default=0.0,

@@ -95,6 +95,7 @@ def audit(
     data_path: str,
     training_args: Any,
     vocabulary_size: int | None,
+    evaluation: Any | None = None,
 ) -> int:
     """Print what is to be known about the training data, and write it to --output_dir; 1 when a run would be useless.
 
@@ -103,8 +104,10 @@ def audit(
         cells: (row number, source cell, target cell) of every row of the CSV, in order.
         encode_continuation: the ids of texts in the middle of a sequence.
         vocabulary_size: rows of the model's embedding.
+        evaluation: a SupervisedDataset over the rows of a file of their own, if there is one.
     """
     findings = token_findings(dataset.rows, tokenizer, vocabulary_size)
+    findings += leaks(dataset.rows, evaluation.rows) if evaluation else []
     planned: dict[str, Any] = {}
     examples: list[str] = []
     if len(dataset):
@@ -189,6 +192,15 @@ def text_findings(
         ),
     ]
     return [finding for finding in findings if finding.rows]
+
+
+def leaks(train_rows: Any, eval_rows: Any) -> list[Finding]:
+    """Evaluation rows whose prompt is also trained on; an --eval_split has none (sft/split.py)."""
+    evaluated = np.fromiter(eval_rows.prompt_digests(), np.int64)
+    trained = set(evaluated.tolist()).intersection(train_rows.prompt_digests())
+    leaked = eval_rows.row_numbers[np.isin(evaluated, list(trained))]
+    what = "rows of --eval_data_path have a prompt that is also trained on; they say little about new prompts"
+    return [Finding(what, leaked.tolist())] if trained else []
 
 
 def token_findings(rows: Any, tokenizer: Any, vocabulary_size: int | None) -> list[Finding]:

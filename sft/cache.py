@@ -79,6 +79,11 @@ class TokenizedRows:
         """Numbers of the CSV's rows that met one of these of OUTCOMES; the header is row 1."""
         return np.flatnonzero(np.isin(self.outcomes, [OUTCOMES.index(outcome) for outcome in outcomes])) + 2
 
+    def prompt_digests(self) -> Iterator[int]:
+        """For each kept row a number that says which prompt it has; another one in each process."""
+        for start, length in zip(self.offsets.tolist(), self.prompt_lengths.tolist()):
+            yield hash(self.tokens[start : start + length].tobytes())
+
     def counts(self) -> dict[str, int]:
         """How many rows were read, kept, cut and dropped, and how many tokens they have."""
         kept, cut, empty, no_room = np.bincount(self.outcomes, minlength=4).tolist()

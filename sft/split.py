@@ -18,10 +18,7 @@ def hold_out(rows: Any, share: float) -> tuple[np.ndarray, np.ndarray]:
     Args:
         rows: TokenizedRows.
     """
-    prompts = zip(rows.offsets.tolist(), rows.prompt_lengths.tolist())
-    digests = [
-        hash(rows.tokens[start : start + length].tobytes()) for start, length in prompts
-    ]  # another in each process
+    digests = list(rows.prompt_digests())
     _, first, group = np.unique(digests, return_index=True, return_inverse=True)
     group = np.argsort(np.argsort(first))[group]  # numbered by their first rows: the same in each process
     order = np.random.default_rng(SEED).permutation(len(first))

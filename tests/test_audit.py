@@ -35,12 +35,16 @@ LENGTHS = [11, 11, 10, 13, 10, 14, 6, 10, 24]  # of the kept rows: 109 tokens, 6
 def check(tmp_path, capsys):
     """Audit rows; the exit code, what was printed, and what data_report.json holds."""
 
-    def check(rows, max_length=24, vocabulary_size=300, tokenizer=None, template="none", **flags):
+    def check(rows, max_length=24, vocabulary_size=300, tokenizer=None, template="none", eval_data_path=None, **flags):
         path, folder = tmp_path / "data.csv", tmp_path / "out"
         with open(path, "w", newline="") as file:
             csv.writer(file).writerows([("prompt", "response"), *rows])
         data_args = DataArguments(
-            data_path=str(path), data_cache_dir=str(tmp_path / "cache"), prompt_template=template, check_data=True
+            data_path=str(path),
+            eval_data_path=eval_data_path,
+            data_cache_dir=str(tmp_path / "cache"),
+            prompt_template=template,
+            check_data=True,
         )
         training_args = TrainingArguments(output_dir=str(folder), model_max_length=max_length, use_cpu=True, **flags)
         code = utils.check_data(tokenizer or character_tokenizer(":/"), data_args, training_args, vocabulary_size)
@@ -117,6 +121,15 @@ def test_good_rows_have_no_finding(check):
     code, printed, report = check(rows, save_strategy="no")
     assert code == 0 and report["findings"] == [] and report["verdict"] == "ready to train"
     assert printed.splitlines()[-2] == "verdict: ready to train"
+
+
+def test_evaluation_rows_whose_prompt_is_trained_on(check, tmp_path):
+    own = tmp_path / "eval.csv"
+    own.write_text('prompt,response\nnew,b\n"q\nA:",another\n')
+    _, printed, report = check([("q\nA:", "a"), ("r\nA:", "b")], eval_data_path=str(own), save_strategy="no")
+    leak = "rows of --eval_data_path have a prompt that is also trained on; they say little about new prompts"
+    assert report["findings"] == [{"what": leak, "rows": [3], "useless": False}]
+    assert f"- {leak}: 1 (row 3)" in printed.splitlines()
 
 
 def test_rows_that_carry_the_template_already(check):

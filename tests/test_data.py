@@ -457,6 +457,18 @@ def test_eval_rows_of_their_own_file(write, make):
     assert [ids for ids, _ in examples_of(module["eval_dataset"])] == [[BOS, 99, 100, EOS], [BOS, 101, 102, EOS]]
 
 
+def test_eval_prompts_that_are_also_trained_on_are_said_once(write, make, capsys):
+    path = write([("a", "b"), ("c", "d"), ("c", "e"), ("ab", "f"), ("g", "")])
+    own = write([("c", "another"), ("h", "b"), ("", "i"), ("a", "b"), ("c", "d"), ("abc", "f"), ("g", "j")], "eval.csv")
+    make(path, eval_data_path=own)
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    leak = "rows of --eval_data_path have a prompt that is also trained on; they say little about new prompts"
+    assert warnings == [f"warning: {leak}: 3 (rows 2, 5, 6)"]
+    make(path, eval_data_path=write([("h", "b"), ("g", "j")], "eval.csv"))
+    make(path, eval_split=0.3)
+    assert "warning" not in capsys.readouterr().out
+
+
 # --------------------------------------------------------------------------------------------- what a person sees
 
 
