@@ -84,14 +84,13 @@ def tokenize(batch, tokenizer, template: str, allow_control_tokens: bool, max_le
     prompts = encode_prompts(tokenizer, texts, allow_control_tokens=allow_control_tokens)
     texts = [batch[index][1] for index in filled]
     responses = encode_responses(tokenizer, texts, allow_control_tokens=allow_control_tokens)
-    eos_token_id = tokenizer.eos_token_id  # an attribute that transformers (5.23) looks for in a dozen places
     tokens, lengths, prompt_lengths = (array("i") for _ in range(3))
     for index, prompt_ids, response_ids in zip(filled, prompts, responses, strict=True):
         room = max_length - len(prompt_ids)
         if room < 1:
             outcomes[index] = cache.NO_ROOM
             continue
-        response_ids.append(eos_token_id)
+        response_ids.append(tokenizer.eos_token_id)
         outcomes[index] = cache.KEPT if len(response_ids) <= room else cache.CUT
         trained_ids = response_ids[:room]
         tokens += prompt_ids + trained_ids
