@@ -341,9 +341,8 @@ def train(load_tokenizer: LoadTokenizer, argv: list[str] | None = None) -> Super
         check_ids(tokenizer, data_module, pretrained.load_config(model_args))
     resume = checkpoints.choose(training_args)
     say(describe_plan(model_args, training_args, len(data_module["train_dataset"])))
-    lengths = data_module["train_dataset"].lengths
-    attention_reason = choose_attention(model_args, training_args, lengths)
-    memory_plan = plan_memory(model_args, training_args, lengths)
+    attention_reason = choose_attention(model_args, training_args)
+    memory_plan = plan_memory(model_args, training_args, data_module["train_dataset"].lengths)
     full = partial(memory.full_is_a_sentence, memory_plan)
     set_seed(training_args.seed)
     with report.phase("load"), full():

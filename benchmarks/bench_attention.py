@@ -24,7 +24,6 @@ from sft import attention, triton_attention
 TOKENS = 24_576
 SHAPES = {
     "1.1B: 32 heads of 64, 4 key heads": (32, 4, 64),
-    "3B: 32 of 100": (32, 32, 100),
     "7B: 32 of 128": (32, 32, 128),
 }
 KERNELS: dict[str, Callable] = {attention.TRITON: triton_attention.attention, attention.VARLEN: attention.varlen}

@@ -176,7 +176,7 @@ def our_trainer(
     kernel = None
     if training_args.packing:
         model_args.model_name_or_path = folder
-        utils.choose_attention(model_args, training_args, rows.lengths)
+        utils.choose_attention(model_args, training_args)
         kernel = model_args.attn_implementation
     memory_plan = utils.plan_memory(model_args, training_args, rows.lengths)
     trainer = utils.SupervisedTrainer(

@@ -21,7 +21,12 @@ VARLEN_WORDS = frozenset(inspect.signature(varlen_attn).parameters)
 TRITON = "triton"  # sft/triton_attention.py, imported where it is chosen: a CPU's PyTorch comes without Triton
 VARLEN = "varlen"
 PER_EXAMPLE = "per_example"
-LONG = 1024  # tokens of a typical example from which FlashAttention is the faster kernel (benchmarks/LOG.md)
+TRITON_HEADS = (
+    16,
+    32,
+    64,
+    128,
+)  # padded to the next of them, other sizes are slower than FlashAttention (benchmarks/LOG.md)
 
 
 class Choice(NamedTuple):
@@ -97,18 +102,13 @@ AttentionInterface.register(PER_EXAMPLE, per_example)
 
 
 def choose(
-    model_config: PreTrainedConfig,
-    device: torch.device,
-    dtype: torch.dtype,
-    requested: str | None = None,
-    typical_length: float = 0,
+    model_config: PreTrainedConfig, device: torch.device, dtype: torch.dtype, requested: str | None = None
 ) -> Choice:
     """The kernel for packed rows: the user's when it keeps examples apart, else the fastest that can run here.
 
     Args:
         dtype: the compute type.
         requested: `--attn_implementation`.
-        typical_length: tokens of the example that a token lies in, on average.
 
     Raises:
         UserError: the requested kernel lets examples see each other, or cannot run here.
@@ -137,25 +137,23 @@ def choose(
                 "Leave the flag out to have a kernel chosen, or train padded with --packing False."
             )
         return Choice(requested, f"--attn_implementation; keeps examples apart; {where}")
-    name, reason = requested, "--attn_implementation"
-    if name is None and not can_varlen:
-        name, reason = PER_EXAMPLE, ""
-    elif name is None and typical_length > LONG:
-        name, reason = VARLEN, f"long examples: a token lies in one of {typical_length:,.0f} tokens"
-    elif name is None:
-        name, reason = (VARLEN, f"not triton: {no_triton}") if no_triton else (TRITON, "short examples")
+    name, reason = requested, "--attn_implementation; "
+    if requested is None:
+        name, reason = TRITON if can_varlen else PER_EXAMPLE, ""
+        if can_varlen and no_triton:
+            name, reason = VARLEN, f"not triton: {no_triton}; "
     if name == PER_EXAMPLE and window:
         raise UserError(
             f"the model attends over a sliding window of {window} tokens, which packed rows support with triton and varlen attention "
             f"only (CUDA, bf16 or fp16); here it is {where}. Train padded with --packing False."
         )
-    return Choice(name, f"{reason}; {where}" if reason else where)
+    return Choice(name, reason + where)
 
 
 def triton_problem(head_dim: int) -> str | None:
     """Why sft/triton_attention.py cannot run here; None when it can."""
-    if head_dim > 128:
-        return f"heads of {head_dim}, more than 128"
+    if head_dim not in TRITON_HEADS:
+        return f"heads of {head_dim}, where it has {', '.join(map(str, TRITON_HEADS))}"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     compilers = [os.environ.get("CC"), "gcc", "clang", "cc"]

