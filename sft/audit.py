@@ -23,7 +23,7 @@ from sft.arguments import UserError, world_size
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99, 100)
 ROWS_SHOWN = 10
 SAMPLE = 1000  # rows from which the prompts' common ending is learned
-WINDOW = 64  # characters on each side of the end of a prompt that are encoded jointly
+WINDOW = 32  # characters on each side of the end of a prompt that are encoded jointly
 
 
 # ------------------------------------------------------------------------------------------ said in every run
@@ -141,14 +141,15 @@ def text_findings(
     frame = [line.strip() for line in template.replace("{instruction}", "\n").split("\n") if len(line.strip()) > 7]
     rows, prompts, pairs = array("q"), array("q"), array("q")
     found: dict[str, list[int]] = {name: [] for name in ("control", "space", "twice", "bare", "merged")}
-    boundaries: list[tuple[int, str, str]] = []
+    boundaries: dict[tuple[str, str], list[int]] = {}  # end of a prompt and start of its response: rows
 
     def compare_boundaries() -> None:
-        ends = encode_continuation([end for _, end, _ in boundaries])
-        joints = encode_continuation([end + start for _, end, start in boundaries])
-        for (row, _, _), alone, joint in zip(boundaries, ends, joints):
-            if list(joint[: len(alone)]) != list(alone):
-                found["merged"].append(row)
+        ends = list({end for end, _ in boundaries})
+        alone = dict(zip(ends, encode_continuation(ends)))
+        joints = encode_continuation([end + start for end, start in boundaries])
+        for ((end, _), rows_of_it), joint in zip(boundaries.items(), joints):
+            if list(joint[: len(alone[end])]) != list(alone[end]):
+                found["merged"] += rows_of_it
         boundaries.clear()
 
     for row, source, target in chain(head, kept_cells):
@@ -164,11 +165,10 @@ def text_findings(
             found["twice"].append(row)
         if template == "{instruction}" and not (ending and source.endswith(ending)):
             found["bare"].append(row)
-        boundaries.append((row, _end_of(prompt), _start_of(target)))
-        if len(boundaries) == 1024:
+        boundaries.setdefault((_end_of(prompt), _start_of(target)), []).append(row)
+        if len(boundaries) == 4096:
             compare_boundaries()
-    if boundaries:
-        compare_boundaries()
+    compare_boundaries()
 
     numbers = np.array(rows)
     repeated_pair, repeated_prompt = _repeats(pairs), _repeats(prompts)
@@ -188,7 +188,7 @@ def text_findings(
         Finding(bare + "; --prompt_template alpaca wraps bare instructions", found["bare"]),
         Finding(
             "rows where prompt and response would share a token if they were tokenized together; here they do not, as in generation",
-            found["merged"],
+            sorted(found["merged"]),
         ),
     ]
     return [finding for finding in findings if finding.rows]
