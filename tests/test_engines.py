@@ -1,6 +1,7 @@
 """DDP, ZeRO-2, ZeRO-3 and FSDP2 give one and the same training: losses, learning rates, steps, weights, resume.
 
-Each run is the real script under torchrun with two ranks. The DeepSpeed file is the project's own, edited as a user edits it.
+Each run is the real script under torchrun with two ranks, or one ("alone"). The DeepSpeed file is the project's own, edited as
+a user edits it.
 """
 
 import json
@@ -50,6 +51,11 @@ def edited_deepspeed_file(folder: Path, stage: int) -> str:
     return str(folder / f"stage{stage}.json")
 
 
+def shares_its_gpu(words: list[str]) -> bool:
+    """Whether both ranks of a run must share the one GPU of the machine: NCCL refuses that, gloo does not."""
+    return "cuda" in words and "alone" not in words and torch.cuda.device_count() < 2
+
+
 class Runs:
     """Runs of one model on one CSV, made when they are first asked for."""
 
@@ -66,9 +72,13 @@ class Runs:
         self.done: dict[str, Run] = {}
         self.printed: dict[str, str] = {}
 
-    def script_of(self, name: str) -> str:
-        """FSDP on a CPU needs a helping hand."""
-        return "tests/fsdp_on_cpu.py" if "fsdp" in name and "cuda" not in name else "llama_training.py"
+    def script_of(self, name: str) -> tuple[str, dict[str, str]]:
+        """The script and its environment: FSDP over gloo, on a CPU or with two ranks on one GPU, needs a helping hand."""
+        words = name.split()
+        if "fsdp" not in words or ("cuda" in words and not shares_its_gpu(words)):
+            return "llama_training.py", {}
+        device = "CUDA" if "cuda" in words else "CPU" if "apart" in words else None
+        return "tests/fsdp_over_gloo.py", {"GATHER_BY_ITSELF": device} if device else {}
 
     def flags_of(self, name: str) -> list[str]:
         """ "zero3 lora" -> --deepspeed stage3.json --use_lora True ..."""
@@ -86,8 +96,7 @@ class Runs:
             asked = {key: value for word in words for key, value in config.get(word, {}).items()}
             flags += ["--fsdp_config", json.dumps(asked)] * bool(asked)
         flags += ["--bf16", "True"] * ("bf16" in words)
-        # NCCL refuses two ranks on one GPU
-        flags += ["--ddp_backend", "gloo"] * ("cuda" in words and "alone" not in words)
+        flags += ["--ddp_backend", "gloo"] * shares_its_gpu(words)
         flags += ["--gradient_accumulation_steps", "4"] * ("alone" in words)  # the same examples in each step
         flags += [
             "--use_lora",
@@ -108,7 +117,8 @@ class Runs:
             processes = 1 if "alone" in name else 2
             output = self.folder / name.replace(" ", "-")
             flags = [*self.flags, *RECIPE, *self.flags_of(name), "--output_dir", str(output)]
-            self.printed[name] = run_script(self.script_of(name), *flags, processes=processes)
+            script, environment = self.script_of(name)
+            self.printed[name] = run_script(script, *flags, processes=processes, env=environment)
             self.done[name] = Run(output)
         return self.done[name]
 
@@ -118,7 +128,9 @@ class Runs:
         output = self.folder / f"{name.replace(' ', '-')}-resumed"
         shutil.copytree(self.get(name).folder / middle, output / middle)
         flags = [*self.flags_of(name), "--output_dir", str(output), "--resume_from_checkpoint", "True"]
-        run_script(self.script_of(name), *self.flags, *RECIPE, *flags, processes=1 if "alone" in name else 2)
+        script, environment = self.script_of(name)
+        flags = [*self.flags, *RECIPE, *flags]
+        run_script(script, *flags, processes=1 if "alone" in name else 2, env=environment)
         return Run(output)
 
 
@@ -236,31 +248,49 @@ def test_lora_trains_the_same_additions_under_fsdp2_on_a_cpu(runs):
     assert_whole(run, reference, atol=0.02)
 
 
-needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="Accelerate shards nothing on a CPU")
+@pytest.mark.slow
+def test_tensors_gathered_by_themselves_are_the_gathered_tensors(runs):
+    """What lets two ranks share a GPU over gloo, on a CPU, where torch's own way works too."""
+    run, reference = runs.get("fsdp apart"), runs.get("fsdp")
+    gathered = [re.findall(r"rank \d gathered (\d+) tensors", runs.printed[name]) for name in ("fsdp apart", "fsdp")]
+    # the rehearsal's checkpoint and two more hold the weights twice and two moments; the rehearsal and the export, the model
+    all_of_them = str((3 * 4 + 2) * len(run.weights))
+    assert gathered == [[all_of_them, all_of_them], ["0", "0"]]
+    assert run.losses == reference.losses
+    assert run.weights.keys() == reference.weights.keys()
+    for name, weight in run.weights.items():
+        assert torch.equal(weight, reference.weights[name]), name
+
+
+needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="FSDP on a GPU")
 
 
 @needs_a_gpu
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["fsdp", "fsdp offload", "fsdp recompute"])
 @pytest.mark.parametrize("ranks", ["", " alone"])
-def test_fsdp2_trains_as_plain_data_parallel_does(runs, how, ranks):
-    run, reference = runs.get(f"{how} cuda bf16{ranks}"), runs.get("ddp cuda bf16")
+def test_fsdp2_trains_as_plain_training_does(runs, how, ranks):
+    # plain data parallel cannot share a GPU: Accelerate (1.15) gives DistributedDataParallel the rank as the GPU's number
+    run, reference = runs.get(f"{how} cuda bf16{ranks}"), runs.get("ddp cuda bf16 alone")
+    assert "save rehearsal: whole" in runs.printed[f"{how} cuda bf16{ranks}"]
     assert_same_training(run, reference, rel=0.02)
     assert_whole(run, reference, atol=0.02)
 
 
 @needs_a_gpu
 @pytest.mark.slow
-def test_fsdp2_resumes_where_it_was(runs):
-    resumed, whole = runs.resume("fsdp cuda bf16"), runs.get("fsdp cuda bf16")
+@pytest.mark.parametrize("ranks", ["", " alone"])
+def test_fsdp2_resumes_where_it_was(runs, ranks):
+    resumed, whole = runs.resume(f"fsdp cuda bf16{ranks}"), runs.get(f"fsdp cuda bf16{ranks}")
     assert resumed.losses == pytest.approx(whole.losses, rel=2e-3)
     assert resumed.rates == pytest.approx(RATES, rel=1e-6, abs=1e-12)
 
 
 @needs_a_gpu
 @pytest.mark.slow
-def test_lora_trains_the_same_additions_under_fsdp2(runs):
+@pytest.mark.parametrize("ranks", ["", " alone"])
+def test_lora_trains_the_same_additions_under_fsdp2(runs, ranks):
     pytest.importorskip("peft")
-    run, reference = runs.get("fsdp cuda bf16 lora"), runs.get("ddp cuda bf16 lora")
+    run, reference = runs.get(f"fsdp cuda bf16 lora{ranks}"), runs.get("ddp cuda bf16 lora alone")
     assert_same_training(run, reference, rel=0.02, learned=0.15)
     assert_whole(run, reference, atol=0.02)

@@ -1,15 +1,19 @@
-"""Run llama_training.py with FSDP2 that really shards on the CPU, over gloo.
+"""Run llama_training.py with FSDP2 that shards over gloo where users have no such thing: on a CPU, or two ranks on one GPU.
 
-torch.distributed shards there; Accelerate (1.15, state.py) turns FSDP on beside an accelerator only, and the scripts say so and
-drop the flag. Both are undone here, so that what a run does under FSDP2 can be tested without a GPU: two ranks that hold
+On the CPU torch.distributed shards; Accelerate (1.15, state.py) turns FSDP on beside an accelerator only, and the scripts say so
+and drop the flag. Both are undone here, so that what a run does under FSDP2 can be tested without a GPU: two ranks that hold
 half of each weight, gathers in saving, rehearsal, resume, evaluation. Offloading runs without the pinned memory that takes a GPU.
+
+On one GPU gloo takes two ranks, which NCCL refuses, but dies of SIGSEGV where a DTensor is gathered: see `gather_by_itself`.
 """
 
+import os
 import runpy
 import sys
 
 import accelerate.accelerator
 import accelerate.state
+import torch
 from accelerate.utils import DistributedType
 from conftest import ROOT
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
@@ -22,6 +26,7 @@ from sft import arguments
 
 load_model, recompute = utils.load_model, accelerate.accelerator.fsdp2_apply_ac
 prepare = accelerate.state.AcceleratorState.__init__
+gathered = 0
 
 
 def prepare_and_shard(self, *args, fsdp_plugin=None, **kwargs):
@@ -53,9 +58,29 @@ def recompute_and_say_how_much(*args):
     return model
 
 
+def gather_by_itself(shard: torch.Tensor, ranks: int, group) -> torch.Tensor:
+    """What `_c10d_functional::all_gather_into_tensor` does, without gloo's coalesced all-gather, and count it.
+
+    DTensor's gathers (`full_tensor`, `redistribute`: in a run the saving of weights and optimizer) come to that function. torch
+    (2.11 and 2.13, Functional.cpp) hands it to `allgather_into_tensor_coalesced`, which gloo runs on a GPU's addresses as if
+    they were the host's (pytorch issue 152645, open); its plain all-gather, FSDP's own in training, copies through the host.
+    """
+    global gathered
+    gathered += 1
+    whole = shard.new_empty((ranks * shard.shape[0], *shard.shape[1:]))
+    return torch.ops._c10d_functional.all_gather_into_tensor_out(shard, ranks, group, out=whole)
+
+
 if __name__ == "__main__":
     accelerate.accelerator.fsdp2_apply_ac = recompute_and_say_how_much
     utils.load_model = load_and_say_how_much
-    accelerate.state.AcceleratorState.__init__ = prepare_and_shard
-    arguments._drop_fsdp_where_nothing_is_sharded = lambda flags: []
-    runpy.run_path(str(ROOT / "llama_training.py"), run_name="__main__")
+    if "--use_cpu" in sys.argv:
+        accelerate.state.AcceleratorState.__init__ = prepare_and_shard
+        arguments._drop_fsdp_where_nothing_is_sharded = lambda flags: []
+    if "GATHER_BY_ITSELF" in os.environ:  # CUDA or CPU: tensors of which device
+        library = torch.library.Library("_c10d_functional", "IMPL")
+        library.impl("all_gather_into_tensor", gather_by_itself, os.environ["GATHER_BY_ITSELF"])
+    try:
+        runpy.run_path(str(ROOT / "llama_training.py"), run_name="__main__")
+    finally:
+        print(f"rank {arguments.rank()} gathered {gathered} tensors by themselves\n", end="", flush=True)
