@@ -76,7 +76,7 @@ def error_when_joined(device: str) -> float:
 
 @pytest.mark.slow
 def test_interpreted():
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.9")  # before, its interpreter does not run beside numpy 2.4
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
