@@ -15,6 +15,14 @@ from sft.tokenizers import load_llama_tokenizer
 
 RECIPE = "--num_train_epochs 2 --learning_rate 1e-2 --logging_steps 1 --model_max_length 64 --seed 3 --save_steps 3"
 RECIPE += " --per_device_train_batch_size 2 --gradient_accumulation_steps 4 --save_total_limit 2 --disable_tqdm True"
+ZERO_2 = {
+    "zero_optimization": {"stage": 2},
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "bf16": {"enabled": "auto"},
+    "zero_allow_untested_optimizer": True,
+}
 
 
 def flags_for(model: Path, csv: Path, output: Path, *more: str) -> list[str]:

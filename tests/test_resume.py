@@ -77,16 +77,6 @@ def signal_rank_1_at_steps() -> None:
     utils.SupervisedTrainer.training_step = training_step
 
 
-ZERO_2 = {
-    "zero_optimization": {"stage": 2},
-    "train_micro_batch_size_per_gpu": "auto",
-    "gradient_accumulation_steps": "auto",
-    "gradient_clipping": "auto",
-    "bf16": {"enabled": "auto"},
-    "zero_allow_untested_optimizer": True,
-}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["packed", "padded", "zero2"])
 def test_two_ranks_continue_bit_for_bit(tiny_llama, questions_csv, tmp_path, how):
