@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import jobs
 import pytest
-from saved_runs import choose, flags_for, losses, same_weights, signal_at, train
+from saved_runs import ZERO_2, choose, flags_for, losses, same_weights, signal_at, train
 
 import utils
 from sft import checkpoints, fingerprint
