@@ -57,6 +57,8 @@ class Shape:
     head: int  # 0 when the output layer shares the embedding's weights
     adapters: int  # parameters that LoRA adds at rank 1
     largest_linear: int
+    tensors: tuple[int, ...]  # parameters of each
+    stored: torch.dtype | None  # type of the checkpoint, as its config says
 
     @classmethod
     def of(cls, config: PreTrainedConfig, targets: list[str] | None = None) -> "Shape | None":
@@ -99,6 +101,8 @@ class Shape:
             head=head,
             adapters=sum(m.in_features + m.out_features for m in adapted),
             largest_linear=max((m.weight.numel() for m in linear.values()), default=0),
+            tensors=tuple(p.numel() for p in parameters.values()),
+            stored=config.dtype,
         )
 
 
@@ -113,7 +117,7 @@ class Setting:
     step_tokens: int  # of the fullest optimizer step, on one rank
     tokens_asked: int | None  # --tokens_per_micro_batch; None for auto
     packing: bool
-    half: bool  # bf16 or fp16 compute
+    compute: torch.dtype
     optimizer: str
     checkpointing: bool = False
     compiled: bool = False  # decoder layers go through torch.compile
@@ -123,6 +127,9 @@ class Setting:
     offload_optimizer: bool = False
     offload_weights: bool = False
     pinned: bool = False  # offloaded parts lie in page-locked memory
+    float32_sums: bool = False  # ZeRO adds 16-bit gradients up in float32
+    bucket: float | None = None  # gradients that ZeRO reduces at a time; None for the Trainer's own number
+    overlap: bool = False  # of ZeRO's reductions with backward: it fills a second bucket meanwhile
     handed_out: bool = False  # under FSDP: rank 0 alone reads the weights, and the others get their shards from it
     lora_rank: int = 0
     lora_dropout: bool = False
@@ -139,8 +146,12 @@ class Setting:
             compiled: the decoder layers will be compiled.
         """
         ranks = flags.plan_world_size or world_size()
-        zero = _zero_block(flags.deepspeed)
+        deepspeed = _deepspeed_file(flags.deepspeed)
+        zero = deepspeed.get("zero_optimization", {})
         fsdp = (flags.fsdp_config or {}) if flags.fsdp else {}
+        compute = torch.bfloat16 if flags.bf16 else torch.float16 if flags.fp16 else torch.float32
+        sums = deepspeed.get("data_types", {}).get("grad_accum_dtype")
+        bucket = zero.get("reduce_bucket_size", 5e8)
         cuda = flags.plan_gpu_gib is not None or (torch.cuda.is_available() and not flags.use_cpu)
         stage = zero.get("stage", 0)
         optimizer, weights = (zero.get(key) or {} for key in ("offload_optimizer", "offload_param"))
@@ -155,7 +166,7 @@ class Setting:
             step_tokens=step_tokens or floor * flags.gradient_accumulation_steps,
             tokens_asked=None if flags.tokens_per_micro_batch == "auto" else int(flags.tokens_per_micro_batch),
             packing=flags.packing,
-            half=bool(flags.bf16 or flags.fp16),
+            compute=compute,
             optimizer=getattr(flags.optim, "value", flags.optim),
             checkpointing=bool(flags.gradient_checkpointing or fsdp.get("activation_checkpointing")),
             compiled=compiled or flags.compile_layers == "True",
@@ -165,6 +176,9 @@ class Setting:
             offload_optimizer=optimizer.get("device", "none") != "none" or offload,
             offload_weights=(stage == 3 and weights.get("device", "none") != "none") or offload,
             pinned=bool(optimizer.get("pin_memory")),
+            float32_sums=compute != torch.float32 and sums in ("fp32", "float32", "float", "torch.float32"),
+            bucket=None if bucket == "auto" else float(bucket),
+            overlap=bool(zero.get("overlap_comm")),
             handed_out=bool(fsdp.get("version", 2) == 2 and fsdp.get("cpu_ram_efficient_loading")),
             lora_rank=(model_args.lora_r or 16) if model_args.use_lora else 0,
             lora_dropout=model_args.lora_dropout is None or model_args.lora_dropout > 0,
@@ -172,13 +186,15 @@ class Setting:
             cuda=cuda,
         )
 
+    @property
+    def half(self) -> bool:
+        return self.compute.itemsize == 2
 
-def _zero_block(deepspeed: Any) -> dict:
-    if not deepspeed:
-        return {}
+
+def _deepspeed_file(deepspeed: Any) -> dict:
     if isinstance(deepspeed, str):
-        deepspeed = json.loads(Path(deepspeed).read_text(encoding="utf-8-sig"))
-    return deepspeed.get("zero_optimization", {})
+        return json.loads(Path(deepspeed).read_text(encoding="utf-8-sig"))
+    return deepspeed or {}
 
 
 # ------------------------------------------------------------------------------------------------------ the bytes
@@ -339,7 +355,7 @@ def _add_up(shape: Shape, setting: Setting, tokens: int, gpu_there: float, host_
     s, ranks = setting, setting.ranks
     trained = shape.adapters * s.lora_rank if s.lora_rank else shape.parameters
     frozen = shape.parameters if s.lora_rank else 0
-    compute = 2 if s.half else 4
+    compute = s.compute.itemsize
     many = accumulates(s, tokens)
     layer, head_weights = shape.in_layers / shape.layers, shape.vocabulary * shape.hidden
     sharded = ranks if s.engine != "ddp" else 1
@@ -363,7 +379,7 @@ def _add_up(shape: Shape, setting: Setting, tokens: int, gpu_there: float, host_
         gathered += compute * min(shape.parameters, ZERO3_LIVE)
 
     # Gradients, at the end of the forward pass and of the backward pass.
-    full, buckets = 4 * trained / sharded, 0.0
+    full, buckets, reducing = 4 * trained / sharded, 0.0, 0.0
     before, after = (full if many else 0.0), full
     if s.engine == "ddp" and ranks > 1:
         buckets = 4 * trained  # DDP reduces in buffers of its own
@@ -371,12 +387,16 @@ def _add_up(shape: Shape, setting: Setting, tokens: int, gpu_there: float, host_
         before = compute * trained if many else 0.0  # kept whole, in the compute type, until the last micro-batch
         buckets = 4 * compute * layer if not s.lora_rank else 0.0
     elif s.engine == "zero":
-        buckets = 4 * compute * max(shape.hidden**2, head_weights) if not s.lora_rank else 0.0
         if s.stage == 1:
-            after = compute * trained
+            after = (4 if s.float32_sums else compute) * trained
             before = after if many else 0.0
-        if s.offload_optimizer:
+        elif s.stage == 3:
+            buckets = 4 * compute * max(shape.hidden**2, head_weights) if not s.lora_rank else 0.0
+            before = after = 0.0 if s.offload_optimizer else full  # one tensor, made at the start
+        elif s.offload_optimizer and not s.float32_sums:
             before = after = 0.0
+        if s.stage < 3:
+            reducing, buckets = _reduction(shape, s, many)
     optimizer = optimizer_bytes(s.optimizer, trained, 0 if s.lora_rank else shape.embedding) / sharded
     if s.engine == "zero" and s.half:
         optimizer += 4 * trained / ranks
@@ -399,7 +419,7 @@ def _add_up(shape: Shape, setting: Setting, tokens: int, gpu_there: float, host_
 
     gpu_forward = {"gradients": before, "activations": activations, "head and loss": head, "copies": copies}
     gpu_backward = {
-        "gradients": after,
+        "gradients": after + reducing,
         "activations": (kept + work) * tokens,
         "head and loss": trained_head,
         "copies": 0.0,
@@ -416,9 +436,10 @@ def _add_up(shape: Shape, setting: Setting, tokens: int, gpu_there: float, host_
         "head and loss": peak["head and loss"],
         "copies and gathers": peak["copies"] + gathered,
     }
-    if s.engine == "zero" and s.stage < 3 and sum(gpu.values()) < 2 * weights:
-        # deepspeed 0.19.8, stage_1_and_2.py, joins the weights into one tensor: at the start both are there
-        gpu = dict.fromkeys(gpu, 0.0) | {"weights": weights, "copies and gathers": weights}
+    joined = compute * trained
+    if s.engine == "zero" and s.stage < 3 and sum(gpu.values()) < weights + joined:
+        # deepspeed 0.19.8, stage_1_and_2.py, joins the trained weights into one tensor: at the start both are there
+        gpu = dict.fromkeys(gpu, 0.0) | {"weights": weights, "copies and gathers": joined}
     host = _host(shape, s, trained, many) if s.cuda else {"libraries": 0.7 * GIB * s.ranks_per_machine}
     if not s.cuda:
         host |= {part: size * s.ranks_per_machine for part, size in gpu.items()}
@@ -427,15 +448,34 @@ def _add_up(shape: Shape, setting: Setting, tokens: int, gpu_there: float, host_
     return Plan(shape, s, tokens, per_token, beside, gpu, host, gpu_there, host_there)
 
 
+def _reduction(shape: Shape, s: Setting, many: bool) -> tuple[float, float]:
+    """Bytes of ZeRO-1 and 2 on one GPU for reducing gradients, at the end of a backward pass and always.
+
+    Read in deepspeed 0.19.8, stage_1_and_2.py, and counted on the CPU. A bucket is filled (`setup_buckets`; two with overlap_comm) and
+    joined for its reduction. A gradient larger than the bucket stays by itself until the backward pass is over
+    (`copy_grads_in_partition` drops it in the last micro-batch alone, and only when it is offloaded). To be added to a float32 sum, a
+    gradient is cast; the largest, the embedding's, comes last.
+    """
+    if s.lora_rank:  # its matrices are small
+        return 0.0, 0.0
+    compute, largest = s.compute.itemsize, max(shape.tensors)
+    bucket = shape.hidden**2 if s.bucket is None else s.bucket  # transformers 5.23, integrations/deepspeed.py
+    reducing = compute * (2 + s.overlap) * bucket + 4 * largest * s.float32_sums
+    if many or not s.offload_optimizer:
+        reducing += compute * sum(size for size in shape.tensors if size > bucket) / s.ranks
+    return reducing, compute * largest * s.offload_optimizer  # temp_grad_buffer_for_gpu_offload
+
+
 def _host(shape: Shape, s: Setting, trained: float, many: bool) -> dict[str, float]:
     """The parts in one machine's memory: the model passes through it when it loads and when it is saved."""
-    compute, ranks_here = 2 if s.half else 4, s.ranks_per_machine
-    loads = compute if s.lora_rank else 4
+    compute, ranks_here = s.compute.itemsize, s.ranks_per_machine
+    loads = s.compute if s.lora_rank else torch.float32
     libraries = {"libraries": HOST_LIBRARIES * ranks_here}
     if s.four_bit:
         return libraries | {"loading": 2 * compute * shape.largest_linear}  # packed on the GPU, tensor by tensor
     read_once = s.stage == 3 or (s.engine == "fsdp" and s.handed_out)
-    loading = loads * shape.parameters * (1 if read_once else ranks_here)
+    # what is loaded in the type of the file stays memory-mapped (transformers 5.23), and the kernel may drop it
+    loading = 0.0 if loads == shape.stored else loads.itemsize * shape.parameters * (1 if read_once else ranks_here)
     saving = compute * shape.parameters if not s.lora_rank else 0.0
     if s.engine == "fsdp":
         saving += 4 * trained  # gathered in float32 on rank 0, then cast
@@ -444,14 +484,16 @@ def _host(shape: Shape, s: Setting, trained: float, many: bool) -> dict[str, flo
     share = trained / s.ranks  # of one rank
     states = optimizer_bytes(s.optimizer, share, 0)
     if s.engine == "fsdp":
-        frozen = loads * shape.parameters / s.ranks if s.lora_rank else 0.0
+        frozen = compute * shape.parameters / s.ranks if s.lora_rank else 0.0
         parts = {"optimizer": states, "weights": 4 * share + frozen, "gradients": 4 * share}
     else:
         # deepspeed 0.19.8, stage_1_and_2.py: float32 weights, their 16-bit copy on its way back to the GPU and float32 gradients
         # are page-locked, and PyTorch rounds such a block up to a power of two
         lock = _power_of_two if s.pinned else float
         parts = {"optimizer": states, "weights": lock(4 * share) + lock(compute * share), "gradients": lock(4 * share)}
-        if many:
+        if s.stage == 3:  # stage3.py, grad_partitions_flat_buffer
+            parts["gradients"] += lock((4 if s.float32_sums else compute) * share)
+        elif many and not s.float32_sums:
             parts["gradients"] += compute * share * (1.35 if s.pinned else 1)  # one block for each tensor
         if s.offload_weights:
             parts["weights"] += lock(compute * share)
@@ -512,6 +554,7 @@ def next_rungs(plan: Plan) -> Iterator[tuple[str, Plan]]:
     )  # bitsandbytes knows no sharded weights
     alone = {"engine": "ddp", "stage": 0, "offload_optimizer": False, "offload_weights": False}
     offload = {"engine": "zero", "stage": 2, "offload_optimizer": True, "pinned": True, "optimizer": "adamw_torch"}
+    offload |= {"float32_sums": True, "overlap": True}  # ds_config.json
     # name: already so, possible, flags, what it changes
     changes: dict[str, tuple[bool, bool, str, dict[str, Any]]] = {
         "tokens": (

@@ -1,12 +1,15 @@
 """The memory plan: its bytes are counted on real layers, its sums are done by hand, and an out-of-memory becomes a sentence."""
 
 import json
+import os
 import re
+from pathlib import Path
 
+import jobs
 import pytest
 import torch
 from conftest import ROOT, run_script
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import utils
 from sft import compiling, memory
@@ -120,7 +123,7 @@ def setting(**changes) -> memory.Setting:
         "step_tokens": 2048,
         "tokens_asked": None,
     }
-    usual |= {"packing": True, "half": True, "optimizer": "adamw_torch_fused"}
+    usual |= {"packing": True, "compute": torch.bfloat16, "optimizer": "adamw_torch_fused"}
     return memory.Setting(**(usual | changes))
 
 
@@ -129,7 +132,7 @@ def setting(**changes) -> memory.Setting:
     [
         ({"dtype": torch.float32, "autocast": True}, {}),
         ({"dtype": torch.bfloat16, "autocast": False}, {"engine": "fsdp"}),
-        ({"dtype": torch.float32, "autocast": False}, {"half": False}),
+        ({"dtype": torch.float32, "autocast": False}, {"compute": torch.float32}),
         ({"dtype": torch.bfloat16, "autocast": True, "lora": True}, {"lora_rank": 1}),
         pytest.param(
             {"dtype": torch.float32, "autocast": True, "compiled": True}, {"compiled": True}, marks=pytest.mark.slow
@@ -204,14 +207,120 @@ def test_ranks_share_what_the_engine_shards():
     assert not ddp.fits and fsdp.fits and zero.fits
 
 
-def test_deepspeed_joins_the_weights_at_the_start_and_holds_them_twice():
-    words = ["--deepspeed", str(ROOT / "ds_config.json"), "--gradient_checkpointing", "True"]
+def deepspeed_file(folder: Path, **zero) -> str:
+    """ds_config.json, edited."""
+    file = json.loads((ROOT / "ds_config.json").read_text())
+    file["zero_optimization"] |= zero
+    (folder / "edited.json").write_text(json.dumps(file))
+    return str(folder / "edited.json")
+
+
+def test_zero_2_with_offload_keeps_a_float32_sum_of_the_gradients_on_the_gpu(tmp_path):
+    words = ["--gradient_checkpointing", "True", "--deepspeed"]
+    asked = ["--tokens_per_micro_batch", "4096"]
+    step = {"step_tokens": 13_669}
+    plan = plan_of(OPEN_LLAMA_3B, *words, str(ROOT / "ds_config.json"), *asked, **step)
+    size, embedding, bucket = plan.shape.parameters, 32000 * 3200, 3200**2
+    larger = 26 * 3 * 3200 * 8640 + 2 * embedding  # than the bucket: the feed-forward layers, the embedding, the head
+    assert plan.gpu["weights"] == 2 * size and plan.gpu["optimizer"] == 0
+    # sums, gradients that stay until the end, three buckets, the embedding's gradient as float32, a buffer of its size
+    assert plan.gpu["gradients"] == 4 * size + 2 * larger + 2 * 3 * bucket + 4 * embedding + 2 * embedding
+    assert plan.host["gradients"] == 2**34, "float32, page-locked: 12.8 GiB in a block of 16"
+    stage3 = plan_of(OPEN_LLAMA_3B, *words, deepspeed_file(tmp_path, stage=3), *asked, **step)
+    assert stage3.host["gradients"] == 2 * 2**34 and stage3.gpu_peak < plan.gpu_peak, "its sums lie in the host too"
+    roomy = plan_of(OPEN_LLAMA_3B, *words, deepspeed_file(tmp_path, reduce_bucket_size=2e8), *asked, **step)
+    assert roomy.gpu["gradients"] == 4 * size + 2 * embedding, "none is larger: the forward pass takes the most"
+    assert roomy.gpu_peak < plan.gpu_peak
+    alone = plan_of(OPEN_LLAMA_3B, *words, str(ROOT / "ds_config.json"), "--tokens_per_micro_batch", "13669", **step)
+    assert alone.gpu["gradients"] == plan.gpu["gradients"] - 2 * larger, "the last micro-batch drops them one by one"
+    halves = plan_of(OPEN_LLAMA_3B, *words, str(ROOT / "ds_config.json"), *asked, "--plan_world_size", "2", **step)
+    split = plan.gpu["gradients"] - halves.gpu["gradients"]
+    assert split == (4 * size + 2 * larger) / 2
+
+
+def test_deepspeed_joins_the_weights_at_the_start_and_holds_them_twice(tmp_path):
+    file = Path(deepspeed_file(tmp_path))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"data_types": {}}))
+    words = ["--deepspeed", str(file), "--gradient_checkpointing", "True"]
     few, many = (
         plan_of(OPEN_LLAMA_3B, *words, "--tokens_per_micro_batch", str(tokens), step_tokens=tokens)
         for tokens in (4_096, 65_536)
     )
     assert few.gpu_peak == 2 * 2 * few.shape.parameters, "16-bit weights as they were loaded, and joined"
     assert many.gpu_peak > few.gpu_peak and many.gpu["activations"] > 0, "here training takes more"
+
+
+def note_gradients() -> None:
+    """In a run: note the bytes that DeepSpeed holds when a backward pass is over, before it drops the gradients."""
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    drop = DeepSpeedZeroOptimizer._clear_param_grad_only
+
+    def noted(self) -> None:
+        held = [p.grad.untyped_storage() for group in self.bit16_groups for p in group if p.grad is not None]
+        line = {
+            "held": sum({storage.data_ptr(): storage.nbytes() for storage in held}.values()),
+            "sums": sum(group.flat_partition.nbytes for group in self.averaged_gradients.values()),
+            "buffer": self.temp_grad_buffer_for_gpu_offload.nbytes,
+        }
+        with open(os.environ["NOTES"], "a") as file:
+            print(json.dumps(line), file=file)
+        drop(self)
+
+    DeepSpeedZeroOptimizer._clear_param_grad_only = noted
+
+
+@pytest.mark.slow
+def test_deepspeed_holds_the_gradients_that_the_plan_counts(tiny_llama, questions_csv, tmp_path):
+    pytest.importorskip("deepspeed")
+    given = [*flags_for(tiny_llama, questions_csv, tmp_path), "--data_cache_dir", str(tmp_path / "cache")]
+    given += ["--model_max_length", "64", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "8"]
+    given += ["--max_steps", "1", "--save_strategy", "no", "--use_cpu", "True", "--bf16", "True"]
+    given += ["--deepspeed", deepspeed_file(tmp_path, offload_optimizer={"device": "cpu"})]
+    torchrun = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    jobs.run(given, 1, tmp_path / "log", note_gradients, **torchrun, NOTES=str(tmp_path / "notes"))
+    *others, last = map(json.loads, (tmp_path / "notes").read_text().splitlines())
+    config = LlamaConfig.from_pretrained(tiny_llama)
+    shape = memory.Shape.of(config)
+    larger = 2 * 3 * 32 * 64 + 2 * 320 * 32  # than 32 x 32
+    buckets = 2 * 2 * 32**2
+    assert others and all(
+        note == {"held": 2 * larger + buckets, "sums": 4 * shape.parameters, "buffer": 2 * 320 * 32} for note in others
+    )
+    assert last == others[0] | {"held": 0}
+    said = {"engine": "zero", "stage": 2, "offload_optimizer": True, "float32_sums": True, "overlap": True}
+    counted = [memory._reduction(shape, setting(**said), many) for many in (True, False)]
+    assert counted[0][0] - counted[1][0] == 2 * larger and counted[0][1] == others[0]["buffer"]
+
+
+@pytest.mark.parametrize(("stored", "words", "copied"), [
+    (torch.bfloat16, ["--use_lora", "True"], 0),
+    (torch.float16, ["--use_lora", "True"], 2),
+    (None, ["--use_lora", "True"], 2),
+    (torch.bfloat16, [], 4),
+    (torch.float32, [], 2),  # what is saved
+])  # fmt: skip
+def test_weights_loaded_as_they_are_stored_take_no_host_memory(stored, words, copied):
+    plan = plan_of(LlamaConfig(**OPEN_LLAMA_3B.to_dict() | {"dtype": stored}), *words)
+    assert plan.host["loading or saving"] == copied * plan.shape.parameters
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").is_file(), reason="Linux counts it there")
+def test_they_stay_in_the_file(tmp_path):
+    model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **TINY | {"vocab_size": 64_000}, dtype=torch.bfloat16))
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    size = 2 * sum(p.numel() for p in model.parameters())
+
+    def anonymous() -> int:
+        return 1024 * int(re.search(r"Anonymous: +(\d+)", Path("/proc/self/smaps_rollup").read_text())[1])
+
+    taken = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        before = anonymous()
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+        taken[dtype] = (anonymous() - before) / size
+        assert loaded.dtype == dtype
+    assert taken[torch.bfloat16] < 0.3 and taken[torch.float32] > 1.5, taken
 
 
 def test_auto_grows_to_what_the_card_has_room_for():
