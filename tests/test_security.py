@@ -196,6 +196,7 @@ def test_code_of_a_model_repository_is_not_run(tiny_llama, questions_csv, tmp_pa
 
 
 def test_an_adapter_of_pickled_weights_that_run_code_is_refused(tiny_llama, questions_csv, tmp_path, mark):
+    pytest.importorskip("peft")
     train(*flags_for(tiny_llama, questions_csv, tmp_path / "adapter", "--max_steps", "2", "--use_lora", "True"))
     (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
     plant(tmp_path / "adapter" / "adapter_model.bin", mark)
