@@ -21,12 +21,7 @@ VARLEN_WORDS = frozenset(inspect.signature(varlen_attn).parameters)
 TRITON = "triton"  # sft/triton_attention.py, imported where it is chosen: a CPU's PyTorch comes without Triton
 VARLEN = "varlen"
 PER_EXAMPLE = "per_example"
-TRITON_HEADS = (
-    16,
-    32,
-    64,
-    128,
-)  # padded to the next of them, other sizes are slower than FlashAttention (benchmarks/LOG.md)
+TRITON_HEADS = (16, 32, 64, 128)  # other sizes, padded, are slower than in FlashAttention (benchmarks/LOG.md)
 
 
 class Choice(NamedTuple):
