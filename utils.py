@@ -49,7 +49,7 @@ from sft.arguments import (
 from sft.card import write_card
 from sft.live import tracker_problems
 from sft.picture import draw
-from sft.preflight import check_deepspeed
+from sft.preflight import check_deepspeed, read_for_plan
 from sft.recipe import describe_plan, plan, precision
 from sft.record import Report
 from sft.rows import ROWS_PER_BATCH, header_problems, read_batches, read_csv
@@ -252,6 +252,11 @@ def check_model(flags) -> list[str]:
     return problems + (lora.target_problems(config, flags.lora_target_modules) if config else [])
 
 
+def plan_only(flags) -> list[str]:
+    """With --plan_only say the memory plan and end the run, or return what keeps it from being made; else nothing."""
+    return (read_for_plan(flags) or memory.stop_after_plan(flags)) if flags.plan_only else []
+
+
 def load_model(
     model_args: ModelArguments, training_args: TrainingArguments, tokenizer: PreTrainedTokenizerBase
 ) -> PreTrainedModel:
@@ -317,7 +322,7 @@ def train(load_tokenizer: LoadTokenizer, argv: list[str] | None = None) -> Super
     model_args, data_args, training_args = parse(
         argv,
         checks=(
-            memory.stop_after_plan,
+            plan_only,
             data_problems,
             check_model,
             checkpoints.problems,

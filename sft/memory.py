@@ -616,9 +616,7 @@ def host_memory() -> float:
 
 
 def stop_after_plan(flags: Any) -> list[str]:
-    """With --plan_only say the plan and end the run; else nothing. Returns what keeps it from being made."""
-    if not flags.plan_only:
-        return []
+    """Say the plan and end the run, or return what keeps it from being made."""
     try:
         config = AutoConfig.from_pretrained(
             flags.model_name_or_path, cache_dir=flags.cache_dir, trust_remote_code=flags.trust_remote_code

@@ -75,6 +75,17 @@ def check_deepspeed(flags) -> list[str]:
     return [str(finding) for finding in findings if finding.severity == "error"]
 
 
+def read_for_plan(flags) -> list[str]:
+    """Put the content of `--deepspeed FILE` in its place, or return why it cannot be read. DeepSpeed need not be installed."""
+    if not flags.deepspeed:
+        return []
+    name, config = _open(flags.deepspeed)
+    findings = [config] if isinstance(config, Finding) else _shape(name, config)
+    if not findings:
+        flags.deepspeed = config
+    return [str(finding) for finding in findings]
+
+
 def lint(file: str | dict, flags) -> list[Finding]:
     """Everything that is known about a DeepSpeed file without starting DeepSpeed, errors first.
 
@@ -84,13 +95,7 @@ def lint(file: str | dict, flags) -> list[Finding]:
         file: the path of the file, or its content.
         flags: an object with the Trainer's arguments as attributes.
     """
-    name = file if isinstance(file, str) else "the DeepSpeed configuration"
-    if isinstance(file, str) and file.lstrip().startswith("{"):
-        name, config = "--deepspeed", _parse("--deepspeed", file)
-    elif isinstance(file, str):
-        config = _read(file)
-    else:
-        config = file
+    name, config = _open(file)
     if isinstance(config, Finding):
         return [config]
     if importlib.util.find_spec("deepspeed") is None:
@@ -113,15 +118,16 @@ def lint(file: str | dict, flags) -> list[Finding]:
     return sorted(findings, key=lambda finding: ("error", "warning", "note").index(finding.severity))
 
 
-def _read(path: str) -> dict | Finding:
-    if not Path(path).is_file():
-        return Finding(
-            "error",
-            f"--deepspeed {path}",
-            "there is no such file",
-            "Give the path of a DeepSpeed file, such as ds_config.json.",
-        )
-    return _parse(path, Path(path).read_text(encoding="utf-8-sig"))
+def _open(file: str | dict) -> tuple[str, dict | Finding]:
+    """The name to call it in messages, and the content of a path, of JSON on the command line, or of a dict."""
+    if not isinstance(file, str):
+        return "the DeepSpeed configuration", file
+    if file.lstrip().startswith("{"):
+        return "--deepspeed", _parse("--deepspeed", file)
+    if not Path(file).is_file():
+        cure = "Give the path of a DeepSpeed file, such as ds_config.json."
+        return file, Finding("error", f"--deepspeed {file}", "there is no such file", cure)
+    return file, _parse(file, Path(file).read_text(encoding="utf-8-sig"))
 
 
 def _parse(name: str, text: str) -> dict | Finding:
@@ -159,9 +165,12 @@ def _parse(name: str, text: str) -> dict | Finding:
 
 
 def _shape(name: str, config: dict) -> list[Finding]:
-    """Blocks that are no objects and a stage that is no number end the lint: the rest reads them."""
+    """Blocks that are no objects, and a stage or a bucket that is no number, end the lint: the rest reads them."""
     zero = config.get("zero_optimization", {})
-    blocks = {key: config.get(key, {}) for key in ("zero_optimization", "bf16", "fp16", "optimizer", "scheduler")}
+    blocks = {
+        key: config.get(key, {})
+        for key in ("zero_optimization", "bf16", "fp16", "optimizer", "scheduler", "data_types")
+    }
     if isinstance(zero, dict):
         blocks |= {f"zero_optimization.{key}": zero.get(key) or {} for key in ("offload_optimizer", "offload_param")}
     findings = [
@@ -187,6 +196,11 @@ def _shape(name: str, config: dict) -> list[Finding]:
                     f'Write "stage": {wanted}',
                 )
             )
+        bucket = zero.get("reduce_bucket_size", "auto")
+        if bucket != "auto" and (isinstance(bucket, bool) or not isinstance(bucket, int | float) or bucket <= 0):
+            where = f"{name}: zero_optimization.reduce_bucket_size is {json.dumps(bucket)}"
+            cure = 'Write "reduce_bucket_size": "auto"'
+            findings.append(Finding("error", where, 'it must be a number above 0, or "auto"', cure))
     return findings
 
 

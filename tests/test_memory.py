@@ -412,6 +412,9 @@ def test_plan_only_needs_the_config_alone(tmp_path, capsys):
             load_llama_tokenizer, [*words, "--deepspeed", str(ROOT / "ds_config.json"), "--plan_world_size", "4"]
         )
     assert "4 x 80.0 GiB GPU, ZeRO stage 2, offloaded to the host" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        utils.train(load_llama_tokenizer, [*words, "--deepspeed", '{"zero_optimization": {"stage": 1}}'])
+    assert "1 x 80.0 GiB GPU, ZeRO stage 1" in capsys.readouterr().out
 
 
 def test_a_plan_of_nothing_is_refused(tmp_path):
@@ -419,6 +422,14 @@ def test_a_plan_of_nothing_is_refused(tmp_path):
         utils.train(load_llama_tokenizer, ["--model_name_or_path", str(tmp_path), "--plan_only", "True"])
     with pytest.raises(UserError, match="Add --plan_only True"):
         utils.train(load_llama_tokenizer, ["--model_name_or_path", str(tmp_path), "--plan_gpu_gib", "80"])
+    OPEN_LLAMA_7B.save_pretrained(tmp_path)
+    words = ["--model_name_or_path", str(tmp_path), "--plan_only", "True", "--deepspeed"]
+    for file, problem in (
+        ("missing.json", "there is no such file"),
+        ('{"zero_optimization": {"stage": "2"}}', "stage is"),
+    ):
+        with pytest.raises(UserError, match=problem):
+            utils.train(load_llama_tokenizer, [*words, file])
 
 
 def test_a_full_gpu_ends_in_a_sentence_and_exit_code_3(tiny_llama, questions_csv, tmp_path, monkeypatch, capsys):

@@ -81,6 +81,11 @@ def test_errors_are_returned_and_the_rest_is_printed(tmp_path, capsys, monkeypat
         ('{"zero_optimization": {"stage": "3"}}', r': zero_optimization.stage is "3": .* Write "stage": 3$'),
         ('{"zero_optimization": {"stage": true}}', r": zero_optimization.stage is true: .*"),
         ('{"zero_optimization": {"stage": 4}}', r": zero_optimization.stage is 4: .* Write \"stage\": 2$"),
+        (
+            '{"zero_optimization": {"reduce_bucket_size": "big"}}',
+            r': zero_optimization.reduce_bucket_size is "big": .*"auto"$',
+        ),
+        ('{"data_types": "fp32"}', r': data_types is "fp32": DeepSpeed expects an object there\.'),
         ('{"zero_optimization": 2}', r": zero_optimization is 2: DeepSpeed expects an object there\."),
         ('{"zero_optimization": {"offload_param": "cpu"}}', r': zero_optimization.offload_param is "cpu": .*'),
     ],
