@@ -59,11 +59,12 @@ class SummedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, scale: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        gradients = (
-            None if gradient is None else (gradient * scale).to(dtype)
-            for gradient, dtype in zip(ctx.gradients, ctx.dtypes)
+        gradients, ctx.gradients = ctx.gradients, None  # scaled in place and let go: the head's may take gigabytes
+        scaled = (
+            None if gradient is None else gradient.mul_(scale).to(dtype)
+            for gradient, dtype in zip(gradients, ctx.dtypes)
         )
-        return (*gradients, None, None)
+        return (*scaled, None, None)
 
 
 def compile_loss() -> None:

@@ -109,7 +109,7 @@ def lint(file: str | dict, flags) -> list[Finding]:
         return wrong_shape
     findings = [
         *_unknown_keys(name, config),
-        *_precision(name, config),
+        *_precision(name, config, flags),
         *_against_flags(name, config, flags),
         *_blocks_that_win(name, config, flags),
         *_stage(name, config),
@@ -246,7 +246,7 @@ def _nearest(key: str, known) -> str:
     return f'Did you mean "{near[0]}"?' if near else "Remove it."
 
 
-def _precision(name: str, config: dict) -> list[Finding]:
+def _precision(name: str, config: dict, flags) -> list[Finding]:
     both = [config.get(kind, {}).get("enabled") is True for kind in ("bf16", "fp16")]
     if all(both):
         return [
@@ -255,6 +255,16 @@ def _precision(name: str, config: dict) -> list[Finding]:
                 f"{name}: bf16 and fp16 are both enabled",
                 "a run has one compute type",
                 'Write "enabled": "auto" in both: the flags --bf16 and --fp16 then decide',
+            )
+        ]
+    if (flags.bf16 or flags.fp16) and config.get("data_types", {}).get("grad_accum_dtype") != "fp32":
+        # deepspeed 0.19.8, engine.py, get_data_types: with ZeRO the default is the model's type
+        return [
+            Finding(
+                "warning",
+                f"{name}: data_types.grad_accum_dtype is not fp32",
+                "the gradients of a step's micro-batches are summed in 16 bits, and small ones are lost",
+                'Write "data_types": {"grad_accum_dtype": "fp32"}',
             )
         ]
     return []

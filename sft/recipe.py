@@ -34,6 +34,8 @@ def precision(model_args: ModelArguments, args: TrainingArguments) -> dict[str, 
     """The number type of each part."""
     names = {"weights": torch.float32, "gradients": torch.float32, "optimizer": torch.float32}
     names |= {"compute": compute_dtype(args), "export": export_dtype(args)}
+    if args.deepspeed and args.hf_deepspeed_config.get_value("data_types.grad_accum_dtype") != "fp32":
+        names["gradients"] = names["compute"]  # sft/preflight.py warns of it
     types = {part: str(dtype).removeprefix("torch.") for part, dtype in names.items()}
     if model_args.use_lora:
         types["frozen"] = "4 bits (nf4)" if model_args.load_in_4bit else types["compute"]
@@ -45,6 +47,9 @@ def describe_plan(model_args: ModelArguments, args: TrainingArguments, examples:
     arithmetic, types = plan(args, examples), precision(model_args, args)
     device = "CPU process" if args.device.type == "cpu" else "GPU"
     frozen = f"frozen weights in {types['frozen']}; trained additions: " if "frozen" in types else ""
+    gradients = "gradients and optimizer state"
+    if types["gradients"] != types["weights"]:
+        gradients = f"optimizer state, gradients summed in {types['gradients']}"
     many = "" if args.world_size == 1 else "s" if device == "GPU" else "es"
     return "\n".join(
         [
@@ -52,7 +57,7 @@ def describe_plan(model_args: ModelArguments, args: TrainingArguments, examples:
             "optimizer step".format(device=device + many, **arithmetic),
             f"{examples:,} examples: {arithmetic['steps_per_epoch']:,} optimizer steps per epoch, "
             f"{arithmetic['steps']:,} in this run",
-            f"precision: {frozen}{types['weights']} weights, gradients and optimizer state, {types['compute']} compute, "
+            f"precision: {frozen}{types['weights']} weights, {gradients}, {types['compute']} compute, "
             f"exported as {types['export']}",
         ]
     )

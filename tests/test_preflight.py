@@ -112,6 +112,7 @@ def test_a_missing_file_is_one_error():
         (config(offload_optimiser={"device": "cpu"}), "error", "unknown key 'zero_optimization.offload_optimiser': DeepSpeed refuses it. Did you mean \"offload_optimizer\"?"),
         (config(offload_param={"devise": "cpu"}), "error", "unknown key 'zero_optimization.offload_param.devise': DeepSpeed refuses it. Did you mean \"device\"?"),
         ({**OURS, "bf16": {"enabled": True}, "fp16": {"enabled": True}}, "error", "bf16 and fp16 are both enabled"),
+        ({**OURS, "data_types": {}}, "warning", "the gradients of a step's micro-batches are summed in 16 bits"),
         ({**OURS, "bf16": {"enabled": False}}, "error", "'enabled' is false, but --bf16 true: they contradict each other"),
         ({**OURS, "gradient_accumulation_steps": 4}, "error", "'gradient_accumulation_steps' is 4, but --gradient_accumulation_steps 1"),
         ({**OURS, "optimizer": {"type": "AdamW", "params": {"lr": 3e-5}}}, "error", "'lr' is 3e-05, but --learning_rate 5e-05"),
