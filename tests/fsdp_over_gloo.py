@@ -42,6 +42,12 @@ def prepare_and_shard(self, *args, fsdp_plugin=None, **kwargs):
         self.fsdp_plugin = fsdp_plugin
 
 
+def shard_on_a_cpu() -> None:
+    """Undo Accelerate's refusal and the scripts' own."""
+    accelerate.state.AcceleratorState.__init__ = prepare_and_shard
+    arguments._drop_fsdp_where_nothing_is_sharded = lambda flags: []
+
+
 def load_and_say_how_much(*args):
     """Print how many bytes of the model this rank holds, adapters left out, once it is loaded."""
     model = load_model(*args)
@@ -75,8 +81,7 @@ if __name__ == "__main__":
     accelerate.accelerator.fsdp2_apply_ac = recompute_and_say_how_much
     utils.load_model = load_and_say_how_much
     if "--use_cpu" in sys.argv:
-        accelerate.state.AcceleratorState.__init__ = prepare_and_shard
-        arguments._drop_fsdp_where_nothing_is_sharded = lambda flags: []
+        shard_on_a_cpu()
     if "GATHER_BY_ITSELF" in os.environ:  # CUDA or CPU: tensors of which device
         library = torch.library.Library("_c10d_functional", "IMPL")
         library.impl("all_gather_into_tensor", gather_by_itself, os.environ["GATHER_BY_ITSELF"])

@@ -3,17 +3,19 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import time
 
+import fsdp_over_gloo
 import jobs
 import pytest
 from saved_runs import ZERO_2, flags_for, losses, same_weights
 
 from sft import checkpoints, export
 
-KILLS = {"ddp": 30, "zero2": 8}
+KILLS = {"ddp": 30, "zero2": 10, "fsdp": 10}
 SEED = 20231
 STEPS = 30
 FLAGS = ["--max_steps", str(STEPS), "--save_steps", "2", "--gradient_accumulation_steps", "2"]
@@ -57,6 +59,13 @@ def die_at_a_call() -> None:
     setattr(module, name, call)
 
 
+def prepare_rank() -> None:
+    if "FSDP" in os.environ:
+        fsdp_over_gloo.shard_on_a_cpu()
+    if "DIE_AT" in os.environ:
+        die_at_a_call()
+
+
 def whole_step(output) -> int:
     """The step of the newest whole checkpoint; 0 without one."""
     return next(
@@ -67,13 +76,18 @@ def whole_step(output) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", KILLS)
 def test_kills_at_random_moments_lose_nothing(tiny_llama, questions_csv, tmp_path, engine):
-    engine_flags = []
+    engine_flags, environment = [], {}
+    if engine == "fsdp":  # each rank writes its shards
+        engine_flags = ["--fsdp", "full_shard auto_wrap", "--fsdp_config", '{"state_dict_type": "SHARDED_STATE_DICT"}']
+        environment = {"FSDP": "on a CPU"}
     if engine == "zero2":
         pytest.importorskip("deepspeed")
         (tmp_path / "zero2.json").write_text(json.dumps(ZERO_2))
         engine_flags = ["--deepspeed", str(tmp_path / "zero2.json")]
     quiet = flags_for(tiny_llama, questions_csv, tmp_path / "quiet", *FLAGS, *engine_flags)
-    jobs.run(quiet, 2, tmp_path / "quiet.log")
+    jobs.run(quiet, 2, tmp_path / "quiet.log", prepare_rank, **environment)
+    shards = [file for file in (tmp_path / "quiet").glob("checkpoint-*/*/*") if re.search("rank_1_|__1_", file.name)]
+    assert bool(shards) == (engine != "ddp"), "another engine than this one ran"
     dice = random.Random(SEED)
     kills, inside_saving, runs, log = 0, 0, 0, tmp_path / "log"
     while kills < KILLS[engine]:
@@ -88,10 +102,10 @@ def test_kills_at_random_moments_lose_nothing(tiny_llama, questions_csv, tmp_pat
             if dice.random() < 0.7:
                 where = dice.choice(list(WRITES))
                 calls = dice.randint(1, WRITES[where])
-                job = jobs.Job(flags, 2, log, die_at_a_call, DIE_AT=f"{victim}:{where}:{calls}")
+                job = jobs.Job(flags, 2, log, prepare_rank, DIE_AT=f"{victim}:{where}:{calls}", **environment)
                 codes = job.wait(timeout_s=60)
             else:
-                job = jobs.Job(flags, 2, log)
+                job = jobs.Job(flags, 2, log, prepare_rank, **environment)
                 while "save rehearsal" not in job.printed() and job.runs():
                     time.sleep(0.02)
                 time.sleep(dice.uniform(0, 1))
