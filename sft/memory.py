@@ -472,7 +472,8 @@ def _host(shape: Shape, s: Setting, trained: float, many: bool) -> dict[str, flo
     loads = s.compute if s.lora_rank else torch.float32
     libraries = {"libraries": HOST_LIBRARIES * ranks_here}
     if s.four_bit:
-        return libraries | {"loading": 2 * compute * shape.largest_linear}  # packed on the GPU, tensor by tensor
+        # packed on the GPU, tensor by tensor, by every rank
+        return libraries | {"loading": 2 * compute * shape.largest_linear * ranks_here}
     read_once = s.stage == 3 or (s.engine == "fsdp" and s.handed_out)
     # what is loaded in the type of the file stays memory-mapped (transformers 5.23), and the kernel may drop it
     loading = 0.0 if loads == shape.stored else loads.itemsize * shape.parameters * (1 if read_once else ranks_here)
