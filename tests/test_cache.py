@@ -171,6 +171,7 @@ def test_a_killed_builder_leaves_nothing_that_counts(tmp_path):
     assert not list(tmp_path.glob("cache/*.building"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="threads elsewhere")
 def test_the_children_of_a_killed_builder_end_and_hold_no_lock(tmp_path):
     children = tmp_path / "children"

@@ -122,6 +122,7 @@ def test_what_it_refuses_leaves_the_old_csv(convert, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "out.csv"]
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path):
     (tmp_path / "alpaca.json").write_text(json.dumps(ALPACA_RECORDS))
     command = [sys.executable, str(ROOT / "examples" / "open_instruct.py"), "alpaca.json"]

@@ -45,6 +45,7 @@ def test_a_run_stopped_in_an_epoch_and_at_its_end_continues_bit_for_bit(
     shutil.rmtree(tmp_path / "out"), shutil.rmtree(tmp_path / "other")
 
 
+@pytest.mark.slow
 def test_a_run_with_random_numbers_in_its_steps_continues_bit_for_bit(tiny_llama, questions_csv, tmp_path, monkeypatch):
     pytest.importorskip("peft")
     more = ["--use_lora", "True", "--lora_dropout", "0.3", "--max_steps", "6", "--resume_from_checkpoint", "True"]

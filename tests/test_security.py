@@ -208,6 +208,7 @@ def test_an_adapter_of_pickled_weights_that_run_code_is_refused(tiny_llama, ques
     assert not mark.exists()
 
 
+@pytest.mark.slow
 def test_tokenized_rows_that_run_code_are_not_loaded(tiny_llama, questions_csv, tmp_path, mark):
     flags = flags_for(tiny_llama, questions_csv, tmp_path / "out", "--max_steps", "1")
     flags += ["--data_cache_dir", str(tmp_path / "cache")]
