@@ -83,6 +83,32 @@ def test_interpreted():
     assert len(done.stdout.splitlines()) == (len(LENGTHS) + 1) * len(HEADS)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("heads, key_heads, head_dim", [(32, 4, 64), (32, 32, 128), (14, 2, 64)])
+def test_the_kernels_fit_consumer_cards(heads, key_heads, head_dim):
+    """Compiled for cards that are not here; a block has 99 KiB of shared memory on the smallest of them (8.6)."""
+    pytest.importorskip("triton")
+    from triton import compile
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from sft import triton_attention as ours
+
+    q, k = torch.empty(1, heads, head_dim), torch.empty(1, key_heads, head_dim)
+    kernels = {"forward": ours._forward, "queries": ours._backward_queries, "keys": ours._backward_keys}
+    types = {"T": "i32", "scale": "fp32", "log_sums": "*fp32", "products": "*fp32"}
+    types |= {"first_seen": "*i32", "seen_until": "*i32"}
+    for name, kernel in kernels.items():
+        sizes = ours._sizes(q, k, name)
+        options = {option: sizes.pop(option) for option in ("num_warps", "num_stages")}
+        signature = {a: "constexpr" if a in sizes else types.get(a, "*bf16") for a in kernel.arg_names}
+        aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(kernel.arg_names) if signature[a][0] == "*"}
+        source = ASTSource(fn=kernel, signature=signature, constexprs=sizes, attrs=aligned)
+        for capability, limit in ((86, 99), (90, 227)):
+            binary = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+            assert 0 < binary.metadata.shared <= limit * 1024, (name, capability)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="compiled Triton needs a GPU")
 def test_compiled():
     compare("cuda", 1e-2)
