@@ -24,7 +24,7 @@ BLOCKS = {  # by head size: rows (tokens x grouped heads) and keys of a block, a
     128: {
         "forward": {"rows": 64, "KEYS": 64, "num_warps": 4, "num_stages": 1},
         "queries": {"rows": 64, "KEYS": 32, "num_warps": 4, "num_stages": 1},
-        "keys": {"rows": 64, "KEYS": 64, "num_warps": 4, "num_stages": 1},
+        "keys": {"rows": 64, "KEYS": 64, "num_warps": 4, "num_stages": 2},
     },
 }  # all fit the 99 KiB of shared memory that a block has on consumer cards
 
