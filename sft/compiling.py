@@ -6,9 +6,8 @@ import torch
 from transformers import PreTrainedModel
 
 FLOPS_PER_S = 2e14  # what eager layers reach on a recent card; only to tell a short run from a long one
-WORTH_SECONDS = (
-    240  # compiling takes about 25 s on 16 cores and saves about a third of what follows (benchmarks/LOG.md)
-)
+# Compiling takes about 25 s on 16 cores and saves about a third of what follows (benchmarks/LOG.md).
+WORTH_SECONDS = 240
 
 
 class Choice(NamedTuple):

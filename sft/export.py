@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from sft.arguments import UserError, say
 
@@ -157,17 +156,6 @@ class Exporter:
         return parameters * self.dtype.itemsize <= SMALL_BYTES
 
     def _reload(self, saved: Path) -> torch.nn.Module:
-        """The exported model, whole: under ZeRO-3 `from_pretrained` would split it among ranks that do not take part."""
-        args = self.trainer.args
-        if not args.deepspeed:
-            return self._read(saved)
-        unset_hf_deepspeed_config()
-        try:
-            return self._read(saved)
-        finally:
-            set_hf_deepspeed_config(args.hf_deepspeed_config)
-
-    def _read(self, saved: Path) -> torch.nn.Module:
         folder = Path(self.trainer.args.output_dir)
         if not self.model_args.use_lora or saved != folder:
             return AutoModelForCausalLM.from_pretrained(folder)

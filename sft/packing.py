@@ -17,9 +17,8 @@ from transformers.trainer_pt_utils import BatchRebalanceSampler
 from sft.arguments import UserError
 
 IGNORE_INDEX = -100
-PLACEHOLDER_TOKENS = (
-    8  # a micro-batch for a rank that has no example; two or more, so that compiled layers see no size 1
-)
+# A micro-batch for a rank that has no example; two or more, so that compiled layers see no size 1.
+PLACEHOLDER_TOKENS = 8
 
 
 def permutation(examples: int, seed: int, epoch: int) -> np.ndarray:

@@ -104,17 +104,15 @@ class SupervisedTrainer(Trainer):
         return summed_loss(model, self.head, inputs) * (self.accelerator.num_processes / num_items_in_batch)
 
     def _run_epoch(self, **kwargs) -> None:
-        if (
-            self.state.global_step < self.state.max_steps
-        ):  # transformers 5.23 resumes a run at its end with one step more
+        # transformers 5.23 resumes a run at its end with one step more
+        if self.state.global_step < self.state.max_steps:
             super()._run_epoch(**kwargs)
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.stops.saw(inputs, loss)
-        if (
-            self.accelerator.sync_gradients
-        ):  # the step's last: the GPU has work in hand, and the next examples are gathered meanwhile
+        # the step's last micro-batch: the GPU has work in hand, and the next examples are gathered meanwhile
+        if self.accelerator.sync_gradients:
             self.ahead = (self.source[0], super().get_batch_samples(*self.source))
         return loss
 
