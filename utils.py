@@ -243,7 +243,9 @@ def check_data(tokenizer, data_args: DataArguments, training_args: TrainingArgum
     cells, encode = read_csv(path, data_args.source, data_args.target), partial(encode_responses, tokenizer)
     gc.freeze()  # else all that was imported is searched for garbage while the texts come and go: 0.25 s
     try:
-        return audit.audit(dataset, cells, template, tokenizer, encode, path, training_args, vocabulary_size, *evaluation)
+        return audit.audit(
+            dataset, cells, template, tokenizer, encode, path, training_args, vocabulary_size, *evaluation
+        )
     finally:
         gc.unfreeze()
 

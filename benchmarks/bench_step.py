@@ -237,9 +237,9 @@ def trl_trainer(variant: str, scenario: Scenario, rows: RandomRows, device: torc
         }
         kernel = attention.PER_EXAMPLE
         if device.type == "cuda":
-            from sft import triton_attention
+            from sft import triton_attention  # noqa: F401  registers its operator
 
-            kernel = triton_attention.TRITON
+            kernel = attention.TRITON
     config = SFTConfig(
         output_dir=tempfile.mkdtemp(), max_steps=6000, learning_rate=2e-5, lr_scheduler_type="cosine", save_strategy="no", logging_steps=1,
         report_to="none", bf16=device.type == "cuda", use_cpu=device.type == "cpu", **options,

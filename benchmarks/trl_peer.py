@@ -42,7 +42,7 @@ class Clock(transformers.TrainerCallback):
 def main(model: str, rows: str, result: str, steps: str, examples_per_step: str = "64") -> None:
     cuda = torch.cuda.is_available()
     if cuda:
-        from sft import triton_attention  # noqa: F401  registers the kernel
+        from sft import triton_attention  # noqa: F401  registers its operator
     table = load_dataset("csv", data_files=rows, split="train").rename_column("response", "completion")
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     sample = table.select(range(min(2000, len(table))))

@@ -18,9 +18,10 @@ from sft.arguments import UserError
 
 # The keywords changed between torch 2.10 and 2.13: causal attention was `is_causal=True`, grouped heads needed no word.
 VARLEN_WORDS = frozenset(inspect.signature(varlen_attn).parameters)
-TRITON = "triton"  # sft/triton_attention.py, imported where it is chosen: a CPU's PyTorch comes without Triton
+TRITON = "triton"
 VARLEN = "varlen"
 PER_EXAMPLE = "per_example"
+NO_WINDOW = 2**30  # tokens that a token sees in the operator of sft/triton_attention.py, where the model sets no window
 TRITON_HEADS = (16, 32, 64, 128)  # other sizes, padded, are slower than in FlashAttention (benchmarks/LOG.md)
 
 
@@ -32,6 +33,32 @@ class Choice(NamedTuple):
 
     def __str__(self) -> str:
         return f"attention: {self.name} ({self.reason})"
+
+
+def _one_row(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> list[torch.Tensor]:
+    """Each as (tokens, heads, head_dim) in the compute type: query and key leave the rotary embedding in float32 under autocast."""
+    assert query.shape[0] == 1, "packed attention takes one row"
+    device = query.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
+    return [tensor[0].transpose(0, 1).to(dtype) for tensor in (query, key, value)]
+
+
+def triton(
+    module: torch.nn.Module,
+    query: torch.Tensor,  # as varlen's
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: None,
+    scaling: float,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """As `varlen`, by the operator of sft/triton_attention.py, which is imported where it is chosen: it needs Triton."""
+    assert cu_seq_lens_q is not None, "triton attention takes one packed row with its cu_seq_lens"
+    window = sliding_window or NO_WINDOW
+    out, *_ = torch.ops.sft.packed_attention(*_one_row(query, key, value), cu_seq_lens_q, scaling, window)
+    return out[None], None
 
 
 def varlen(
@@ -47,14 +74,10 @@ def varlen(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """FlashAttention over the examples of one packed row; (1, tokens, heads, head_dim) in the compute type."""
-    assert cu_seq_lens_q is not None and query.shape[0] == 1, (
-        "varlen attention takes one packed row with its cu_seq_lens"
-    )
-    # Query and key leave the rotary embedding in float32 under autocast; the kernel takes half precision only.
-    dtype = torch.get_autocast_dtype(query.device.type) if torch.is_autocast_enabled(query.device.type) else value.dtype
+    assert cu_seq_lens_q is not None, "varlen attention takes one packed row with its cu_seq_lens"
     head_dim = query.shape[-1]
     missing = -head_dim % 8  # the kernel wants a multiple of 8; zeros change neither the scores nor the other outputs
-    q, k, v = (tensor[0].transpose(0, 1).to(dtype) for tensor in (query, key, value))
+    q, k, v = _one_row(query, key, value)
     if missing:  # F.pad copies even where it adds nothing
         q, k, v = (F.pad(rows, (0, missing)) for rows in (q, k, v))
     window = (-1 if sliding_window is None else sliding_window - 1, 0)
@@ -92,6 +115,7 @@ def per_example(
     return torch.cat(out, dim=2).transpose(1, 2), None
 
 
+AttentionInterface.register(TRITON, triton)
 AttentionInterface.register(VARLEN, varlen)
 AttentionInterface.register(PER_EXAMPLE, per_example)
 

@@ -256,7 +256,7 @@ def choose_attention(model_args: ModelArguments, training_args: TrainingArgument
     config, dtype = pretrained.load_config(model_args), compute_dtype(training_args)
     choice = attention.choose(config, training_args.device, dtype, model_args.attn_implementation)
     if choice.name == attention.TRITON:
-        from sft import triton_attention  # noqa: F401  registers the kernel; it needs Triton
+        from sft import triton_attention  # noqa: F401  its operator; a CPU's PyTorch comes without Triton
     model_args.attn_implementation = choice.name
     say(choice)
     return choice.reason

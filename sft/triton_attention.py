@@ -10,10 +10,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from transformers import AttentionInterface
 
-TRITON = "triton"
-NO_WINDOW = 2**30
 LOG2_E = tl.constexpr(1.4426950408889634)
 BLOCKS = {  # by head size: rows (tokens x grouped heads) and keys of a block, as measured on an H100 (benchmarks/LOG.md)
     64: {
@@ -46,6 +43,14 @@ def _edges(cu_seq_lens, first_seen, seen_until, window, STEP: tl.constexpr):
 
 
 @triton.jit
+def _rows(first, end, group, G: tl.constexpr, GP: tl.constexpr, TOKENS: tl.constexpr):
+    """Token and head of each row of a block of queries, and whether there is one."""
+    row = tl.arange(0, TOKENS * GP)
+    token = first + row // GP
+    return token, group * G + row % GP, (token < end) & (row % GP < G)
+
+
+@triton.jit
 def _load(pointer, token, head, heads, there, D: tl.constexpr):
     """(rows, D): one head of one token in each row."""
     where = (token.to(tl.int64) * heads + head)[:, None] * D + tl.arange(0, D)[None, :]
@@ -66,9 +71,7 @@ def _forward(
     """Output, and the logarithm (base 2) of each softmax's sum; `scale` is to base 2 too."""
     first = tl.program_id(0) * TOKENS
     group = tl.program_id(1)
-    row = tl.arange(0, TOKENS * GP)
-    token, head = first + row // GP, group * G + row % GP
-    there = (token < T) & (row % GP < G)
+    token, head, there = _rows(first, T, group, G, GP, TOKENS)
     queries = _load(q, token, head, K * G, there, D)
     start = tl.load(first_seen + token, token < T, other=T)
     end = tl.minimum(first + TOKENS, T)
@@ -100,9 +103,7 @@ def _backward_queries(
     """The queries' gradient, and for `_backward_keys` the product of each output with its gradient."""
     first = tl.program_id(0) * TOKENS
     group = tl.program_id(1)
-    row = tl.arange(0, TOKENS * GP)
-    token, head = first + row // GP, group * G + row % GP
-    there = (token < T) & (row % GP < G)
+    token, head, there = _rows(first, T, group, G, GP, TOKENS)
     queries = _load(q, token, head, K * G, there, D)
     gradient = _load(d_out, token, head, K * G, there, D)
     output = _load(out, token, head, K * G, there, D)
@@ -139,11 +140,8 @@ def _backward_keys(
     end = tl.load(seen_until + tl.minimum(first + KEYS, T) - 1)
     keys_result = tl.zeros([KEYS, D], tl.float32)
     values_result = tl.zeros([KEYS, D], tl.float32)
-    row = tl.arange(0, TOKENS * GP)
-    head = group * G + row % GP
     for begin in range(first, end, TOKENS):
-        token = begin + row // GP
-        there = (token < end) & (row % GP < G)
+        token, head, there = _rows(begin, end, group, G, GP, TOKENS)
         queries = _load(q, token, head, K * G, there, D)
         gradient = _load(d_out, token, head, K * G, there, D)
         log_sum = tl.load(log_sums + head * T + token, there, other=0.0)
@@ -244,25 +242,3 @@ def _backward(ctx: Any, d_out: torch.Tensor, *_: None) -> tuple:
 
 
 packed_attention.register_autograd(_backward, setup_context=_keep)
-
-
-def attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,  # (1, heads, tokens, head_dim)
-    key: torch.Tensor,  # (1, key heads, tokens, head_dim)
-    value: torch.Tensor,  # as key
-    attention_mask: None,
-    scaling: float,
-    cu_seq_lens_q: torch.Tensor | None = None,  # (examples + 1,), int32
-    sliding_window: int | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """`packed_attention` as transformers calls a kernel; (1, tokens, heads, head_dim) in the compute type."""
-    assert cu_seq_lens_q is not None and query.shape[0] == 1, "this attention takes one packed row with its cu_seq_lens"
-    # Query and key leave the rotary embedding in float32 under autocast.
-    dtype = torch.get_autocast_dtype(query.device.type) if torch.is_autocast_enabled(query.device.type) else value.dtype
-    q, k, v = (tensor[0].transpose(0, 1).to(dtype) for tensor in (query, key, value))
-    return packed_attention(q, k, v, cu_seq_lens_q, scaling, sliding_window or NO_WINDOW)[0][None], None
-
-
-AttentionInterface.register(TRITON, attention)

@@ -26,7 +26,7 @@ def relative_error(found: torch.Tensor, reference: torch.Tensor) -> float:
 
 def errors(lengths: list[int], heads: int, key_heads: int, head_dim: int, window: int | None, device: str) -> list:
     """Of the output and the gradients of q, k and v, against one example after another in float64."""
-    from sft import triton_attention
+    from sft import attention, triton_attention
 
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     torch.manual_seed(sum(lengths))
@@ -35,7 +35,7 @@ def errors(lengths: list[int], heads: int, key_heads: int, head_dim: int, window
     q, k, v = (torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for shape in shapes)
     gradient = torch.randn(shapes[0], device=device, dtype=dtype)
     cu_seq_lens = torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
-    seen = window or triton_attention.NO_WINDOW
+    seen = window or attention.NO_WINDOW
     out = triton_attention.packed_attention(q, k, v, cu_seq_lens, scale, seen)[0]
     found = [out, *torch.autograd.grad(out, (q, k, v), gradient)]
 
@@ -64,14 +64,35 @@ def compare(device: str, limit: float) -> None:
 
 def error_when_joined(device: str) -> float:
     """How far the output moves when two examples of 130 and 3 tokens are called one."""
-    from sft import triton_attention
+    from sft import attention, triton_attention
 
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 133, 2, 16, device=device, dtype=torch.float32 if device == "cpu" else torch.bfloat16)
     starts = (torch.tensor(edges, dtype=torch.int32, device=device) for edges in ([0, 133], [0, 130, 133]))
-    calls = [(q, k, v, edges, 0.25, triton_attention.NO_WINDOW) for edges in starts]
+    calls = [(q, k, v, edges, 0.25, attention.NO_WINDOW) for edges in starts]
     joined, apart = (triton_attention.packed_attention(*call)[0][130:] for call in calls)
     return relative_error(joined, apart)
+
+
+def compare_in_a_model() -> None:
+    """A LLaMA's loss and gradients with this kernel and with one attention call for each example."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from sft import attention, triton_attention  # noqa: F401  the kernels' names, and the operator
+    from sft.packing import PackedCollator
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 100}
+    model = LlamaForCausalLM(LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **shape))
+    ids = torch.randint(0, 100, (44,))
+    batch = PackedCollator()([{"input_ids": part, "labels": part.clone()} for part in ids.split([5, 9, 30])])
+    row = {name: value for name, value in batch.items() if not name.startswith("label")}
+    found = []
+    for kernel in ("triton", "per_example"):
+        model.config._attn_implementation = kernel
+        loss = model(**row, use_cache=False).logits.logsumexp(-1).sum()
+        found.append(torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, [*model.parameters()])]))
+    assert relative_error(*found) < 1e-6
 
 
 @pytest.mark.slow
@@ -115,4 +136,5 @@ def test_compiled():
 
 
 if __name__ == "__main__":
+    compare_in_a_model()
     compare("cpu", 1e-6)
