@@ -44,7 +44,7 @@ from sft.arguments import (
 )
 from sft.evaluation import AnswersCallback, EarlyStop, EvalBatchSampler, token_weighted_loop
 from sft.live import ReportCallback, replace_progress
-from sft.loss import compile_loss, labelled_head, summed_loss
+from sft.loss import compile_loss, labelled_head, labelled_layer, summed_loss
 from sft.packing import PackedBatchSampler, PackedCollator
 from sft.recipe import compute_dtype, export_dtype, plan
 from sft.record import Report
@@ -79,6 +79,7 @@ class SupervisedTrainer(Trainer):
         if self.args.packing:
             self.data_collator = PackedCollator()
             self.head = labelled_head(self.model)
+            self.in_last_layer = labelled_layer(self.model)
 
     def _get_train_sampler(self, train_dataset=None):
         if not self.args.packing and self.args.train_sampling_strategy != "random":
@@ -101,7 +102,8 @@ class SupervisedTrainer(Trainer):
         if not self.args.packing:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         # num_items_in_batch counts the step's tokens on all ranks, over which the gradients will be averaged
-        return summed_loss(model, self.head, inputs) * (self.accelerator.num_processes / num_items_in_batch)
+        loss = summed_loss(model, self.head, inputs, self.in_last_layer)
+        return loss * (self.accelerator.num_processes / num_items_in_batch)
 
     def _run_epoch(self, **kwargs) -> None:
         # transformers 5.23 resumes a run at its end with one step more
@@ -124,7 +126,12 @@ class SupervisedTrainer(Trainer):
         grad_norm = torch.nn.utils.get_total_norm([weight.grad for weight in weights])
         self.stops.ask(self, grad_norm, self.meter.own())
         self.asked = True
-        torch.nn.utils.clip_grads_with_norm_(weights, self.args.max_grad_norm, grad_norm)
+        adamw = self.optimizer.optimizer  # as Accelerate wraps it
+        if isinstance(adamw, torch.optim.AdamW) and adamw.defaults["fused"]:
+            # its kernel divides by this as it reads the gradients, which spares a pass over them (torch 2.11 to 2.13, optim/adam.py)
+            adamw.grad_scale = ((grad_norm + 1e-6) / self.args.max_grad_norm).clamp(min=1.0)
+        else:
+            torch.nn.utils.clip_grads_with_norm_(weights, self.args.max_grad_norm, grad_norm)
         return grad_norm
 
     def _get_grad_norm(self, model, grad_norm=None):

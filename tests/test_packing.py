@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import utils
 from sft import packing
 from sft.arguments import UserError
-from sft.loss import labelled_head, summed_loss
+from sft.loss import labelled_head, labelled_layer, summed_loss
 from sft.packing import IGNORE_INDEX, PackedBatchSampler, PackedCollator, balance, describe, permutation
 from sft.tokenizers import load_llama_tokenizer
 
@@ -212,12 +212,13 @@ def padded_step(model, micro_batches: list[list[dict]]):
 
 def packed_step(model, micro_batches: list[list[dict]]):
     model.zero_grad()
-    head = labelled_head(model)
+    head, in_last_layer = labelled_head(model), labelled_layer(model)
+    assert in_last_layer
     batches = [PackedCollator()(examples) for examples in micro_batches]
     tokens = sum((batch["labels"][:, 1:] != IGNORE_INDEX).sum() for batch in batches)
     loss = torch.zeros(())
     for batch in batches:
-        part = summed_loss(model, head, batch) / tokens
+        part = summed_loss(model, head, batch, in_last_layer) / tokens
         part.backward()
         loss += part.detach()
     return loss, gradients(model)
@@ -267,6 +268,27 @@ def test_tied_embeddings_and_one_head_group():
     assert float(found_loss) == pytest.approx(float(loss), rel=2e-6) and largest_error(found, expected) < 5e-6
 
 
+def test_the_last_mlp_works_at_labelled_positions_alone():
+    model = small_llama(attn_implementation="per_example")
+    batch = PackedCollator()(rows(4))
+    widths = []
+    for layer in model.model.layers:
+        layer.mlp.register_forward_hook(lambda module, inputs, output: widths.append(output.shape[1]))
+    head = labelled_head(model)
+    everywhere = summed_loss(model, head, batch)
+    labelled = summed_loss(model, head, batch, labelled_layer(model))
+    tokens, trained = batch["input_ids"].shape[1], len(batch["label_positions"])
+    assert trained < 0.8 * tokens and widths == [tokens] * 5 + [trained]
+    assert labelled.item() == pytest.approx(everywhere.item(), rel=1e-6)
+    other = {**batch, "label_positions": batch["label_positions"] - 1}
+    assert summed_loss(model, head, other, True).item() != pytest.approx(everywhere.item(), rel=1e-3)
+
+
+def test_another_familys_last_layer_stays_as_it_is():
+    shape = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
+    assert not labelled_layer(transformers.Qwen2ForCausalLM(transformers.Qwen2Config(vocab_size=211, **shape)))
+
+
 @pytest.mark.parametrize("fault", ["positions not reset", "mask passed", "first label kept", "examples not kept apart"])
 def test_a_wrong_packed_row_is_seen(fault):
     """The comparison above can fail: each fault alone moves the gradient far beyond rounding."""
@@ -298,7 +320,7 @@ def test_a_placeholder_trains_nothing_and_reaches_every_parameter():
     model = small_llama(attn_implementation="per_example")
     batch = PackedCollator()([])
     assert (batch["labels"] == IGNORE_INDEX).all()
-    loss = summed_loss(model, labelled_head(model), batch)
+    loss = summed_loss(model, labelled_head(model), batch, labelled_layer(model))
     loss.backward()
     assert loss.item() == 0.0
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())
