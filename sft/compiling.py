@@ -3,6 +3,9 @@
 from typing import Any, NamedTuple
 
 import torch
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch.fx import Graph
+from torch.utils.checkpoint import CheckpointPolicy
 from transformers import PreTrainedModel
 
 FLOPS_PER_S = 2e14  # what eager layers reach on a recent card; only to tell a short run from a long one
@@ -58,14 +61,51 @@ def decoder_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
     return [module for module in model.modules() if type(module).__name__ in set(model._no_split_modules or ())]
 
 
+class LayerPass(CustomGraphPass):
+    """Two changes to a layer's graph, forward and backward together, that the compiler (torch 2.11 to 2.13) leaves undone.
+
+    The residual stream behind attention is kept for backward in place of what attention added to it: as many bytes, and three
+    kernels read it where they would read two tensors and add them. On a GPU a weight's gradient comes in float32 out of its
+    product, not in the compute type with a cast behind it.
+    """
+
+    def __call__(self, graph: Graph) -> None:
+        aten, cast = torch.ops.aten, torch.ops.prims.convert_element_type.default
+        for addition in graph.find_nodes(op="call_function", target=aten.add.Tensor):
+            stream = addition.args[0]
+            if stream.op != "placeholder" or stream.name.startswith("tangents"):
+                continue  # not the layer's own input
+            # where gradient checkpointing has had its say, that stays
+            addition.meta.setdefault("recompute", CheckpointPolicy.MUST_SAVE)
+        for widened in graph.find_nodes(op="call_function", target=cast):
+            product, dtype = widened.args
+            if product.target is not aten.mm.default or len(product.users) > 1 or dtype != torch.float32:
+                continue
+            if product.meta["val"].device.type == "cuda":
+                with graph.inserting_before(widened):
+                    direct = graph.call_function(aten.mm.dtype, (*product.args, torch.float32))
+                direct.meta.update(widened.meta)
+                widened.replace_all_uses_with(direct)
+                graph.erase_node(widened)
+                graph.erase_node(product)
+
+    def uuid(self) -> bytes:
+        return get_hash_for_files((__file__,))
+
+
+# One object for all layers: with options of its own each layer would be compiled again, and the ninth not at all.
+OPTIONS = {"joint_custom_post_pass": LayerPass()}
+
+
 def compile_layers(model: PreTrainedModel) -> None:
     """Compile each decoder layer's forward: norms, rotary embedding, SwiGLU and casts become few kernels.
 
     One layer at a time, because the layers share one compiled graph (tens of seconds, not minutes), and the forward alone, because
     the hooks of FSDP and ZeRO stay outside. Token counts differ from step to step: `dynamic` compiles once for all.
     """
-    for layer in decoder_layers(model):
-        layer.forward = torch.compile(layer.forward, dynamic=True)
+    final_norm = getattr(model.get_decoder(), "norm", None)  # LLaMA's name for it, and its relatives'
+    for layer in filter(None, (*decoder_layers(model), final_norm)):
+        layer.forward = torch.compile(layer.forward, dynamic=True, options=OPTIONS)
 
 
 def keep_residual_in_compute_type(model: PreTrainedModel) -> None:
