@@ -83,6 +83,8 @@ if __name__ == "__main__":
     if "--use_cpu" in sys.argv:
         shard_on_a_cpu()
     if "GATHER_BY_ITSELF" in os.environ:  # CUDA or CPU: tensors of which device
+        # Accelerate (1.15, state.py) names the GPU of a rank's number, which a shared GPU has not
+        torch.distributed.barrier = lambda *args, device_ids=None, wait=torch.distributed.barrier: wait(*args)
         library = torch.library.Library("_c10d_functional", "IMPL")
         library.impl("all_gather_into_tensor", gather_by_itself, os.environ["GATHER_BY_ITSELF"])
     try:
