@@ -126,12 +126,7 @@ class SupervisedTrainer(Trainer):
         grad_norm = torch.nn.utils.get_total_norm([weight.grad for weight in weights])
         self.stops.ask(self, grad_norm, self.meter.own())
         self.asked = True
-        adamw = self.optimizer.optimizer  # as Accelerate wraps it
-        if isinstance(adamw, torch.optim.AdamW) and adamw.defaults["fused"]:
-            # its kernel divides by this as it reads the gradients, which spares a pass over them (torch 2.11 to 2.13, optim/adam.py)
-            adamw.grad_scale = ((grad_norm + 1e-6) / self.args.max_grad_norm).clamp(min=1.0)
-        else:
-            torch.nn.utils.clip_grads_with_norm_(weights, self.args.max_grad_norm, grad_norm)
+        torch.nn.utils.clip_grads_with_norm_(weights, self.args.max_grad_norm, grad_norm)
         return grad_norm
 
     def _get_grad_norm(self, model, grad_norm=None):

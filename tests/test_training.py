@@ -7,11 +7,9 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.utils import DistributedType
 from conftest import QUESTIONS, ROOT, run_script, save_llama
 from safetensors.torch import load_file
 from tokenizer_files import write_gpt2_files
@@ -171,34 +169,6 @@ def test_an_eos_that_is_not_the_models_is_refused(tiny_llama, questions_csv, tmp
 
 
 # ------------------------------------------------------------------------------------------- the scripts, as a user
-
-
-@pytest.mark.parametrize("fused", [True, False])
-def test_clipping_in_adamws_kernel_equals_clipping_before_it(fused):
-    """Three steps of the Trainer's clipping and of torch's own; without any clipping the weights differ."""
-
-    def weights(clip: str) -> torch.Tensor:
-        torch.manual_seed(0)
-        model = torch.nn.Linear(4, 3)
-        adamw = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
-        trainer = utils.SupervisedTrainer.__new__(utils.SupervisedTrainer)
-        trainer.accelerator = SimpleNamespace(distributed_type=DistributedType.NO)
-        trainer.args = SimpleNamespace(fp16=False, max_grad_norm=1.0)
-        trainer.stops = SimpleNamespace(ask=lambda *_: None)
-        trainer.meter = SimpleNamespace(own=lambda: None)
-        trainer.optimizer = SimpleNamespace(optimizer=adamw)
-        for size in (0.01, 5.0, 0.3):  # below, above, and below again: a step's clipping must not stay for the next
-            for weight in model.parameters():
-                weight.grad = torch.randn_like(weight) * size
-            if clip == "trainer":
-                trainer._clip_grad_norm(model)
-            elif clip == "torch":
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            adamw.step()
-        return torch.cat([weight.detach().flatten() for weight in model.parameters()])
-
-    torch.testing.assert_close(weights("trainer"), weights("torch"), rtol=1e-5, atol=1e-7)
-    assert (weights("none") - weights("torch")).abs().max() > 1e-3
 
 
 @pytest.mark.slow
