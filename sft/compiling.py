@@ -94,7 +94,11 @@ class LayerPass(CustomGraphPass):
 
 
 # One object for all layers: with options of its own each layer would be compiled again, and the ninth not at all.
-OPTIONS = {"joint_custom_post_pass": LayerPass()}
+OPTIONS = {
+    "joint_custom_post_pass": LayerPass(),
+    # These kernels are no faster here, and are compiled anew where a row crosses 2,560 or 4,096 tokens (torch 2.11, scheduler.py).
+    "triton.mix_order_reduction": False,
+}
 
 
 def compile_layers(model: PreTrainedModel) -> None:
@@ -103,6 +107,9 @@ def compile_layers(model: PreTrainedModel) -> None:
     One layer at a time, because the layers share one compiled graph (tens of seconds, not minutes), and the forward alone, because
     the hooks of FSDP and ZeRO stay outside. Token counts differ from step to step: `dynamic` compiles once for all.
     """
+    # A graph each for layers and the last one, with and without gradients, and for a placeholder's single position: past this
+    # limit, which is 8 for all of them together, a layer would go on uncompiled.
+    torch._dynamo.config.recompile_limit = 32
     final_norm = getattr(model.get_decoder(), "norm", None)  # LLaMA's name for it, and its relatives'
     for layer in filter(None, (*decoder_layers(model), final_norm)):
         layer.forward = torch.compile(layer.forward, dynamic=True, options=OPTIONS)

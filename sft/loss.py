@@ -4,6 +4,7 @@ So is what the last decoder layer does after its attention: nothing else looks a
 """
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 IGNORE_INDEX = -100
-CHUNK_BYTES = 2**29  # float32 logits of one chunk: large enough for full matrix products, small beside a model
+CHUNK_BYTES = 2**29  # float32 logits of one chunk at most: large enough for full matrix products, small beside a model
 
 
 def losses_and_gradient(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -44,7 +45,9 @@ class SummedLoss(torch.autograd.Function):
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         rows, head = hidden.to(dtype), weight.to(dtype)
-        chunk = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+        # Equal chunks: a rest of any length would need another of cuBLAS's kernels in most steps, and loading one stops the GPU.
+        chunks = max(1, math.ceil(rows.shape[0] * 4 * weight.shape[0] / CHUNK_BYTES))
+        chunk = max(1, math.ceil(rows.shape[0] / chunks))
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         hidden_gradient = torch.empty_like(rows) if train and ctx.needs_input_grad[0] else None
         weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if train and ctx.needs_input_grad[1] else None
