@@ -217,7 +217,7 @@ class PackedCollator:
         return {
             "input_ids": input_ids[None],
             "labels": labels[None],
-            "position_ids": (torch.arange(len(input_ids)) - starts.repeat_interleave(lengths))[None],
+            "position_ids": torch.cat([torch.arange(length) for length in lengths.tolist()])[None],
             "cu_seq_lens_q": cu_seq_lens,
             "cu_seq_lens_k": cu_seq_lens,
             "max_length_q": longest,
