@@ -443,29 +443,40 @@ def check_gradients(lengths: np.ndarray, device: torch.device) -> list[str]:
     return said
 
 
+# Holds all of the card but so many bytes until its input ends.
+HOLD = """
+import sys, torch
+torch.empty(0, device="cuda")
+taken = torch.empty(torch.cuda.mem_get_info()[0] - int(sys.argv[1]), dtype=torch.uint8, device="cuda")
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
 def check_budget(lengths: np.ndarray, free_gib: float) -> list[str]:
     """On a card with this much memory left, --tokens_per_micro_batch auto runs where padded runs.
 
-    Raises torch.OutOfMemoryError where it does not.
+    Another process takes the rest: what this one's allocator holds would count as room. Raises torch.OutOfMemoryError where it does not.
     """
     device, said = torch.device("cuda"), []
     scenario = Scenario("1.1B", 2, 16, 1024, (), (0, 2), (0, 2))
     rows = RandomRows(lengths, scenario.max_length, 32000)
-    torch.empty(0, device=device)
-    ballast = torch.empty(torch.cuda.mem_get_info()[0] - int(free_gib * 2**30), dtype=torch.uint8, device=device)
-    held = ballast.numel() / 2**30
-    for way, flags in {"padded": ["--packing", "False"], "packed": ["--compile_layers", "False"]}.items():
-        trainer = our_trainer(scenario, rows, device, flags)
-        Clock(0, 2, device).watch(trainer)
-        torch.cuda.reset_peak_memory_stats()
-        trainer.train()
-        peak = torch.cuda.max_memory_allocated() / 2**30 - held
-        said.append(f"{free_gib:.0f} GiB free, {way}: peak {peak:.1f} GiB")
-        if trainer.packing_plan:
-            said[-1] += f"; {trainer.packing_plan}"
-        del trainer
-        gc.collect()
-        torch.cuda.empty_cache()
+    command = [sys.executable, "-c", HOLD, str(int(free_gib * 2**30))]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        if holder.stdout.readline() != "held\n":
+            raise RuntimeError(f"no process could take the card's memory but {free_gib} GiB")
+        for way, flags in {"padded": ["--packing", "False"], "packed": ["--compile_layers", "False"]}.items():
+            trainer = our_trainer(scenario, rows, device, flags)
+            Clock(0, 2, device).watch(trainer)
+            torch.cuda.reset_peak_memory_stats()
+            trainer.train()
+            peak = torch.cuda.max_memory_allocated() / 2**30
+            said.append(f"{free_gib:.0f} GiB free, {way}: peak {peak:.1f} GiB")
+            if trainer.packing_plan:
+                said[-1] += f"; {trainer.packing_plan}"
+            del trainer
+            gc.collect()
+            torch.cuda.empty_cache()
     return said
 
 

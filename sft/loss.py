@@ -54,7 +54,8 @@ class SummedLoss(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             for start in range(0, rows.shape[0], chunk):
                 part = slice(start, start + chunk)
-                losses, gradient = SummedLoss.fused(rows[part] @ head.T, targets[part])
+                # A copy: compiled for a view of all targets, the graph would hold for one number of chunks.
+                losses, gradient = SummedLoss.fused(rows[part] @ head.T, targets[part].clone())
                 total += losses.sum()
                 if hidden_gradient is not None:
                     torch.mm(gradient, head, out=hidden_gradient[part])
@@ -168,6 +169,7 @@ def summed_loss(
     """
     inputs = {key: value for key, value in batch.items() if key not in ("labels", "label_positions", "label_targets")}
     positions = batch["label_positions"]
-    where = {"label_positions": positions} if in_last_layer else {"logits_to_keep": positions}
+    # `label_positions` goes with `logits_to_keep` too, where nobody reads it: compiled layers are then given the same names.
+    inputs |= {"label_positions": positions, "logits_to_keep": 0 if in_last_layer else positions}
     with aim(head, batch["label_targets"]):
-        return model(**inputs, **where, use_cache=False).logits
+        return model(**inputs, use_cache=False).logits
