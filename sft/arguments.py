@@ -271,8 +271,8 @@ class TrainingArguments(transformers.TrainingArguments):
     compile_layers: str = field(
         default="auto",
         metadata={
-            "help": "Compile the decoder layers of a packed run (torch.compile): the first step takes about 25 s longer, the "
-            "others about a third less. auto: on a GPU, when the run is long enough. True or False."
+            "help": "Compile the decoder layers of a packed run (torch.compile): the first step takes about 30 s longer, the "
+            "others little more than half as long. auto: on a GPU, when the run is long enough. True or False."
         },
     )
     save_dtype: str | None = field(

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from transformers import PreTrainedModel
 
 FLOPS_PER_S = 2e14  # what eager layers reach on a recent card; only to tell a short run from a long one
-# Compiling takes about 25 s on 16 cores and saves about a third of what follows (benchmarks/LOG.md).
+# Compiling takes about 30 s on 16 cores, and what follows little more than half the time (benchmarks/LOG.md).
 WORTH_SECONDS = 240
 
 
@@ -44,8 +44,8 @@ def choose(args: Any, parameters: int, quantized: bool, tokens: float) -> Choice
         return Choice(False, "--torch_compile compiles the whole model")
     seconds = 6 * parameters * tokens / (args.world_size * FLOPS_PER_S)
     if seconds < WORTH_SECONDS:
-        return Choice(False, f"about {seconds:.0f} s of work, and the compiler takes 25")
-    return Choice(True, "the first step takes about 25 s longer, the others about a third less")
+        return Choice(False, f"about {seconds:.0f} s of work, and the compiler takes 30")
+    return Choice(True, "the first step takes about 30 s longer, the others little more than half as long")
 
 
 def prepare(model: PreTrainedModel, device: torch.device, choice: Choice) -> None:

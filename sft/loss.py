@@ -4,8 +4,9 @@ So is what the last decoder layer does after its attention: nothing else looks a
 """
 
 import contextlib
+import importlib.util
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ class SummedLoss(torch.autograd.Function):
     The gradient is taken in forward, while a chunk's logits exist, so nothing is computed twice. No host synchronisation.
     """
 
-    fused = staticmethod(losses_and_gradient)  # see compile_loss
+    fused = staticmethod(losses_and_gradient)  # see choose_loss
 
     @staticmethod
     def forward(
@@ -80,9 +81,22 @@ class SummedLoss(torch.autograd.Function):
         return (*scaled, None, None)
 
 
-def compile_loss() -> None:
-    """Make one kernel of the passes over a chunk's logits; token counts differ, `dynamic` compiles once for all."""
-    SummedLoss.fused = staticmethod(torch.compile(losses_and_gradient, dynamic=True))
+def choose_loss(device: torch.device, compiled: bool) -> str:
+    """Set what computes the losses, and return what it is and why. No choice changes a loss or gradient beyond rounding.
+
+    Args:
+        device: of the run.
+        compiled: the decoder layers are.
+    """
+    if compiled:
+        SummedLoss.fused = staticmethod(torch.compile(losses_and_gradient, dynamic=True))  # one kernel of many passes
+        return "compiled, as the layers are"
+    if device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+        LabelledHead.liger = staticmethod(liger_fused_linear_cross_entropy)
+        return "Liger's, which is installed (layers are not compiled)"
+    return "PyTorch's operations (layers are not compiled; with liger-kernel installed less memory)"
 
 
 class LabelledHead(torch.nn.Module):
@@ -93,11 +107,15 @@ class LabelledHead(torch.nn.Module):
 
     targets: torch.Tensor | None = None
     plain = False  # an `nn.Linear` and nothing more: its weight may be used directly
+    liger: Callable | None = None  # see choose_loss
 
     def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.targets is None:
             return super().forward(hidden, *args, **kwargs)
         rows = hidden.reshape(-1, hidden.shape[-1])
+        if self.plain and self.bias is None and self.liger:
+            options = {"reduction": "sum", "ignore_index": IGNORE_INDEX, "accum_dtype": torch.float32}
+            return self.liger(rows, self.weight, self.targets, **options)
         if self.plain and self.bias is None:
             return SummedLoss.apply(rows, self.weight, self.targets, torch.is_grad_enabled())
         # An adapter on the head, or a head of another kind: its own forward, recomputed in backward.

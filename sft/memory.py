@@ -8,6 +8,7 @@ costs are added up. How far the sums are from measured peaks stands in benchmark
 """
 
 import contextlib
+import importlib.util
 import json
 import math
 import os
@@ -121,6 +122,7 @@ class Setting:
     optimizer: str
     checkpointing: bool = False
     compiled: bool = False  # decoder layers go through torch.compile
+    liger: bool = False  # Liger computes the losses where layers are not compiled
     varlen: bool = False  # attention by FlashAttention, which takes heads of a multiple of 8
     engine: str = "ddp"  # ddp (also one process alone), fsdp, zero
     stage: int = 0  # of ZeRO
@@ -170,6 +172,7 @@ class Setting:
             optimizer=getattr(flags.optim, "value", flags.optim),
             checkpointing=bool(flags.gradient_checkpointing or fsdp.get("activation_checkpointing")),
             compiled=compiled or flags.compile_layers == "True",
+            liger=cuda and importlib.util.find_spec("liger_kernel") is not None,
             varlen=model_args.attn_implementation == "varlen",
             engine="zero" if stage else "fsdp" if flags.fsdp and cuda else "ddp",
             stage=stage,
@@ -410,7 +413,10 @@ def _add_up(shape: Shape, setting: Setting, tokens: int, gpu_there: float, host_
 
     # Head: its gradient (taken in forward, scaled in backward), its cast; the chunk of logits is gone when backward begins.
     trained_head = 0 if s.lora_rank else 4 * head_weights
-    if s.packing:
+    if s.packing and s.liger and not s.compiled:
+        # as many logits at a time as inputs, positions rounded up to a power of two; twice (liger-kernel 0.8, fused_linear_cross_entropy.py)
+        chunk = 4 * compute * tokens * shape.hidden
+    elif s.packing:
         chunk = (6 if s.compiled else 19) * min(tokens * shape.vocabulary, LOSS_CHUNK)  # eager: 19 bytes for each logit
     else:
         chunk = 16 * tokens * shape.vocabulary

@@ -44,7 +44,7 @@ from sft.arguments import (
 )
 from sft.evaluation import AnswersCallback, EarlyStop, EvalBatchSampler, token_weighted_loop
 from sft.live import ReportCallback, replace_progress
-from sft.loss import compile_loss, labelled_head, labelled_layer, summed_loss
+from sft.loss import choose_loss, labelled_head, labelled_layer, summed_loss
 from sft.packing import PackedBatchSampler, PackedCollator
 from sft.recipe import compute_dtype, export_dtype, plan
 from sft.record import Report
@@ -220,8 +220,9 @@ def plan_micro_batches(trainer: SupervisedTrainer) -> PackedBatchSampler:
     compiled = compiling.choose(args, model.num_parameters(), getattr(model, "is_quantized", False), run_tokens)
     say(compiled)
     compiling.prepare(model, args.device, compiled)
-    if compiled.on:
-        compile_loss()
+    loss = choose_loss(args.device, compiled.on)
+    if args.device.type == "cuda":
+        say(f"head and loss: {loss}")
 
     def trial(probe: PreTrainedModel, tokens: int) -> None:
         ids = torch.zeros(256, dtype=torch.int64)

@@ -1,5 +1,6 @@
 """The memory plan: its bytes are counted on real layers, its sums are done by hand, and an out-of-memory becomes a sentence."""
 
+import importlib.util
 import json
 import os
 import re
@@ -23,6 +24,15 @@ OPEN_LLAMA_7B = LlamaConfig(
 OPEN_LLAMA_3B = LlamaConfig(
     hidden_size=3200, intermediate_size=8640, num_hidden_layers=26, num_attention_heads=32, vocab_size=32000
 )
+
+
+@pytest.fixture(autouse=True)
+def installed(monkeypatch) -> set[str]:
+    """Liger counts as installed only in a test that adds it."""
+    found, there = importlib.util.find_spec, set()
+    is_there = lambda name, *more: name in there if name == "liger_kernel" else found(name, *more)  # noqa: E731
+    monkeypatch.setattr(importlib.util, "find_spec", lambda *name: is_there(*name) or None)
+    return there
 
 
 def flags_for(model, csv, folder) -> list[str]:
@@ -213,6 +223,18 @@ def deepspeed_file(folder: Path, **zero) -> str:
     file["zero_optimization"] |= zero
     (folder / "edited.json").write_text(json.dumps(file))
     return str(folder / "edited.json")
+
+
+def test_ligers_chunks_are_smaller_and_compiled_layers_do_not_use_them(installed):
+    ask = (OPEN_LLAMA_3B, "--tokens_per_micro_batch", "16384")
+    eager, compiled = (plan_of(*ask, *more, step_tokens=16_384) for more in ([], ["--compile_layers", "True"]))
+    installed.add("liger_kernel")
+    liger, same = (plan_of(*ask, *more, step_tokens=16_384) for more in ([], ["--compile_layers", "True"]))
+    head = 32_000 * 3_200
+    assert eager.gpu["head and loss"] == (4 + 2) * head + 19 * 2**27, "gradient, cast, a chunk's logits"
+    # now the most is when backward begins: the head's gradient, scaled, and what the last layer works with
+    assert liger.gpu["head and loss"] == 2 * 4 * head + (6 * 8_640 + 12 * 3_200) * 16_384
+    assert compiled.gpu == same.gpu
 
 
 def test_zero_2_with_offload_keeps_a_float32_sum_of_the_gradients_on_the_gpu(tmp_path):
