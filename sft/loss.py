@@ -88,6 +88,7 @@ def choose_loss(device: torch.device, compiled: bool) -> str:
         device: of the run.
         compiled: the decoder layers are.
     """
+    LabelledHead.liger, SummedLoss.fused = None, staticmethod(losses_and_gradient)
     if compiled:
         SummedLoss.fused = staticmethod(torch.compile(losses_and_gradient, dynamic=True))  # one kernel of many passes
         return "compiled, as the layers are"
@@ -158,8 +159,8 @@ class LabelledLayer(LlamaDecoderLayer):
 def labelled_layer(model: PreTrainedModel) -> bool:
     """Teach the model's last layer to stop at labelled positions, where it is LLaMA's; whether it is."""
     layers = [module for module in model.modules() if isinstance(module, LlamaDecoderLayer)]
-    if not layers:
-        return False
+    if not layers or type(layers[-1]) is not LlamaDecoderLayer:  # a class derived from it may have another forward
+        return bool(layers) and isinstance(layers[-1], LabelledLayer)
     layers[-1].__class__ = type(LlamaDecoderLayer.__name__, (LabelledLayer,), {})  # FSDP finds layers by that name
     return True
 

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader, RandomSampler
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import utils
 from sft import packing
@@ -284,7 +285,10 @@ def test_the_last_mlp_works_at_labelled_positions_alone():
     assert summed_loss(model, head, other, True).item() != pytest.approx(everywhere.item(), rel=1e-3)
 
 
-def test_another_familys_last_layer_stays_as_it_is():
+def test_another_familys_last_layer_and_a_derived_one_stay_as_they_are():
+    model = small_llama()
+    model.model.layers[-1].__class__ = type("Derived", (LlamaDecoderLayer,), {})
+    assert not labelled_layer(model)
     shape = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
     assert not labelled_layer(transformers.Qwen2ForCausalLM(transformers.Qwen2Config(vocab_size=211, **shape)))
 
