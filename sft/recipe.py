@@ -50,6 +50,8 @@ def describe_plan(model_args: ModelArguments, args: TrainingArguments, examples:
     gradients = "gradients and optimizer state"
     if types["gradients"] != types["weights"]:
         gradients = f"optimizer state, gradients summed in {types['gradients']}"
+    elif args.fsdp and args.world_size > 1 and types["compute"] != types["weights"]:
+        gradients = f"gradients (added up between GPUs in {types['compute']}) and optimizer state"  # accelerate 1.15, dataclasses.py
     many = "" if args.world_size == 1 else "s" if device == "GPU" else "es"
     return "\n".join(
         [

@@ -5,7 +5,7 @@ Beside commands (`generate`, `report`) the one room that imports others. `utils.
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import transformers
 from accelerate.utils import DistributedType
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedModel,
@@ -76,6 +77,11 @@ class SupervisedTrainer(Trainer):
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
         self.accumulation_asked = self.args.gradient_accumulation_steps
+        if self.accelerator.distributed_type == DistributedType.FSDP:
+            plugin = self.accelerator.state.fsdp_plugin
+            if isinstance(plugin.mixed_precision_policy, MixedPrecisionPolicy):
+                # Accelerate (1.15) has FSDP2 cast what the model returns to 16 bits: the loss, and the scale of its gradient
+                plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
         if self.args.packing:
             self.data_collator = PackedCollator()
             self.head = labelled_head(self.model)
