@@ -1,12 +1,13 @@
 """Head and loss at labelled positions only: the full tokens x vocabulary logits never exist.
 
-So is what the last decoder layer does after its attention: nothing else looks at its other positions.
+Behind its attention the last decoder layer works at those positions alone too: nobody looks at its others.
 """
 
 import contextlib
 import importlib.util
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -81,6 +82,11 @@ class SummedLoss(torch.autograd.Function):
         return (*scaled, None, None)
 
 
+def in_chunks(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """`SummedLoss` of (positions, hidden), (vocabulary, hidden) and (positions,), float32, ()."""
+    return SummedLoss.apply(hidden, weight, targets, torch.is_grad_enabled())
+
+
 def choose_loss(device: torch.device, compiled: bool) -> str:
     """Set what computes the losses, and return what it is and why. No choice changes a loss or gradient beyond rounding.
 
@@ -88,14 +94,15 @@ def choose_loss(device: torch.device, compiled: bool) -> str:
         device: of the run.
         compiled: the decoder layers are.
     """
-    LabelledHead.liger, SummedLoss.fused = None, staticmethod(losses_and_gradient)
+    LabelledHead.summed, SummedLoss.fused = staticmethod(in_chunks), staticmethod(losses_and_gradient)
     if compiled:
         SummedLoss.fused = staticmethod(torch.compile(losses_and_gradient, dynamic=True))  # one kernel of many passes
         return "compiled, as the layers are"
     if device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
-        LabelledHead.liger = staticmethod(liger_fused_linear_cross_entropy)
+        options = {"reduction": "sum", "ignore_index": IGNORE_INDEX, "accum_dtype": torch.float32}
+        LabelledHead.summed = staticmethod(partial(liger_fused_linear_cross_entropy, **options))
         return "Liger's, which is installed (layers are not compiled)"
     return "PyTorch's operations (layers are not compiled; with liger-kernel installed less memory)"
 
@@ -108,17 +115,14 @@ class LabelledHead(torch.nn.Module):
 
     targets: torch.Tensor | None = None
     plain = False  # an `nn.Linear` and nothing more: its weight may be used directly
-    liger: Callable | None = None  # see choose_loss
+    summed: Callable = staticmethod(in_chunks)  # the loss of a plain head; see choose_loss
 
     def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.targets is None:
             return super().forward(hidden, *args, **kwargs)
         rows = hidden.reshape(-1, hidden.shape[-1])
-        if self.plain and self.bias is None and self.liger:
-            options = {"reduction": "sum", "ignore_index": IGNORE_INDEX, "accum_dtype": torch.float32}
-            return self.liger(rows, self.weight, self.targets, **options)
         if self.plain and self.bias is None:
-            return SummedLoss.apply(rows, self.weight, self.targets, torch.is_grad_enabled())
+            return self.summed(rows, self.weight, self.targets)
         # An adapter on the head, or a head of another kind: its own forward, recomputed in backward.
         logits_of = super().forward
         return sum(
@@ -158,11 +162,10 @@ class LabelledLayer(LlamaDecoderLayer):
 
 def labelled_layer(model: PreTrainedModel) -> bool:
     """Teach the model's last layer to stop at labelled positions, where it is LLaMA's; whether it is."""
-    layers = [module for module in model.modules() if isinstance(module, LlamaDecoderLayer)]
-    if not layers or type(layers[-1]) is not LlamaDecoderLayer:  # a class derived from it may have another forward
-        return bool(layers) and isinstance(layers[-1], LabelledLayer)
-    layers[-1].__class__ = type(LlamaDecoderLayer.__name__, (LabelledLayer,), {})  # FSDP finds layers by that name
-    return True
+    last = [None, *(module for module in model.modules() if isinstance(module, LlamaDecoderLayer))][-1]
+    if type(last) is LlamaDecoderLayer:  # a class derived from it may have another forward
+        last.__class__ = type(LlamaDecoderLayer.__name__, (LabelledLayer,), {})  # FSDP finds layers by that name
+    return isinstance(last, LabelledLayer)
 
 
 @contextlib.contextmanager

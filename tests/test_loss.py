@@ -38,12 +38,12 @@ def compare(frozen: bool) -> None:
 
     ours, other = found(batch), found({**batch, "label_targets": batch["label_targets"].flip(0)})
     assert loss.choose_loss(torch.device("cuda"), compiled=False).startswith("Liger's")
-    assert loss.LabelledHead.liger
+    assert loss.LabelledHead.summed is not loss.in_chunks
     error, wrong = ((vector - ours).norm() / ours.norm() for vector in (found(batch), other))
     assert error < 1e-6 and wrong > 1e-2, (frozen, error, wrong)
     with torch.no_grad():
         assert abs(loss.summed_loss(model, head, batch, in_last_layer) - ours[0]) < 1e-5 * ours[0]
-    loss.LabelledHead.liger = None
+    loss.choose_loss(torch.device("cpu"), compiled=False)
 
 
 @pytest.mark.slow
@@ -57,18 +57,19 @@ def test_liger_interpreted():
 
 
 def test_the_choice_is_said_with_its_reason(monkeypatch):
-    from sft.loss import LabelledHead, SummedLoss, choose_loss
+    from sft.loss import LabelledHead, SummedLoss, choose_loss, in_chunks, losses_and_gradient
 
-    monkeypatch.setattr(SummedLoss, "fused", SummedLoss.fused)  # restored afterwards
-    monkeypatch.setattr(LabelledHead, "liger", None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert choose_loss(torch.device("cuda"), True) == "compiled, as the layers are"
+    assert SummedLoss.fused is not losses_and_gradient
     assert choose_loss(torch.device("cuda"), False).startswith(
         "PyTorch's operations (layers are not compiled; with liger"
     )
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     assert choose_loss(torch.device("cpu"), False).startswith("PyTorch's operations")
-    assert LabelledHead.liger is None
+    assert (LabelledHead.summed, SummedLoss.fused) == (in_chunks, losses_and_gradient), (
+        "as before, for the tests that follow"
+    )
 
 
 if __name__ == "__main__":
