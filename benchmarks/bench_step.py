@@ -14,9 +14,6 @@ where benchmarks/requirements.txt is installed.
 
 import argparse
 import contextlib
-import csv
-import dataclasses
-import gc
 import json
 import multiprocessing
 import os
@@ -24,7 +21,6 @@ import platform
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -37,276 +33,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 import transformers
-from torch.utils.data import Dataset
-from transformers import LlamaConfig, LlamaForCausalLM
+from step_checks import check_budget, check_gradients
+from step_variants import (
+    LENGTHS,
+    SCENARIOS,
+    SHAPES,
+    SLOW,
+    WHAT,
+    Clock,
+    RandomRows,
+    lengths_of,
+    our_trainer,
+    read_lengths,
+    trl_trainer,
+)
 
-import utils
-from sft import attention
-from sft.arguments import parse
-from sft.record import Report
-from sft.stops import Stops
-from sft.throughput import ModelFlops, TokenCounts, peak_tflops
-from sft.tokenizers import load_llama_tokenizer
-
-LENGTHS = Path(__file__).with_name("instruction_lengths.csv")
-IGNORE_INDEX = -100
-
-SHAPES: dict[str, dict[str, Any]] = {
-    "1.1B": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_key_value_heads": 4},
-    "7B-shaped, 8 layers": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 8},
-    "tiny": {
-        "hidden_size": 64,
-        "intermediate_size": 176,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "vocab_size": 512,
-    },
-    "check": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 2, "num_key_value_heads": 4},
-    "check, heads of 100": {"hidden_size": 3200, "intermediate_size": 8640, "num_hidden_layers": 2},
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Scenario:
-    """A model and a recipe. Steps are (warm-up, measured).
-
-    The warm-up compiles, and loads most of cuBLAS's kernels: it takes another one for another length of row, and the first use of
-    each stops the GPU.
-    """
-
-    shape: str
-    per_device: int
-    accumulation: int
-    max_length: int
-    variants: tuple[str, ...]
-    steps: tuple[int, int]
-    slow_steps: tuple[int, int]  # of variants that take seconds for one step
-
-    @property
-    def examples(self) -> int:
-        return self.per_device * self.accumulation
-
-
-GPU_VARIANTS = ("ancestor", "trl_default", "trl_best", "trl_best_whole", "ours")
-SCENARIOS = {
-    # the original's command: --per_device_train_batch_size 2 --gradient_accumulation_steps 8 --model_max_length 1024
-    "original": Scenario("1.1B", 2, 8, 1024, GPU_VARIANTS, (30, 60), (1, 4)),
-    "large": Scenario("1.1B", 16, 8, 1024, GPU_VARIANTS, (10, 30), (1, 3)),
-    "7b": Scenario("7B-shaped, 8 layers", 16, 8, 1024, GPU_VARIANTS, (6, 16), (1, 2)),
-    "cpu": Scenario("tiny", 2, 8, 128, ("ancestor", "ours"), (2, 20), (2, 20)),
-}
-SLOW = ("ancestor", "trl_default")
-WHAT = {
-    "ancestor": "padded, stock attention and loss (--packing False)",
-    "ours": "this project's defaults",
-    "trl_default": "SFTTrainer's defaults: padded, gradient checkpointing",
-    "trl_best": "SFTTrainer: packed rows, Liger, no checkpointing, our attention kernel; 2 rows x 3 micro-batches",
-    "trl_best_whole": "the same, the whole step in one micro-batch",
-}
-
-
-# ---------------------------------------------------------------------------------------------------------------- rows
-
-
-def read_lengths(path: Path) -> np.ndarray:
-    """(examples, 2): prompt tokens, and tokens in all with the response and EOS."""
-    with open(path, newline="", encoding="utf-8") as file:
-        next(rows := csv.reader(file))
-        return np.array([[int(cell) for cell in row] for row in rows])
-
-
-def lengths_of(data_path: str, tokenizer: str, source: str, target: str) -> np.ndarray:
-    """The same of a CSV, by the project's own data path."""
-    flags = ["--model_name_or_path", tokenizer, "--data_path", data_path, "--source", source, "--target", target]
-    model_args, data_args, training_args = parse([*flags, "--output_dir", tempfile.mkdtemp()])
-    loaded = load_llama_tokenizer(model_args, training_args)
-    dataset = utils.make_supervised_data_module(loaded, data_args, training_args)["train_dataset"]
-    return np.stack([dataset.prompt_lengths, dataset.lengths], axis=1)
-
-
-class RandomRows(Dataset):
-    """Rows of random ids with given lengths; the prompt's labels are masked. What `utils.SupervisedDataset` gives."""
-
-    def __init__(self, lengths: np.ndarray, max_length: int, vocabulary: int):
-        lengths = lengths[lengths[:, 0] < max_length]  # as the data path: a prompt that leaves no room is dropped
-        random = np.random.default_rng(0)
-        order = random.permutation(len(lengths))  # sources lie in the file one after another
-        self.prompt_lengths = lengths[order, 0].astype(np.int32)
-        self.lengths = np.minimum(lengths[order, 1], max_length).astype(np.int32)
-        self.ends = np.cumsum(self.lengths, dtype=np.int64)
-        self.tokens = random.integers(3, vocabulary, self.ends[-1], dtype=np.uint16)
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        end = self.ends[index]
-        input_ids = torch.from_numpy(self.tokens[end - self.lengths[index] : end].astype(np.int64))
-        labels = input_ids.clone()
-        labels[: self.prompt_lengths[index]] = IGNORE_INDEX
-        return {"input_ids": input_ids, "labels": labels}
-
-
-# ------------------------------------------------------------------------------------------------------------ trainers
-
-
-def make_model(shape: str, device: torch.device, kernel: str | None) -> LlamaForCausalLM:
-    """Random float32 weights, the same ones each time."""
-    config = LlamaConfig(
-        **{"num_attention_heads": 32, "vocab_size": 32000, "max_position_embeddings": 2048} | SHAPES[shape]
-    )
-    config.use_cache, config.pad_token_id = False, 0
-    config._attn_implementation = kernel or "sdpa"
-    torch.manual_seed(0)
-    with torch.device(device):
-        return LlamaForCausalLM(config)
-
-
-def our_trainer(
-    scenario: Scenario, rows: RandomRows, device: torch.device, extra: list[str]
-) -> utils.SupervisedTrainer:
-    """The Trainer of a run with the original command's flags, as `utils.train` sets it up."""
-    folder = tempfile.mkdtemp()
-    shape = make_model(scenario.shape, torch.device("meta"), None).config
-    shape.save_pretrained(folder)
-    flags = (
-        f"--model_name_or_path {folder} --data_path random --learning_rate 2e-5 --weight_decay 0. --warmup_ratio 0.05 "
-    )
-    flags += "--lr_scheduler_type cosine --logging_steps 1 --save_strategy no --max_steps 6000 "
-    flags += f"--model_max_length {scenario.max_length} --per_device_train_batch_size {scenario.per_device} "
-    flags += f"--gradient_accumulation_steps {scenario.accumulation} --output_dir {tempfile.mkdtemp()}"
-    bf16 = ["--bf16", str(device.type == "cuda")]
-    model_args, data_args, training_args = parse([*flags.split(), *bf16, *extra])
-    kernel = None
-    if training_args.packing:
-        model_args.model_name_or_path = folder
-        utils.choose_attention(model_args, training_args)
-        kernel = model_args.attn_implementation
-    memory_plan = utils.plan_memory(model_args, training_args, rows.lengths)
-    trainer = utils.SupervisedTrainer(
-        model=make_model(scenario.shape, device, kernel),
-        args=training_args,
-        train_dataset=rows,
-        data_collator=utils.DataCollatorForSupervisedDataset(any_tokenizer()),
-    )
-    trainer.memory_plan = memory_plan
-    trainer.stops = Stops()
-    trainer.add_callback(trainer.stops)
-    utils.watch(trainer, Report(model_args, data_args, training_args, lambda *_: None))
-    return trainer
-
-
-def any_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """Trainers want one; it tokenizes nothing here."""
-    from tokenizers import Tokenizer, models
-
-    words = {"<unk>": 0, "<s>": 1, "</s>": 2}
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(words, "<unk>")),
-        pad_token="<unk>",
-        eos_token="</s>",
-        bos_token="<s>",
-    )
-
-
-def trl_trainer(variant: str, scenario: Scenario, rows: RandomRows, device: torch.device) -> transformers.Trainer:
-    """TRL's SFTTrainer on the same rows."""
-    from datasets import Dataset as Table
-    from datasets import disable_progress_bars
-    from trl import SFTConfig, SFTTrainer
-
-    disable_progress_bars()
-    count = min(len(rows), scenario.examples * (sum(scenario.steps) + 4))  # no epoch ends among the measured steps
-    examples = [rows[index] for index in range(count)]
-    table = Table.from_dict(
-        {name: [example[name].tolist() for example in examples] for name in ("input_ids", "labels")}
-    )
-    options: dict[str, Any] = {
-        "per_device_train_batch_size": scenario.per_device,
-        "gradient_accumulation_steps": scenario.accumulation,
-        "max_length": scenario.max_length,
-    }
-    kernel = None
-    if variant != "trl_default":
-        tokens = int(rows.lengths.mean() * scenario.examples)  # of one optimizer step
-        per_device, accumulation = (2, 3) if variant == "trl_best" and scenario.examples > 16 else (1, 1)
-        whole = 6 if variant == "trl_best_whole" and scenario.examples > 16 else 1
-        options = {
-            "per_device_train_batch_size": per_device * whole,
-            "gradient_accumulation_steps": accumulation,
-            "max_length": max(tokens // (per_device * accumulation * whole), int(rows.lengths.max())),
-            "packing": True,
-            "use_liger_kernel": device.type == "cuda",
-            "gradient_checkpointing": False,
-        }
-        kernel = attention.PER_EXAMPLE
-        if device.type == "cuda":
-            from sft import triton_attention  # noqa: F401  registers its operator
-
-            kernel = attention.TRITON
-    config = SFTConfig(
-        output_dir=tempfile.mkdtemp(), max_steps=6000, learning_rate=2e-5, lr_scheduler_type="cosine", save_strategy="no", logging_steps=1,
-        report_to="none", bf16=device.type == "cuda", use_cpu=device.type == "cpu", **options,
-    )  # fmt: skip
-    model = make_model(scenario.shape, device, kernel)
-    return SFTTrainer(model=model, args=config, train_dataset=table, processing_class=any_tokenizer())
-
+from sft.throughput import ModelFlops, peak_tflops
 
 # ----------------------------------------------------------------------------------------------------------- measuring
-
-
-class Clock(transformers.TrainerCallback):
-    """Times the measured steps and ends the run after them."""
-
-    def __init__(self, warm_up: int, steps: int, device: torch.device):
-        self.warm_up, self.steps, self.device = warm_up, steps, device
-        self.seconds = self.began = self.first = 0.0
-        self.batches: list[dict] = []  # of the measured steps; counted afterwards, when it costs no time
-
-    def watch(self, trainer: transformers.Trainer) -> "Clock":
-        stock = trainer.get_batch_samples
-
-        def get_batch_samples(*args: Any) -> Any:
-            found = stock(*args)
-            if self.warm_up <= trainer.state.global_step < self.warm_up + self.steps:
-                names = ("labels", "attention_mask", "cu_seq_lens_q")
-                self.batches += [{name: batch[name] for name in names if name in batch} for batch in found[0]]
-            return found
-
-        trainer.get_batch_samples = get_batch_samples  # type: ignore[method-assign, assignment]
-        trainer.add_callback(self)
-        return self
-
-    def now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == 1:
-            self.first = self.now()
-        if state.global_step == self.warm_up:
-            self.began = self.now()
-        if state.global_step == self.warm_up + self.steps:
-            self.seconds = self.now() - self.began
-            control.should_training_stop = True
-
-    def counts(self) -> TokenCounts:
-        """What the measured steps held."""
-        total = TokenCounts()
-        for batch in self.batches:
-            labels = batch["labels"]
-            if "attention_mask" in batch:
-                lengths = batch["attention_mask"].sum(dim=1)
-            else:
-                lengths = batch["cu_seq_lens_q"].diff()
-            total += TokenCounts(
-                real=int(lengths.sum()),
-                trained=int((labels[:, 1:] != IGNORE_INDEX).sum()),
-                computed=labels.numel(),
-                squared=int((lengths.long() ** 2).sum()),
-            )
-        return total
 
 
 def measure(variant: str, scenario_name: str, lengths: np.ndarray, profile: str | None) -> dict[str, Any]:
@@ -406,116 +150,6 @@ def matmul_ceiling(seconds: float = 1.5) -> float:
         end.synchronize()
         rates.append(10 * 2 * size**3 / start.elapsed_time(end) / 1e9)
     return statistics.median(rates)
-
-
-# -------------------------------------------------------------------------------------------------------------- checks
-
-
-def check_gradients(lengths: np.ndarray, device: torch.device) -> list[str]:
-    """The gradients of one optimizer step, through the Trainer: packed in bf16 against padded in float32, ||a - b|| / ||b||.
-
-    Raises ArithmeticError where packed is worse than padded bf16 by more than a quarter, where anything is not a number, or
-    where a batch whose examples see each other passes too.
-    """
-    said = []
-    packed = {
-        "packed": ["--compile_layers", "False"],
-        "packed, small micro-batches": ["--compile_layers", "False", "--tokens_per_micro_batch", "1024"],
-        "packed, compiled": ["--compile_layers", "True"],
-        "examples see each other": ["--compile_layers", "False"],
-    }
-    for shape in ("check", "check, heads of 100") if device.type == "cuda" else ("tiny",):
-        scenario = Scenario(shape, 4, 4, 1024, (), (0, 1), (0, 1))
-        rows = RandomRows(lengths, scenario.max_length, SHAPES[shape].get("vocab_size", 32000))
-        reference = gradients_of(scenario, rows, device, ["--packing", "False", "--bf16", "False"])
-        padded = relative_error(
-            gradients_of(scenario, rows, device, ["--packing", "False", "--bf16", "True"]), reference
-        )
-        said.append(f"gradients, {shape}: padded bf16 against padded float32: {padded:.2e}")
-        for way, flags in packed.items():
-            leak = way == "examples see each other"
-            found = gradients_of(scenario, rows, device, ["--bf16", "True", *flags], leak)
-            error = relative_error(found, reference)
-            said.append(f"gradients, {shape}: {way}, bf16 against padded float32: {error:.2e}")
-            good = error > 5 * padded if leak else error <= 1.25 * padded  # NaN is neither
-            if not good:
-                raise ArithmeticError("\n".join(said))
-    return said
-
-
-# Holds all of the card but so many bytes until its input ends.
-HOLD = """
-import sys, torch
-torch.empty(0, device="cuda")
-taken = torch.empty(torch.cuda.mem_get_info()[0] - int(sys.argv[1]), dtype=torch.uint8, device="cuda")
-print("held", flush=True)
-sys.stdin.read()
-"""
-
-
-def check_budget(lengths: np.ndarray, free_gib: float) -> list[str]:
-    """On a card with this much memory left, --tokens_per_micro_batch auto runs where padded runs.
-
-    Another process takes the rest: what this one's allocator holds would count as room. Raises torch.OutOfMemoryError where it does not.
-    """
-    device, said = torch.device("cuda"), []
-    scenario = Scenario("1.1B", 2, 16, 1024, (), (0, 2), (0, 2))
-    rows = RandomRows(lengths, scenario.max_length, 32000)
-    command = [sys.executable, "-c", HOLD, str(int(free_gib * 2**30))]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
-        if holder.stdout.readline() != "held\n":
-            raise RuntimeError(f"no process could take the card's memory but {free_gib} GiB")
-        for way, flags in {"padded": ["--packing", "False"], "packed": ["--compile_layers", "False"]}.items():
-            trainer = our_trainer(scenario, rows, device, flags)
-            Clock(0, 2, device).watch(trainer)
-            torch.cuda.reset_peak_memory_stats()
-            trainer.train()
-            peak = torch.cuda.max_memory_allocated() / 2**30
-            said.append(f"{free_gib:.0f} GiB free, {way}: peak {peak:.1f} GiB")
-            if trainer.packing_plan:
-                said[-1] += f"; {trainer.packing_plan}"
-            del trainer
-            gc.collect()
-            torch.cuda.empty_cache()
-    return said
-
-
-def gradients_of(scenario, rows, device, flags: list[str], leak: bool = False) -> dict[str, torch.Tensor]:
-    """Every parameter's gradient just before the first optimizer step."""
-    found: dict[str, torch.Tensor] = {}
-
-    class Catch(transformers.TrainerCallback):
-        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-            found.update({name: weight.grad.float().clone() for name, weight in model.named_parameters()})
-            control.should_training_stop = True
-
-    trainer = our_trainer(scenario, rows, device, ["--max_grad_norm", "0", *flags])
-    trainer.add_callback(Catch())
-    if leak:
-        collate = trainer.data_collator
-
-        def leaking(examples: list[dict]) -> dict:
-            batch = collate(examples)
-            whole = torch.tensor([0, batch["input_ids"].numel()], dtype=torch.int32)
-            return (
-                batch
-                | {"cu_seq_lens_q": whole, "cu_seq_lens_k": whole}
-                | dict.fromkeys(("max_length_q", "max_length_k"), int(whole[1]))
-            )
-
-        trainer.data_collator = leaking
-    trainer.train()
-    del trainer
-    gc.collect()
-    return found
-
-
-def relative_error(found: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> float:
-    """||a - b|| / ||b|| over all parameters together."""
-    assert found.keys() == reference.keys()
-    difference = sum((found[name] - reference[name]).double().square().sum() for name in reference)
-    size = sum(reference[name].double().square().sum() for name in reference)
-    return float((difference / size) ** 0.5)
 
 
 # ---------------------------------------------------------------------------------------------------------------- main

@@ -1,4 +1,4 @@
-"""How far `--tokens_per_micro_batch auto` grows, on a card whose memory is told; tests on a GPU are in benchmarks/bench_step.py."""
+"""How far `--tokens_per_micro_batch auto` grows, on a card whose memory is told; tests on a GPU are in benchmarks/step_checks.py."""
 
 from types import SimpleNamespace
 
