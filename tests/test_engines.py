@@ -107,7 +107,7 @@ class Runs:
             "--lora_r",
             "4",
             "--lora_alpha",
-            "8" if {"4bit", "16bit"} & set(words) else "64",
+            "8" if {"4bit", "16bit"} & set(words) else "64",  # "16bit" is what "4bit" is compared with, on wider layers
             "--lora_dropout",
             "0",
             "--merge_lora",

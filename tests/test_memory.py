@@ -29,9 +29,14 @@ OPEN_LLAMA_3B = LlamaConfig(
 @pytest.fixture(autouse=True)
 def installed(monkeypatch) -> set[str]:
     """Liger counts as installed only in a test that adds it."""
-    found, there = importlib.util.find_spec, set()
-    is_there = lambda name, *more: name in there if name == "liger_kernel" else found(name, *more)  # noqa: E731
-    monkeypatch.setattr(importlib.util, "find_spec", lambda *name: is_there(*name) or None)
+    stock, there = importlib.util.find_spec, set()
+
+    def find_spec(name, *package):
+        if name == "liger_kernel":
+            return name if name in there else None
+        return stock(name, *package)
+
+    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
     return there
 
 
