@@ -60,6 +60,7 @@ def check_budget(lengths: np.ndarray, free_gib: float) -> list[str]:
     device, said = torch.device("cuda"), []
     scenario = Scenario("1.1B", 2, 16, 1024, (), (0, 2), (0, 2))
     rows = RandomRows(lengths, scenario.max_length, 32000)
+    torch.zeros(1, device=device)  # opens the GPU, which takes memory of its own, before the rest is counted
     command = [sys.executable, "-c", HOLD, str(int(free_gib * 2**30))]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
         if holder.stdout.readline() != "held\n":

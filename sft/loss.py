@@ -113,6 +113,7 @@ class LabelledHead(torch.nn.Module):
     The loss is computed inside the layer's own call, so the hooks by which FSDP, ZeRO-3 and adapters bring in the layer's weights run.
     """
 
+    positions: torch.Tensor | None = None
     targets: torch.Tensor | None = None
     plain = False  # an `nn.Linear` and nothing more: its weight may be used directly
     summed: Callable = staticmethod(in_chunks)  # the loss of a plain head; see choose_loss
@@ -120,6 +121,8 @@ class LabelledHead(torch.nn.Module):
     def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.targets is None:
             return super().forward(hidden, *args, **kwargs)
+        if hidden.shape[1] != len(self.targets):  # the layer before was no `LabelledLayer`: it gave every position
+            hidden = hidden[:, self.positions]
         rows = hidden.reshape(-1, hidden.shape[-1])
         if self.plain and self.bias is None:
             return self.summed(rows, self.weight, self.targets)
@@ -160,38 +163,31 @@ class LabelledLayer(LlamaDecoderLayer):
         return rows + self.mlp(self.post_attention_layernorm(rows))
 
 
-def labelled_layer(model: PreTrainedModel) -> bool:
-    """Teach the model's last layer to stop at labelled positions, where it is LLaMA's; whether it is."""
+def labelled_layer(model: PreTrainedModel) -> None:
+    """Teach the model's last layer to stop at labelled positions, where it is LLaMA's."""
     last = [None, *(module for module in model.modules() if isinstance(module, LlamaDecoderLayer))][-1]
     if type(last) is LlamaDecoderLayer:  # a class derived from it may have another forward
         last.__class__ = type(LlamaDecoderLayer.__name__, (LabelledLayer,), {})  # FSDP finds layers by that name
-    return isinstance(last, LabelledLayer)
 
 
 @contextlib.contextmanager
-def aim(head: LabelledHead, targets: torch.Tensor) -> Iterator[None]:
-    """While inside, the model's `logits` are the summed loss against these targets."""
-    head.targets = targets
+def aim(head: LabelledHead, positions: torch.Tensor, targets: torch.Tensor) -> Iterator[None]:
+    """While inside, the model's `logits` are the summed loss at these positions against these targets, (trained tokens,) each."""
+    head.positions, head.targets = positions, targets
     try:
         yield
     finally:
-        head.targets = None
+        head.positions = head.targets = None
 
 
-def summed_loss(
-    model: torch.nn.Module, head: LabelledHead, batch: dict[str, Any], in_last_layer: bool = False
-) -> torch.Tensor:
+def summed_loss(model: torch.nn.Module, head: LabelledHead, batch: dict[str, Any]) -> torch.Tensor:
     """Sum of the losses over the trained tokens of a packed micro-batch, float32, ().
 
     Args:
         model: as the Trainer wraps it.
         head: from `labelled_head`.
         batch: from `PackedCollator`.
-        in_last_layer: from `labelled_layer`; False where fewer layers run than the model has.
     """
-    inputs = {key: value for key, value in batch.items() if key not in ("labels", "label_positions", "label_targets")}
-    positions = batch["label_positions"]
-    # `label_positions` goes with `logits_to_keep` too, where nobody reads it: compiled layers are then given the same names.
-    inputs |= {"label_positions": positions, "logits_to_keep": 0 if in_last_layer else positions}
-    with aim(head, batch["label_targets"]):
+    inputs = {key: value for key, value in batch.items() if key not in ("labels", "label_targets")}
+    with aim(head, batch["label_positions"], batch["label_targets"]):
         return model(**inputs, use_cache=False).logits

@@ -85,7 +85,7 @@ class SupervisedTrainer(Trainer):
         if self.args.packing:
             self.data_collator = PackedCollator()
             self.head = labelled_head(self.model)
-            self.in_last_layer = labelled_layer(self.model)
+            labelled_layer(self.model)
 
     def _get_train_sampler(self, train_dataset=None):
         if not self.args.packing and self.args.train_sampling_strategy != "random":
@@ -108,7 +108,7 @@ class SupervisedTrainer(Trainer):
         if not self.args.packing:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         # num_items_in_batch counts the step's tokens on all ranks, over which the gradients will be averaged
-        loss = summed_loss(model, self.head, inputs, self.in_last_layer)
+        loss = summed_loss(model, self.head, inputs)
         return loss * (self.accelerator.num_processes / num_items_in_batch)
 
     def _run_epoch(self, **kwargs) -> None:

@@ -27,12 +27,13 @@ def compare(frozen: bool) -> None:
     model = LlamaForCausalLM(LlamaConfig(vocab_size=100, attn_implementation="per_example", **shape))
     model.lm_head.weight.data *= 20  # at the usual scale all losses are log(100)
     model.lm_head.requires_grad_(not frozen)
-    head, in_last_layer = loss.labelled_head(model), loss.labelled_layer(model)
+    head = loss.labelled_head(model)
+    loss.labelled_layer(model)
     ids = torch.randint(0, 100, (44,))
     batch = PackedCollator()([{"input_ids": part, "labels": part.clone()} for part in ids.split([5, 9, 30])])
 
     def found(batch: dict) -> torch.Tensor:
-        total = loss.summed_loss(model, head, batch, in_last_layer)
+        total = loss.summed_loss(model, head, batch)
         weights = [weight for weight in model.parameters() if weight.requires_grad]
         return torch.cat([total.detach()[None], *(part.flatten() for part in torch.autograd.grad(total, weights))])
 
@@ -42,7 +43,7 @@ def compare(frozen: bool) -> None:
     error, wrong = ((vector - ours).norm() / ours.norm() for vector in (found(batch), other))
     assert error < 1e-6 and wrong > 1e-2, (frozen, error, wrong)
     with torch.no_grad():
-        assert abs(loss.summed_loss(model, head, batch, in_last_layer) - ours[0]) < 1e-5 * ours[0]
+        assert abs(loss.summed_loss(model, head, batch) - ours[0]) < 1e-5 * ours[0]
     loss.choose_loss(torch.device("cpu"), compiled=False)
 
 

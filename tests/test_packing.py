@@ -23,7 +23,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 import utils
 from sft import packing
 from sft.arguments import UserError
-from sft.loss import labelled_head, labelled_layer, summed_loss
+from sft.loss import LabelledLayer, labelled_head, labelled_layer, summed_loss
 from sft.packing import IGNORE_INDEX, PackedBatchSampler, PackedCollator, balance, describe, permutation
 from sft.tokenizers import load_llama_tokenizer
 
@@ -213,13 +213,13 @@ def padded_step(model, micro_batches: list[list[dict]]):
 
 def packed_step(model, micro_batches: list[list[dict]]):
     model.zero_grad()
-    head, in_last_layer = labelled_head(model), labelled_layer(model)
-    assert in_last_layer
+    head = labelled_head(model)
+    labelled_layer(model)
     batches = [PackedCollator()(examples) for examples in micro_batches]
     tokens = sum((batch["labels"][:, 1:] != IGNORE_INDEX).sum() for batch in batches)
     loss = torch.zeros(())
     for batch in batches:
-        part = summed_loss(model, head, batch, in_last_layer) / tokens
+        part = summed_loss(model, head, batch) / tokens
         part.backward()
         loss += part.detach()
     return loss, gradients(model)
@@ -277,20 +277,34 @@ def test_the_last_mlp_works_at_labelled_positions_alone():
         layer.mlp.register_forward_hook(lambda module, inputs, output: widths.append(output.shape[1]))
     head = labelled_head(model)
     everywhere = summed_loss(model, head, batch)
-    labelled = summed_loss(model, head, batch, labelled_layer(model))
+    labelled_layer(model)
+    labelled = summed_loss(model, head, batch)
     tokens, trained = batch["input_ids"].shape[1], len(batch["label_positions"])
     assert trained < 0.8 * tokens and widths == [tokens] * 5 + [trained]
     assert labelled.item() == pytest.approx(everywhere.item(), rel=1e-6)
     other = {**batch, "label_positions": batch["label_positions"] - 1}
-    assert summed_loss(model, head, other, True).item() != pytest.approx(everywhere.item(), rel=1e-3)
+    assert summed_loss(model, head, other).item() != pytest.approx(everywhere.item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_a_model_of_which_few_layers_run(layers):
+    """As the automatic budget's trials run it: the last of them may be the model's last, and may not."""
+    model = small_llama(attn_implementation="per_example")
+    model.config.num_hidden_layers = layers
+    batch, head = PackedCollator()(rows(4)), labelled_head(model)
+    everywhere = summed_loss(model, head, batch)
+    labelled_layer(model)
+    assert summed_loss(model, head, batch).item() == pytest.approx(everywhere.item(), rel=1e-6)
 
 
 def test_another_familys_last_layer_and_a_derived_one_stay_as_they_are():
     model = small_llama()
     model.model.layers[-1].__class__ = type("Derived", (LlamaDecoderLayer,), {})
-    assert not labelled_layer(model)
     shape = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
-    assert not labelled_layer(transformers.Qwen2ForCausalLM(transformers.Qwen2Config(vocab_size=211, **shape)))
+    other = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(vocab_size=211, **shape))
+    for left in (model, other):
+        labelled_layer(left)
+        assert not any(isinstance(module, LabelledLayer) for module in left.modules())
 
 
 @pytest.mark.parametrize("fault", ["positions not reset", "mask passed", "first label kept", "examples not kept apart"])
@@ -324,7 +338,8 @@ def test_a_placeholder_trains_nothing_and_reaches_every_parameter():
     model = small_llama(attn_implementation="per_example")
     batch = PackedCollator()([])
     assert (batch["labels"] == IGNORE_INDEX).all()
-    loss = summed_loss(model, labelled_head(model), batch, labelled_layer(model))
+    labelled_layer(model)
+    loss = summed_loss(model, labelled_head(model), batch)
     loss.backward()
     assert loss.item() == 0.0
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())
