@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
-from torch.fx import Graph
+from torch.fx import Graph, Node
 from torch.utils.checkpoint import CheckpointPolicy
 from transformers import PreTrainedModel
 
@@ -53,6 +53,10 @@ def prepare(model: PreTrainedModel, device: torch.device, choice: Choice) -> Non
     if device.type == "cuda":
         keep_residual_in_compute_type(model)
     if choice.on:
+        if device.type == "cuda":
+            from sft.triton_norm import fuse_norms  # Triton is there, where it compiles the layers
+
+            fuse_norms(model)
         compile_layers(model)
 
 
@@ -62,11 +66,12 @@ def decoder_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
 
 
 class LayerPass(CustomGraphPass):
-    """Two changes to a layer's graph, forward and backward together, that the compiler (torch 2.11 to 2.13) leaves undone.
+    """Three changes to a layer's graph, forward and backward together, that the compiler (torch 2.11 to 2.13) leaves undone.
 
     The residual stream behind attention is kept for backward in place of what attention added to it: as many bytes, and three
     kernels read it where they would read two tensors and add them. On a GPU a weight's gradient comes in float32 out of its
-    product, not in the compute type with a cast behind it.
+    product, not in the compute type with a cast behind it. A norm's backward kernel adds up the gradients that reach the norm, and
+    the residual stream's, itself.
     """
 
     def __call__(self, graph: Graph) -> None:
@@ -88,9 +93,45 @@ class LayerPass(CustomGraphPass):
                 widened.replace_all_uses_with(direct)
                 graph.erase_node(widened)
                 graph.erase_node(product)
+        for node in list(graph.nodes):
+            if str(node.target) == "sft.norm_backward.default":
+                add_in_norm(node)
+        graph.eliminate_dead_code()
 
     def uuid(self) -> bytes:
         return get_hash_for_files((__file__,))
+
+
+def add_in_norm(norm: Node) -> None:
+    """Give a norm's backward kernel (sft/triton_norm.py) the terms of two sums: of what reaches it, and of its result and the residual's."""
+    cast = torch.ops.prims.convert_element_type.default
+
+    def is_sum(node: Node) -> bool:
+        if node.target is not torch.ops.aten.add.Tensor or len(node.all_input_nodes) != 2:
+            return False
+        values = [part.meta["val"] for part in (node, *node.all_input_nodes)]
+        return all(value.shape == values[0].shape and value.dtype == values[0].dtype for value in values)
+
+    def terms(node: Node) -> list[Node]:
+        if len(node.users) == 1 and is_sum(node):
+            return [term for part in node.args for term in terms(part)]
+        if len(node.users) == 1 and node.target is cast and node.meta["val"].dtype == torch.float32:
+            return [node.args[0]]
+        return [node]
+
+    gradients, residual = terms(norm.args[0][0]), None
+    for result in [user for user in norm.users if user.args[1] == 0 and len(user.users) == 1]:
+        total = next(iter(result.users))
+        other = [term for term in total.args if term is not result]
+        if is_sum(total) and other[0] < norm:  # it is there when the kernel runs
+            residual = other[0]
+            total.replace_all_uses_with(result)
+    with norm.graph.inserting_before(norm):
+        arguments = gradients if len(gradients) <= 3 else norm.args[0], residual, *norm.args[2:]
+        joined = norm.graph.call_function(norm.target, arguments)
+    # not "eager_input_vals", by which the compiler would cut the list to its old length without a word (torch 2.13, lowering.py)
+    joined.meta["val"] = norm.meta["val"]
+    norm.replace_all_uses_with(joined)
 
 
 # One object for all layers: with options of its own each layer would be compiled again, and the ninth not at all.

@@ -1,5 +1,6 @@
 """Compiled layers give the gradients of eager ones, and what `LayerPass` changes in their graphs."""
 
+import operator
 from types import SimpleNamespace
 
 import pytest
@@ -56,6 +57,44 @@ def test_a_product_that_someone_else_needs_stays():
         graph.call_function(ATEN.neg.default, (nodes["product"],))
     compiling.LayerPass()(graph)
     assert [node.target for node in graph.nodes if "mm" in str(node.target)] == [ATEN.mm.default]
+
+
+def norm_graph(terms: int, residual_first: bool) -> Graph:
+    """The sum of so many gradients reaches a norm, whose result is added to what the residual stream has."""
+    pytest.importorskip("triton")
+    from sft import triton_norm  # noqa: F401  registers the operator
+
+    graph, value = Graph(), torch.empty(1, 2, 3)
+
+    def call(target, *args, val=value):
+        node = graph.call_function(target, args)
+        node.meta["val"] = val
+        return node
+
+    given = [graph.placeholder(f"primals_{number}") for number in range(terms + 3)]
+    for node in given:
+        node.meta["val"] = value
+    *gradients, hidden, rstd, weight = given
+    total = gradients[0]
+    for gradient in gradients[1:]:
+        total = call(ATEN.add.Tensor, total, gradient)
+    stream = call(ATEN.neg.default, hidden) if residual_first else None
+    norm = call(torch.ops.sft.norm_backward.default, [total], None, hidden, rstd, weight, val=(value, value))
+    result = call(operator.getitem, norm, 0)
+    stream = stream or call(ATEN.neg.default, hidden)
+    graph.output((call(ATEN.add.Tensor, stream, result), call(operator.getitem, norm, 1)))
+    compiling.LayerPass()(graph)
+    graph.lint()
+    return graph
+
+
+@pytest.mark.parametrize("terms, residual_first, left", [(3, True, 0), (2, True, 0), (4, True, 3), (2, False, 1)])
+def test_a_norms_kernel_takes_sums_that_it_can(terms, residual_first, left):
+    """Up to three gradients, and a residual that is there when the kernel runs; others are added as they were."""
+    graph = norm_graph(terms, residual_first)
+    assert len(graph.find_nodes(op="call_function", target=ATEN.add.Tensor)) == left
+    (norm,) = graph.find_nodes(op="call_function", target=torch.ops.sft.norm_backward.default)
+    assert (len(norm.args[0]), norm.args[1] is not None) == (terms if terms <= 3 else 1, residual_first)
 
 
 @pytest.mark.slow

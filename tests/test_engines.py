@@ -98,6 +98,7 @@ class Runs:
             asked = {key: value for word in words for key, value in config.get(word, {}).items()}
             flags += ["--fsdp_config", json.dumps(asked)] * bool(asked)
         flags += ["--bf16", "True"] * ("bf16" in words)
+        flags += ["--compile_layers", "True"] * ("compiled" in words)
         flags += ["--load_in_4bit", "True"] * ("4bit" in words)
         flags += ["--ddp_backend", "gloo"] * shares_its_gpu(words)
         flags += ["--gradient_accumulation_steps", "4"] * ("alone" in words)  # the same examples in each step
@@ -305,6 +306,19 @@ def test_fsdp2_trains_as_plain_training_does(runs, how, ranks):
     run, reference = runs.get(f"{how} cuda bf16{ranks}"), runs.get("ddp cuda bf16 alone")
     assert "save rehearsal: whole" in runs.printed[f"{how} cuda bf16{ranks}"]
     assert_same_training(run, reference, rel=0.02)
+    assert_whole(run, reference, atol=0.02)
+
+
+@needs_a_gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["ddp", "fsdp", "fsdp recompute", "ddp lora", "fsdp lora"])
+def test_compiled_layers_train_as_eager_ones_do(runs, how):
+    if "lora" in how:
+        pytest.importorskip("peft")
+    run, reference = runs.get(f"{how} cuda bf16 compiled alone"), runs.get(f"{how} cuda bf16 alone")
+    assert "compiled layers: on (--compile_layers)" in runs.printed[f"{how} cuda bf16 compiled alone"]
+    assert "compiled layers: off" in runs.printed[f"{how} cuda bf16 alone"]
+    assert_same_training(run, reference, rel=0.02, learned=0.15)
     assert_whole(run, reference, atol=0.02)
 
 
