@@ -53,10 +53,6 @@ def prepare(model: PreTrainedModel, device: torch.device, choice: Choice) -> Non
     if device.type == "cuda":
         keep_residual_in_compute_type(model)
     if choice.on:
-        if device.type == "cuda":
-            from sft.triton_norm import fuse_norms  # Triton is there, where it compiles the layers
-
-            fuse_norms(model)
         compile_layers(model)
 
 

@@ -225,7 +225,15 @@ def plan_micro_batches(trainer: SupervisedTrainer) -> PackedBatchSampler:
     run_tokens = arithmetic["steps"] * arithmetic["examples_per_step"] * lengths.mean()
     compiled = compiling.choose(args, model.num_parameters(), getattr(model, "is_quantized", False), run_tokens)
     say(compiled)
-    compiling.prepare(model, args.device, compiled)
+
+    def prepare(model: PreTrainedModel) -> None:
+        if compiled.on and args.device.type == "cuda":
+            from sft.triton_norm import fuse_norms  # Triton is there: it compiles the layers
+
+            fuse_norms(model)
+        compiling.prepare(model, args.device, compiled)
+
+    prepare(model)
     loss = choose_loss(args.device, compiled.on)
     if args.device.type == "cuda":
         say(f"head and loss: {loss}")
@@ -239,7 +247,6 @@ def plan_micro_batches(trainer: SupervisedTrainer) -> PackedBatchSampler:
         loss.backward()
         probe.zero_grad(set_to_none=True)
 
-    prepare = partial(compiling.prepare, device=args.device, choice=compiled)
     beside = trainer.memory_plan.not_for_activations if trainer.memory_plan else None
     pretrained.hold_deepspeed(args)  # what the budget tries out is a small model, whole on each rank
     tokens = budget.choose(model, args, packing.largest_step(recipe), prepare, trial, beside)
