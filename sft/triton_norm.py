@@ -20,7 +20,7 @@ def _backward(
     first, second, third, residual, hidden, rstd, weight, d_hidden, d_weights, tokens,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, GRADIENTS: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    """Each program takes every so-manieth token; `d_weights`, (programs, WIDTH), is left to be added up."""
+    """Of n programs each takes every n-th token. `d_weights`, (programs, WIDTH), is left to be added up."""
     column = tl.arange(0, BLOCK)
     row = tl.full([], WIDTH, tl.int64)  # a row of tokens may hold more than 2^31 numbers
     there = column < WIDTH
