@@ -1,6 +1,7 @@
 """What the tests share: a tiny LLaMA with a SentencePiece tokenizer, a small CSV, the real scripts through torchrun."""
 
 import csv
+import gc
 import os
 import re
 import shutil
@@ -27,6 +28,12 @@ def questions_csv(tmp_path_factory) -> Path:
     with open(path, "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("prompt", "response"), *QUESTIONS])
     return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_collections() -> None:
+    """Accelerate collects garbage before each run, and looks at all that the imports left, for 0.3 s, if that is not set apart."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
