@@ -36,6 +36,10 @@ def quick_collections() -> None:
     gc.freeze()
 
 
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # or Triton's bindings would complain, at the end, of objects that were not let go
+
+
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory) -> Path:
     """A random two-layer LLaMA as OpenLLaMA is published: weights, a config, and tokenizer.model alone."""
