@@ -243,7 +243,8 @@ class Plan:
 
     def __str__(self) -> str:
         return (
-            f"packing: asked {self.accumulation} micro-batch{'es' * (self.accumulation > 1)} of {self.per_device} x {self.max_length:,} tokens per device and step; "
+            f"packing: asked {self.accumulation} micro-batch{'es' * (self.accumulation > 1)} of "
+            f"{self.per_device} x {self.max_length:,} tokens per device and step; "
             f"runs {self.micro_batches} of at most {self.fullest:,} (budget {self.max_tokens:,}, {self.reason}), "
             f"{self.fill:.0%} full; padding saved: {self.padding_saved:.0%} of the padded run's tokens"
         )

@@ -1,27 +1,17 @@
 """The Triton kernels give each example's own attention: interpreted on a CPU, compiled on a GPU.
 
-    TRITON_INTERPRET=1 python tests/test_triton_attention.py    # without a GPU
+    TRITON_INTERPRET=1 PYTHONPATH=. python tests/test_triton_attention.py    # without a GPU
 
 Triton decides at its import whether to interpret, so on a CPU the comparison runs in a process of its own.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
+from interpreted import relative_error, run_interpreted
 
-ROOT = Path(__file__).resolve().parent.parent
 LENGTHS = [[5, 30, 1, 70, 17], [130, 3], [2, 2]]
 HEADS = [(4, 1, 16), (6, 2, 32), (4, 4, 64), (2, 2, 128)]  # heads, key heads, head size
-
-
-def relative_error(found: torch.Tensor, reference: torch.Tensor) -> float:
-    """||a - b|| / ||b||"""
-    return float((found.detach().double() - reference.detach()).norm() / reference.detach().double().norm())
 
 
 def errors(lengths: list[int], heads: int, key_heads: int, head_dim: int, window: int | None, device: str) -> list:
@@ -97,11 +87,7 @@ def compare_in_a_model() -> None:
 
 @pytest.mark.slow
 def test_interpreted():
-    pytest.importorskip("triton", minversion="3.9")  # before, its interpreter does not run beside numpy 2.4
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert len(done.stdout.splitlines()) == (len(LENGTHS) + 1) * len(HEADS)
+    assert len(run_interpreted(__file__).splitlines()) == (len(LENGTHS) + 1) * len(HEADS)
 
 
 @pytest.mark.slow

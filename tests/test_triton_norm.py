@@ -1,27 +1,18 @@
 """The norm's backward kernel gives the norm's own gradients, alone and in compiled layers: interpreted on a CPU, compiled on a GPU.
 
-    TRITON_INTERPRET=1 python tests/test_triton_norm.py    # without a GPU
+    TRITON_INTERPRET=1 PYTHONPATH=. python tests/test_triton_norm.py    # without a GPU
 
 Triton decides at its import whether to interpret, so on a CPU the comparison runs in a process of its own. Its interpreter (3.9)
 cuts float32 to bf16 where a GPU rounds, so it is asked for float32 alone.
 """
 
 import copy
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from interpreted import relative_error, run_interpreted
 
-ROOT = Path(__file__).resolve().parent.parent
 SHAPES = [(44, 48), (3, 300), (70, 64)]  # tokens, width
-
-
-def relative_error(found: torch.Tensor, reference: torch.Tensor) -> float:
-    """||a - b|| / ||b||"""
-    return float((found.detach().double() - reference.detach()).norm() / reference.detach().double().norm())
 
 
 def errors(tokens: int, width: int, gradients: int, residual: bool, device: str) -> list[float]:
@@ -96,11 +87,7 @@ def compare_in_compiled_layers() -> None:
 
 @pytest.mark.slow
 def test_interpreted():
-    pytest.importorskip("triton", minversion="3.9")  # before, its interpreter does not run beside numpy 2.4
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.splitlines()[-1] == "all compared"
+    assert run_interpreted(__file__).splitlines()[-1] == "all compared"
 
 
 def test_only_llamas_norm_is_taken():
