@@ -32,7 +32,7 @@ KERNELS: dict[str, Callable] = {attention.TRITON: attention.triton, attention.VA
 def rows() -> dict[str, list[int]]:
     """Lengths of the examples of one row, by name."""
     with open(Path(__file__).with_name("instruction_lengths.csv"), newline="", encoding="utf-8") as file:
-        lengths = [min(int(total), 1024) for _, total in list(csv.reader(file))[1::73]]
+        lengths = [min(int(total), 1024) for _, total, _ in list(csv.reader(file))[1::73]]
     equal = {f"{length} each": [length] * (TOKENS // length) for length in (64, 128, 256, 512, 1024, 2048, 4096)}
     return {"instructions": lengths, **equal}
 

@@ -8,8 +8,9 @@ r"""Tokens per second of the training step: this project, its padded ancestor an
 Every variant takes the same number of examples (or, where examples are packed into rows, of tokens) in each optimizer step,
 runs in a process of its own, and goes through its own Trainer as a user's run does: `ours` and `ancestor` through
 `utils.SupervisedTrainer`, with `ancestor` adding --packing False; `trl_*` through `trl.SFTTrainer`. Weights are random (speed
-does not depend on them) and so are the token ids; the lengths are those of 9,310 real instruction rows. TRL is measured
-where benchmarks/requirements.txt is installed.
+does not depend on them) and so are the token ids; the lengths are those of 9,310 real instruction rows, and so is how far prompts
+begin alike (two templates and more). `ours_unshared` computes each of them whole (--share_prefixes False). TRL is measured where
+benchmarks/requirements.txt is installed.
 """
 
 import argparse
@@ -36,6 +37,7 @@ import transformers
 from step_checks import check_budget, check_gradients
 from step_variants import (
     LENGTHS,
+    OURS,
     SCENARIOS,
     SHAPES,
     SLOW,
@@ -57,8 +59,8 @@ def measure(variant: str, scenario_name: str, lengths: np.ndarray, profile: str 
     """Run one variant; what it did per second."""
     scenario, device = SCENARIOS[scenario_name], the_device(scenario_name)
     rows = RandomRows(lengths, scenario.max_length, SHAPES[scenario.shape].get("vocab_size", 32000))
-    if variant in ("ancestor", "ours"):
-        extra = ["--packing", "False"] if variant == "ancestor" else []
+    if variant in OURS:
+        extra = OURS[variant]
         trainer: transformers.Trainer = our_trainer(scenario, rows, device, extra)
     else:
         trainer = trl_trainer(variant, scenario, rows, device)
@@ -84,7 +86,8 @@ def measure(variant: str, scenario_name: str, lengths: np.ndarray, profile: str 
         "step_s": clock.seconds / clock.steps,
         "tokens_per_s": counts.real / clock.seconds,
         "trained_tokens_per_s": counts.trained / clock.seconds,
-        "padding_share": 1 - counts.real / counts.computed,
+        "padding_share": counts.padding_share(),
+        "shared_share": counts.shared / counts.real,
         "tflops": tflops,
         "tflops_6n": tflops_6n,
         "mfu": tflops / peak if peak else None,

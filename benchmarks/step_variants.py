@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import itertools
 import tempfile
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import utils
 from sft import attention
 from sft.arguments import parse
+from sft.prefixes import in_common
 from sft.record import Report
 from sft.stops import Stops
 from sft.throughput import TokenCounts
@@ -60,18 +62,20 @@ class Scenario:
         return self.per_device * self.accumulation
 
 
-GPU_VARIANTS = ("ancestor", "trl_default", "trl_best", "trl_best_whole", "ours")
+GPU_VARIANTS = ("ancestor", "trl_default", "trl_best", "trl_best_whole", "ours", "ours_unshared")
 SCENARIOS = {
     # the original's command: --per_device_train_batch_size 2 --gradient_accumulation_steps 8 --model_max_length 1024
     "original": Scenario("1.1B", 2, 8, 1024, GPU_VARIANTS, (30, 60), (1, 4)),
     "large": Scenario("1.1B", 16, 8, 1024, GPU_VARIANTS, (10, 30), (1, 3)),
     "7b": Scenario("7B-shaped, 8 layers", 16, 8, 1024, GPU_VARIANTS, (6, 16), (1, 2)),
-    "cpu": Scenario("tiny", 2, 8, 128, ("ancestor", "ours"), (2, 20), (2, 20)),
+    "cpu": Scenario("tiny", 2, 8, 128, ("ancestor", "ours", "ours_unshared"), (2, 20), (2, 20)),
 }
+OURS = {"ancestor": ["--packing", "False"], "ours": [], "ours_unshared": ["--share_prefixes", "False"]}  # their flags
 SLOW = ("ancestor", "trl_default")
 WHAT = {
     "ancestor": "padded, stock attention and loss (--packing False)",
     "ours": "this project's defaults",
+    "ours_unshared": "this project with --share_prefixes False",
     "trl_default": "SFTTrainer's defaults: padded, gradient checkpointing",
     "trl_best": "SFTTrainer: packed rows, Liger, no checkpointing, our attention kernel; 2 rows x 3 micro-batches",
     "trl_best_whole": "the same, the whole step in one micro-batch",
@@ -82,7 +86,8 @@ WHAT = {
 
 
 def read_lengths(path: Path) -> np.ndarray:
-    """(examples, 2): prompt tokens, and tokens in all with the response and EOS."""
+    """(examples, 3), in the order of their tokens: prompt tokens, tokens in all with the response and EOS, and how many of the
+    prompt's tokens are those of the example before."""
     with open(path, newline="", encoding="utf-8") as file:
         next(rows := csv.reader(file))
         return np.array([[int(cell) for cell in row] for row in rows])
@@ -94,20 +99,37 @@ def lengths_of(data_path: str, tokenizer: str, source: str, target: str) -> np.n
     model_args, data_args, training_args = parse([*flags, "--output_dir", tempfile.mkdtemp()])
     loaded = load_llama_tokenizer(model_args, training_args)
     dataset = utils.make_supervised_data_module(loaded, data_args, training_args)["train_dataset"]
-    return np.stack([dataset.prompt_lengths, dataset.lengths], axis=1)
+    ids = [example["input_ids"].numpy() for example in dataset]
+    prompts = [tokens[:length] for tokens, length in zip(ids, dataset.prompt_lengths)]
+    order = sorted(range(len(prompts)), key=lambda index: prompts[index].tolist())
+    alike = [0, *(in_common(prompts[one], prompts[other]) for one, other in itertools.pairwise(order))]
+    return np.stack([dataset.prompt_lengths[order], dataset.lengths[order], alike], axis=1)
 
 
 class RandomRows(Dataset):
-    """Rows of random ids with given lengths; the prompt's labels are masked. What `utils.SupervisedDataset` gives."""
+    """Rows of random ids with given lengths, whose prompts begin alike as far as the given ones do; the prompt's labels are
+    masked. What `utils.SupervisedDataset` gives.
+
+    Args:
+        lengths: from `read_lengths`.
+        max_length: longer rows are cut.
+        vocabulary: ids are below it.
+    """
 
     def __init__(self, lengths: np.ndarray, max_length: int, vocabulary: int):
-        lengths = lengths[lengths[:, 0] < max_length]  # as the data path: a prompt that leaves no room is dropped
         random = np.random.default_rng(0)
-        order = random.permutation(len(lengths))  # sources lie in the file one after another
-        self.prompt_lengths = lengths[order, 0].astype(np.int32)
-        self.lengths = np.minimum(lengths[order, 1], max_length).astype(np.int32)
+        rows, before = [], np.zeros(0, np.uint16)
+        for prompt, total, alike in lengths:
+            ids = random.integers(3, vocabulary, total, dtype=np.uint16)
+            ids[:alike] = before[:alike]
+            if prompt < max_length:  # as the data path: a prompt that leaves no room is dropped
+                rows.append((prompt, ids[:max_length]))
+            before = ids
+        order = random.permutation(len(rows))  # sources lie side by side
+        self.prompt_lengths = np.array([rows[index][0] for index in order], dtype=np.int32)
+        self.lengths = np.array([len(rows[index][1]) for index in order], dtype=np.int32)
         self.ends = np.cumsum(self.lengths, dtype=np.int64)
-        self.tokens = random.integers(3, vocabulary, self.ends[-1], dtype=np.uint16)
+        self.tokens = np.concatenate([rows[index][1] for index in order])
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -242,7 +264,7 @@ class Clock(transformers.TrainerCallback):
         def get_batch_samples(*args: Any) -> Any:
             found = stock(*args)
             if self.warm_up <= trainer.state.global_step < self.warm_up + self.steps:
-                names = ("labels", "attention_mask", "cu_seq_lens_q")
+                names = ("labels", "attention_mask", "cu_seq_lens_q", "prefix_lengths")
                 self.batches += [{name: batch[name] for name in names if name in batch} for batch in found[0]]
             return found
 
@@ -269,14 +291,16 @@ class Clock(transformers.TrainerCallback):
         total = TokenCounts()
         for batch in self.batches:
             labels = batch["labels"]
+            shared = batch.get("prefix_lengths", labels.new_zeros(2)).long()[:-1]
             if "attention_mask" in batch:
-                lengths = batch["attention_mask"].sum(dim=1)
+                lengths = batch["attention_mask"].sum(dim=1).long()
             else:
-                lengths = batch["cu_seq_lens_q"].diff()
+                lengths = batch["cu_seq_lens_q"].diff().long() + shared
             total += TokenCounts(
                 real=int(lengths.sum()),
                 trained=int((labels[:, 1:] != IGNORE_INDEX).sum()),
                 computed=labels.numel(),
-                squared=int((lengths.long() ** 2).sum()),
+                squared=int((lengths**2).sum() - (shared**2).sum()),
+                shared=int(shared.sum()),
             )
         return total

@@ -268,6 +268,13 @@ class TrainingArguments(transformers.TrainingArguments):
             "measured memory has room for, up to a whole step. A number: less memory, more micro-batches, the same gradient."
         },
     )
+    share_prefixes: bool = field(
+        default=True,
+        metadata={
+            "help": "Compute what prompts of a packed micro-batch begin with alike, such as their template, once for all of them: "
+            "same losses and gradients. False: in each of them."
+        },
+    )
     compile_layers: str = field(
         default="auto",
         metadata={

@@ -22,6 +22,8 @@ TRITON = "triton"
 VARLEN = "varlen"
 PER_EXAMPLE = "per_example"
 NO_WINDOW = 2**30  # tokens that a token sees in the operator of sft/triton_attention.py, where the model sets no window
+# These let a token see its own example and the shared prefix of another one (sft/prefixes.py).
+SHARE_PREFIXES = (TRITON, PER_EXAMPLE)
 TRITON_HEADS = (16, 32, 64, 128)  # other sizes, padded, are slower than in FlashAttention (benchmarks/LOG.md)
 
 
@@ -51,13 +53,16 @@ def triton(
     attention_mask: None,
     scaling: float,
     cu_seq_lens_q: torch.Tensor | None = None,
+    prefix_starts: torch.Tensor | None = None,  # (examples + 1,), int32, like the next: see PackedCollator
+    prefix_lengths: torch.Tensor | None = None,
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """As `varlen`, by the operator of sft/triton_attention.py, which is imported where it is chosen: it needs Triton."""
     assert cu_seq_lens_q is not None, "triton attention takes one packed row with its cu_seq_lens"
     window = sliding_window or NO_WINDOW
-    out, *_ = torch.ops.sft.packed_attention(*_one_row(query, key, value), cu_seq_lens_q, scaling, window)
+    edges = cu_seq_lens_q, prefix_starts, prefix_lengths
+    out, *_ = torch.ops.sft.packed_attention(*_one_row(query, key, value), *edges, scaling, window)
     return out[None], None
 
 
@@ -98,6 +103,8 @@ def per_example(
     scaling: float,
     dropout: float = 0.0,
     cu_seq_lens_q: torch.Tensor | None = None,  # (examples + 1,), int32
+    prefix_starts: torch.Tensor | None = None,  # (examples + 1,), int32, like the next
+    prefix_lengths: torch.Tensor | None = None,
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -108,10 +115,17 @@ def per_example(
     lengths = cu_seq_lens_q.diff().tolist()
     assert sliding_window is None or max(lengths) <= sliding_window, "choose() lets no sliding window come here"
     value = value.to(query.dtype)
-    out = [
-        F.scaled_dot_product_attention(*example, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=True)
-        for example in zip(query.split(lengths, dim=2), key.split(lengths, dim=2), value.split(lengths, dim=2))
-    ]
+    nothing = [0] * len(lengths)
+    starts, shared = (nothing if edge is None else edge.tolist() for edge in (prefix_starts, prefix_lengths))
+    options = {"dropout_p": dropout, "is_causal": True, "scale": scaling, "enable_gqa": True}
+    out, begin = [], 0
+    for length, prefix, before in zip(lengths, starts, shared):
+        own, beginning = slice(begin, begin + length), slice(prefix, prefix + before)
+        example = [rows[:, :, own] for rows in (query, key, value)]
+        if before:  # the whole example, so that no mask is needed; what comes out for the beginning is not used
+            example = [torch.cat([rows[:, :, beginning], rows[:, :, own]], 2) for rows in (query, key, value)]
+        out.append(F.scaled_dot_product_attention(*example, **options)[:, :, before:])
+        begin += length
     return torch.cat(out, dim=2).transpose(1, 2), None
 
 

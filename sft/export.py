@@ -18,6 +18,7 @@ COMPLETE = "COMPLETE.json"
 SMALL_BYTES = 4 * 2**30  # up to this size all tensors are hashed and the model is run, above it a sample is hashed
 PROBE_TOKENS = 64
 FORWARD_INPUTS = "input_ids attention_mask position_ids cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k".split()
+FORWARD_INPUTS += ["prefix_starts", "prefix_lengths"]
 
 Weights = dict[str, torch.Tensor]
 

@@ -5,7 +5,7 @@ micro-batches as the token budget allows, joined end to end, with nothing comput
 padded run's up to rounding.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -189,12 +189,20 @@ class PackedCollator:
     are needed and what each must predict. There is no `attention_mask`: with one, transformers 5 lets examples see each other.
     No example at all makes a placeholder: it trains nothing and keeps this rank in step with the others.
 
+    Args:
+        share: (examples) -> their order in the row, and the beginnings that are left out of it because an example before has the
+            same (`prefixes.share`). `prefix_starts` and `prefix_lengths`, int32, then say where each one's lies; (examples + 1,), because
+            layers are compiled once more for a size of 1.
+
     Example:
         >>> row = PackedCollator()([{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}, {"input_ids": [4, 5], "labels": [-100, 5]}])
         >>> {key: value.tolist() for key, value in row.items() if torch.is_tensor(value) and key != "cu_seq_lens_k"}
         {'input_ids': [[1, 2, 3, 4, 5]], 'labels': [[-100, 2, 3, -100, 5]], 'position_ids': [[0, 1, 2, 0, 1]], \
 'cu_seq_lens_q': [0, 3, 5], 'label_positions': [0, 1, 3], 'label_targets': [2, 3, 5]}
     """
+
+    def __init__(self, share: Callable | None = None):
+        self.share = share
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         if not examples:
@@ -205,19 +213,25 @@ class PackedCollator:
                 (1,), IGNORE_INDEX
             )  # the head still runs: the gradient is zero, not absent
             return batch
-        input_ids = torch.cat([torch.as_tensor(example["input_ids"]) for example in examples])
-        labels = torch.cat([torch.as_tensor(example["labels"]) for example in examples])
-        lengths = torch.tensor([len(example["input_ids"]) for example in examples])
+        left_out = [0] * len(examples)
+        if self.share:
+            order, leaders, left_out = self.share(examples)
+            examples = [examples[number] for number in order]
+        parts = list(zip(examples, left_out))
+        input_ids = torch.cat([torch.as_tensor(example["input_ids"])[begin:] for example, begin in parts])
+        labels = torch.cat([torch.as_tensor(example["labels"])[begin:] for example, begin in parts])
+        positions = [torch.arange(begin, len(example["input_ids"])) for example, begin in parts]
+        lengths = torch.tensor([len(part) for part in positions])
         ends = lengths.cumsum(0)
         starts = ends - lengths
         labels[starts] = IGNORE_INDEX  # nothing precedes an example's first token
         label_positions = (labels[1:] != IGNORE_INDEX).nonzero().flatten()
         cu_seq_lens = torch.cat([torch.zeros(1, dtype=torch.int64), ends]).to(torch.int32)
         longest = int(lengths.max())
-        return {
+        batch = {
             "input_ids": input_ids[None],
             "labels": labels[None],
-            "position_ids": torch.cat([torch.arange(length) for length in lengths.tolist()])[None],
+            "position_ids": torch.cat(positions)[None],
             "cu_seq_lens_q": cu_seq_lens,
             "cu_seq_lens_k": cu_seq_lens,
             "max_length_q": longest,
@@ -225,6 +239,10 @@ class PackedCollator:
             "label_positions": label_positions,
             "label_targets": labels[label_positions + 1],
         }
+        if self.share:
+            batch["prefix_starts"] = starts[[*leaders, 0]].to(torch.int32)
+            batch["prefix_lengths"] = torch.tensor([*left_out, 0], dtype=torch.int32)
+        return batch
 
 
 @dataclass

@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from collections import deque
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ from sft.arguments import UserError, rank, say, world_size
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 ONE_PRESS_S = 2.0  # a scheduler and torchrun may both pass on the same request; later ones are a second request
 SPIKE_MEMORY = 50  # logged losses that a new one is compared with
+PREFIXES = ("prefix_starts", "prefix_lengths")  # keys of a packed micro-batch: see sft/packing.py
 
 
 class Stops(TrainerCallback):
@@ -183,15 +185,17 @@ def rows_of(inputs: dict, dataset) -> list[int]:
     """CSV rows (the header is row 1) of a micro-batch, found by its tokens (all rows with them, if several are equal).
 
     Args:
-        inputs: a packed micro-batch (`position_ids` restart at 0 for each example) or a padded one (`attention_mask`).
+        inputs: a micro-batch of `PackedCollator`, or a padded one (`attention_mask`).
         dataset: with `lengths`, `row_numbers` and `[i]["input_ids"]`.
     """
     ids = inputs["input_ids"].cpu()
     if inputs.get("attention_mask") is not None:
         examples = [row[mask.bool()] for row, mask in zip(ids, inputs["attention_mask"].cpu())]
     else:
-        starts = (inputs["position_ids"].cpu().flatten() == 0).nonzero().flatten().tolist()
-        examples = [ids.flatten()[a:b] for a, b in zip(starts, [*starts[1:], ids.numel()])]
+        edges = inputs["cu_seq_lens_q"].tolist()
+        parts = ids.flatten().split([end - start for start, end in pairwise(edges)])
+        starts, shared = (inputs[name].tolist() if name in inputs else [0] * len(parts) for name in PREFIXES)
+        examples = [torch.cat([ids[0, a : a + n], part]) for a, n, part in zip(starts, shared, parts)]
     return sorted(
         {
             int(dataset.row_numbers[index])

@@ -5,7 +5,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -61,19 +61,25 @@ class TokenCounts:
     """What some micro-batches held.
 
     Two examples of 2 and 3 tokens, 1 and 2 of them trained, in a padded batch of 2 x 3:
-    TokenCounts(real=5, trained=3, computed=6, squared=13)
+    TokenCounts(real=5, trained=3, computed=6, squared=13, shared=0)
     """
 
     real: int = 0  # tokens of examples
     trained: int = 0  # positions with a label that is learned; an example's first token is never one
     computed: int = 0  # positions that the model computes, padding included
-    squared: int = 0  # sum of len(example)^2
+    squared: int = 0  # sum of len(example)^2 - len(its shared prefix)^2
+    shared: int = 0  # tokens of shared prefixes that another example holds: real, but not computed
+
+    def padding_share(self) -> float:
+        """Computed positions that are padding, 0 to 1."""
+        return 1 - (self.real - self.shared) / self.computed if self.computed else 0.0
 
     def __iadd__(self, other: "TokenCounts") -> "TokenCounts":
         self.real += other.real
         self.trained += other.trained
         self.computed += other.computed
         self.squared += other.squared
+        self.shared += other.shared
         return self
 
 
@@ -90,11 +96,13 @@ class CountingCollator:
     def __call__(self, examples: list[dict[str, torch.Tensor]]) -> dict:
         batch = self.collator(examples)
         lengths = [len(example["input_ids"]) for example in examples]
+        prefixes = batch["prefix_lengths"].tolist() if "prefix_lengths" in batch else []
         batch["counts"] = TokenCounts(
             real=sum(lengths),
             trained=sum(int((example["labels"][1:] != IGNORE_INDEX).sum()) for example in examples),
             computed=batch["input_ids"].numel(),
-            squared=sum(length * length for length in lengths),
+            squared=sum(length * length for length in lengths) - sum(length * length for length in prefixes),
+            shared=sum(prefixes),
         )
         return batch
 
@@ -118,7 +126,7 @@ class ModelFlops:
     Two conventions. `step` counts what the recipe needs: the causal half, and the output head only on the positions
     that are trained, since nobody asks for the others. `step_6n` is the usual formula of PaLM and its followers: 6 for
     each weight (the input embedding left out, the head counted for every token) and the whole of len^2. It gives the
-    higher number, and the one to compare with other programs.
+    higher number, and the one to compare with other programs. Neither counts a shared prefix more than once.
     """
 
     layer_weights: int  # elements of the matrices in the layers (and of LoRA's, where there are any)
@@ -152,7 +160,7 @@ class ModelFlops:
 
     def step(self, counts: TokenCounts) -> int:
         """FLOPs that these examples need: causal attention, head on trained positions. What `mfu` is made of."""
-        layers = (4 * self.layer_weights + 2 * self.trained_layer_weights) * counts.real
+        layers = (4 * self.layer_weights + 2 * self.trained_layer_weights) * (counts.real - counts.shared)
         head = (4 * self.head_weights + 2 * self.trained_head_weights) * counts.trained
         return layers + head + 6 * self.attention_width * counts.squared
 
@@ -160,11 +168,11 @@ class ModelFlops:
         """FLOPs by the usual formula, 6 N tokens + 12 layers heads head_dim len^2. What `mfu_6n` is made of."""
         weights = self.layer_weights + self.head_weights
         trained = self.trained_layer_weights + self.trained_head_weights
-        return (4 * weights + 2 * trained) * counts.real + 12 * self.attention_width * counts.squared
+        return (4 * weights + 2 * trained) * (counts.real - counts.shared) + 12 * self.attention_width * counts.squared
 
 
 MFU_CONVENTION = (
-    "6 FLOPs per weight and real token (4 where frozen), input embedding left out, head on trained tokens only, "
+    "6 FLOPs per weight and real token (4 where frozen; shared prefixes once), input embedding left out, head on trained tokens only, "
     "+ 6 x layers x heads x head_dim x sum of len^2 (causal half)"
 )
 
@@ -252,7 +260,7 @@ class Meter(transformers.TrainerCallback):
     def own(self) -> list[float]:
         """This rank's counts since the last reading, and its peak memory in GiB: what `gather` gives of every rank."""
         counts = self.counts
-        return [counts.real, counts.trained, counts.computed, counts.squared, peak_memory_gib(self.device)]
+        return [*asdict(counts).values(), peak_memory_gib(self.device)]
 
     def read(self) -> dict[str, float]:
         """The rates since the last reading. Call it at one and the same point of each step: where the host has its gradient norm."""
@@ -264,9 +272,9 @@ class Meter(transformers.TrainerCallback):
         self.counts, self.steps = TokenCounts(), 0
         every = self.gather(own)
         ranks = len(every)
-        job = TokenCounts(*(int(total) for total in every[:, :4].sum(dim=0)))
+        job = TokenCounts(*(int(total) for total in every[:, :-1].sum(dim=0)))
         # `every` was asked for before this step's update; the first update is when the optimizer takes its memory
-        self.peak_memory_gib = max(float(every[:, 4].max()), float(own[4]))
+        self.peak_memory_gib = max(float(every[:, -1].max()), float(own[-1]))
         flops, flops_6n = self.flops.step(job), self.flops.step_6n(job)
         self._ranks = ranks
         self.total += job
@@ -290,7 +298,8 @@ class Meter(transformers.TrainerCallback):
         rates = {
             "tokens_per_s_per_gpu": counts.real * per_gpu,
             "trained_tokens_per_s_per_gpu": counts.trained * per_gpu,
-            "padding_share": 1 - counts.real / counts.computed if counts.computed else 0.0,
+            "padding_share": counts.padding_share(),
+            "shared_share": counts.shared / counts.real if counts.real else 0.0,
             "tflops_per_gpu": flops * per_gpu / 1e12,
             "peak_memory_gib": self.peak_memory_gib,
         }

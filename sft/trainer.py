@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from sft import (
     lora,
     memory,
     packing,
+    prefixes,
     pretrained,
     safety,
 )
@@ -83,7 +85,8 @@ class SupervisedTrainer(Trainer):
                 # Accelerate (1.15) has FSDP2 cast what the model returns to 16 bits: the loss, and the scale of its gradient
                 plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
         if self.args.packing:
-            self.data_collator = PackedCollator()
+            self.prefixes = prefixes.choose(self.args, self.model, attention.SHARE_PREFIXES)
+            self.packed_collator = self.data_collator = PackedCollator(prefixes.share if self.prefixes.on else None)
             self.head = labelled_head(self.model)
             labelled_layer(self.model)
 
@@ -240,7 +243,7 @@ def plan_micro_batches(trainer: SupervisedTrainer) -> PackedBatchSampler:
 
     def trial(probe: PreTrainedModel, tokens: int) -> None:
         ids = torch.zeros(256, dtype=torch.int64)
-        batch = trainer._prepare_inputs(PackedCollator()([{"input_ids": ids, "labels": ids}] * (tokens // 256)))
+        batch = trainer._prepare_inputs(trainer.packed_collator([{"input_ids": ids, "labels": ids}] * (tokens // 256)))
         # as Accelerate will wrap the model, which has not happened yet
         with torch.autocast(args.device.type, dtype, enabled=dtype != torch.float32):
             loss = summed_loss(probe, labelled_head(probe), batch)
@@ -260,7 +263,10 @@ def plan_micro_batches(trainer: SupervisedTrainer) -> PackedBatchSampler:
         tokens.reason,
     )
     say(packed)
-    trainer.report.note("packing", **asdict(packed), line=str(packed))
+    first = ([trainer.train_dataset[index] for index in batch] for batch in islice(sampler, 4))
+    trainer.prefixes = prefixes.with_share(trainer.prefixes, first)
+    say(trainer.prefixes)
+    trainer.report.note("packing", **asdict(packed), line=str(packed), shared_prefixes=str(trainer.prefixes))
     packing.adopt(args, sampler)
     return sampler
 

@@ -2,7 +2,8 @@
 
 FlashAttention's backward pass works on blocks of 128 tokens, of which a short example fills one or two. Here a block holds a few
 tokens with all the heads that share a key (grouped queries), keys and values are read once for the group, and a block begins
-anywhere in the row: each token knows where its example starts and ends. Two numbers for each token are all the mask there is.
+anywhere in the row: each token knows where its example starts and ends, and where the beginning lies that an example before holds
+for its own (sft/prefixes.py). Four numbers for each token are all the mask there is.
 """
 
 from typing import Any
@@ -30,16 +31,66 @@ BLOCKS = {  # by head size: rows (tokens x grouped heads) and keys of a block, a
 # two. Tensors are contiguous, (tokens, heads, head size).
 
 
-@triton.jit(do_not_specialize=["window"])
-def _edges(cu_seq_lens, first_seen, seen_until, window, STEP: tl.constexpr):
-    """For each token the first one that it sees, and the end of those that see it."""
+# `edges`, (4, tokens), has for each token the first one that it sees of its own example, the end of those that see it, and where its
+# example's shared prefix starts and ends (both 0 where there is none).
+
+
+@triton.jit(do_not_specialize=["window", "T"])
+def _edges(
+    cu_seq_lens, prefix_starts, prefix_lengths, edges, window, T, SHARED: tl.constexpr, STEP: tl.constexpr
+):  # fmt: skip
+    """Fill `edges`, which is zero before."""
     example = tl.program_id(0)
     start = tl.load(cu_seq_lens + example)
     end = tl.load(cu_seq_lens + example + 1)
+    prefix, shared = 0, 0
+    if SHARED:
+        prefix = tl.load(prefix_starts + example)
+        shared = tl.load(prefix_lengths + example)
+        for begin in range(prefix, prefix + shared, STEP):
+            token = begin + tl.arange(0, STEP)
+            tl.atomic_max(edges + T + token, tl.full([STEP], 0, tl.int32) + end, token < prefix + shared)
+        prefix = tl.where(shared > 0, prefix, 0)
     for begin in range(start, end, STEP):
         token = begin + tl.arange(0, STEP)
-        tl.store(first_seen + token, tl.maximum(start, token - window + 1), token < end)
-        tl.store(seen_until + token, tl.minimum(end, token + window), token < end)
+        there = token < end
+        tl.store(edges + token, tl.maximum(start, token - window + 1), there)
+        tl.atomic_max(edges + T + token, tl.minimum(end, token + window), there)
+        tl.store(edges + 2 * T + token, tl.full([STEP], 0, tl.int32) + prefix, there)
+        tl.store(edges + 3 * T + token, tl.full([STEP], 0, tl.int32) + prefix + shared, there)
+
+
+@triton.jit
+def _sight(edges, token, T):
+    """What each row's token sees: its own example from here on, and its prefix from here to there."""
+    start = tl.load(edges + token, token < T, other=T)
+    return start, tl.load(edges + 2 * T + token, token < T, other=0), tl.load(edges + 3 * T + token, token < T, other=0)
+
+
+@triton.jit
+def _blocks_seen(edges, first, T, KEYS: tl.constexpr, TOKENS: tl.constexpr):
+    """Of a block of queries: its first token's prefix and where that ends, the first token that it sees of its own example, the
+    block's end, and how many blocks of keys the prefix and all of it have. What its other tokens see lies there too."""
+    prefix, until = tl.load(edges + 2 * T + first), tl.load(edges + 3 * T + first)
+    own, end = tl.load(edges + first), tl.minimum(first + TOKENS, T)
+    before = tl.cdiv(until - prefix, KEYS)
+    return prefix, until, own, end, before, before + tl.cdiv(end - own, KEYS)
+
+
+@triton.jit
+def _columns(block, prefix, until, own, end, before, KEYS: tl.constexpr):
+    """Tokens of a block of keys, and whether they are there: the prefix's blocks first, then the example's own."""
+    begin = tl.where(block < before, prefix + block * KEYS, own + (block - before) * KEYS)
+    column = begin + tl.arange(0, KEYS)
+    return column, column < tl.where(block < before, until, end)
+
+
+@triton.jit
+def _sees(token, column, there, start, prefix, until):
+    """(rows, keys): whether a row's token sees a key."""
+    own = (column[None, :] >= start[:, None]) & (column[None, :] <= token[:, None])
+    shared = (column[None, :] >= prefix[:, None]) & (column[None, :] < until[:, None])
+    return (own | shared) & there[None, :]
 
 
 @triton.jit
@@ -65,7 +116,7 @@ def _store(pointer, rows, token, head, heads, there, D: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T"])
 def _forward(
-    q, k, v, out, log_sums, first_seen, scale, T,
+    q, k, v, out, log_sums, edges, scale, T,
     K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Output, and the logarithm (base 2) of each softmax's sum; `scale` is to base 2 too."""
@@ -73,16 +124,16 @@ def _forward(
     group = tl.program_id(1)
     token, head, there = _rows(first, T, group, G, GP, TOKENS)
     queries = _load(q, token, head, K * G, there, D)
-    start = tl.load(first_seen + token, token < T, other=T)
-    end = tl.minimum(first + TOKENS, T)
+    start, shared_from, shared_until = _sight(edges, token, T)
+    prefix, until, own, end, before, blocks = _blocks_seen(edges, first, T, KEYS, TOKENS)
     best = tl.full([TOKENS * GP], -1e30, tl.float32)  # finite: a block may hold nothing that a row sees
     total = tl.zeros([TOKENS * GP], tl.float32)
     result = tl.zeros([TOKENS * GP, D], tl.float32)
-    for begin in range(tl.load(first_seen + first), end, KEYS):
-        column = begin + tl.arange(0, KEYS)
-        keys = _load(k, column, group, K, column < end, D)
-        values = _load(v, column, group, K, column < end, D)
-        seen = (column[None, :] >= start[:, None]) & (column[None, :] <= token[:, None])
+    for block in range(blocks):
+        column, key_there = _columns(block, prefix, until, own, end, before, KEYS)
+        keys = _load(k, column, group, K, key_there, D)
+        values = _load(v, column, group, K, key_there, D)
+        seen = _sees(token, column, key_there, start, shared_from, shared_until)
         scores = tl.where(seen, tl.dot(queries, tl.trans(keys)) * scale, -float("inf"))
         new_best = tl.maximum(best, tl.max(scores, 1))
         weights = tl.math.exp2(scores - new_best[:, None])
@@ -97,7 +148,7 @@ def _forward(
 
 @triton.jit(do_not_specialize=["T"])
 def _backward_queries(
-    q, k, v, out, d_out, d_q, log_sums, products, first_seen, scale, T,
+    q, k, v, out, d_out, d_q, log_sums, products, edges, scale, T,
     K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """The queries' gradient, and for `_backward_keys` the product of each output with its gradient."""
@@ -110,14 +161,14 @@ def _backward_queries(
     product = tl.sum(output.to(tl.float32) * gradient.to(tl.float32), 1)
     tl.store(products + head * T + token, product, there)
     log_sum = tl.load(log_sums + head * T + token, there, other=0.0)
-    start = tl.load(first_seen + token, token < T, other=T)
-    end = tl.minimum(first + TOKENS, T)
+    start, shared_from, shared_until = _sight(edges, token, T)
+    prefix, until, own, end, before, blocks = _blocks_seen(edges, first, T, KEYS, TOKENS)
     result = tl.zeros([TOKENS * GP, D], tl.float32)
-    for begin in range(tl.load(first_seen + first), end, KEYS):
-        column = begin + tl.arange(0, KEYS)
-        keys = _load(k, column, group, K, column < end, D)
-        values = _load(v, column, group, K, column < end, D)
-        seen = (column[None, :] >= start[:, None]) & (column[None, :] <= token[:, None])
+    for block in range(blocks):
+        column, key_there = _columns(block, prefix, until, own, end, before, KEYS)
+        keys = _load(k, column, group, K, key_there, D)
+        values = _load(v, column, group, K, key_there, D)
+        seen = _sees(token, column, key_there, start, shared_from, shared_until)
         scores = tl.dot(queries, tl.trans(keys)) * (scale * LOG2_E)
         weights = tl.where(seen, tl.math.exp2(scores - log_sum[:, None]), 0.0)
         d_scores = weights * (tl.dot(gradient, tl.trans(values)) - product[:, None])
@@ -127,7 +178,7 @@ def _backward_queries(
 
 @triton.jit(do_not_specialize=["T"])
 def _backward_keys(
-    q, k, v, d_out, d_k, d_v, log_sums, products, seen_until, scale, T,
+    q, k, v, d_out, d_k, d_v, log_sums, products, edges, scale, T,
     K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """The gradients of keys and values, summed over the heads that share them."""
@@ -136,8 +187,8 @@ def _backward_keys(
     column = first + tl.arange(0, KEYS)
     keys = _load(k, column, group, K, column < T, D)
     values = _load(v, column, group, K, column < T, D)
-    until = tl.load(seen_until + column, column < T, other=0)
-    end = tl.load(seen_until + tl.minimum(first + KEYS, T) - 1)
+    until = tl.load(edges + T + column, column < T, other=0)
+    end = tl.max(until, 0)
     keys_result = tl.zeros([KEYS, D], tl.float32)
     values_result = tl.zeros([KEYS, D], tl.float32)
     for begin in range(first, end, TOKENS):
@@ -170,36 +221,40 @@ def _sizes(q: torch.Tensor, k: torch.Tensor, kernel: str) -> dict[str, int]:
 
 @torch.library.custom_op("sft::packed_attention", mutates_args=())
 def packed_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seq_lens: torch.Tensor, scale: float, window: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seq_lens: torch.Tensor,
+    prefix_starts: torch.Tensor | None, prefix_lengths: torch.Tensor | None, scale: float, window: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Causal attention within each example of a packed row.
 
     Args:
         q: (tokens, heads, head size), which is 16, 32, 64 or 128.
         k, v: (tokens, key heads, head size).
         cu_seq_lens: (examples + 1,), int32, where each example starts and the last one ends.
-        window: how many tokens a token sees, itself among them.
+        prefix_starts, prefix_lengths: (examples + 1,), int32, tokens of an example before that each example sees as its own
+            beginning. Those who share one's beginning lie behind it side by side, and none shares more of it than the one before.
+        window: how many tokens a token sees, itself among them. With prefixes it must not be less than the row.
 
     Returns:
-        output as q. For the backward pass: log2 of the softmax sums, (heads, tokens); for each token the first one that it sees,
-        and the end of those that see it, (tokens,), int32.
+        output as q. For the backward pass: log2 of the softmax sums, (heads, tokens), and `edges`, (4, tokens), int32.
     """
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()  # as they come out of the layers: nothing is copied
     tokens, heads, _ = q.shape
     out = torch.empty_like(q)
     log_sums = torch.empty(heads, tokens, dtype=torch.float32, device=q.device)
-    first_seen, seen_until = (torch.empty(tokens, dtype=torch.int32, device=q.device) for _ in range(2))
-    _edges[(len(cu_seq_lens) - 1,)](cu_seq_lens, first_seen, seen_until, window, STEP=256)
+    edges = torch.zeros(4, tokens, dtype=torch.int32, device=q.device)
+    shared = prefix_lengths is not None
+    prefixes = (prefix_starts, prefix_lengths) if shared else (cu_seq_lens, cu_seq_lens)
+    _edges[(len(cu_seq_lens) - 1,)](cu_seq_lens, *prefixes, edges, window, tokens, SHARED=shared, STEP=256)
     sizes = _sizes(q, k, "forward")
     grid = (triton.cdiv(tokens, sizes["TOKENS"]), k.shape[1])
-    _forward[grid](q, k, v, out, log_sums, first_seen, scale * LOG2_E.value, tokens, **sizes)
-    return out, log_sums, first_seen, seen_until
+    _forward[grid](q, k, v, out, log_sums, edges, scale * LOG2_E.value, tokens, **sizes)
+    return out, log_sums, edges
 
 
 @torch.library.custom_op("sft::packed_attention_backward", mutates_args=())
 def packed_attention_backward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, log_sums: torch.Tensor,
-    first_seen: torch.Tensor, seen_until: torch.Tensor, d_out: torch.Tensor, scale: float,
+    edges: torch.Tensor, d_out: torch.Tensor, scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """The gradients of q, k and v."""
     q, k, v, d_out = q.contiguous(), k.contiguous(), v.contiguous(), d_out.contiguous()
@@ -207,38 +262,37 @@ def packed_attention_backward(
     d_q, d_k, d_v, products = (torch.empty_like(tensor) for tensor in (q, k, v, log_sums))
     sizes = _sizes(q, k, "queries")
     grid = (triton.cdiv(tokens, sizes["TOKENS"]), key_heads)
-    _backward_queries[grid](q, k, v, out, d_out, d_q, log_sums, products, first_seen, scale, tokens, **sizes)
+    _backward_queries[grid](q, k, v, out, d_out, d_q, log_sums, products, edges, scale, tokens, **sizes)
     sizes = _sizes(q, k, "keys")
     grid = (triton.cdiv(tokens, sizes["KEYS"]), key_heads)
-    _backward_keys[grid](q, k, v, d_out, d_k, d_v, log_sums, products, seen_until, scale, tokens, **sizes)
+    _backward_keys[grid](q, k, v, d_out, d_k, d_v, log_sums, products, edges, scale, tokens, **sizes)
     return d_q, d_k, d_v
 
 
 @packed_attention.register_fake
-def _shapes(q, k, v, cu_seq_lens, scale, window):
+def _shapes(q, k, v, cu_seq_lens, prefix_starts, prefix_lengths, scale, window):
     tokens, heads, _ = q.shape
     return (
         q.new_empty(q.shape),
         q.new_empty((heads, tokens), dtype=torch.float32),
-        q.new_empty(tokens, dtype=torch.int32),
-        q.new_empty(tokens, dtype=torch.int32),
+        q.new_empty((4, tokens), dtype=torch.int32),
     )
 
 
 @packed_attention_backward.register_fake
-def _gradient_shapes(q, k, v, out, log_sums, first_seen, seen_until, d_out, scale):
+def _gradient_shapes(q, k, v, out, log_sums, edges, d_out, scale):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _keep(ctx: Any, inputs: tuple, output: tuple) -> None:
-    q, k, v, _, scale, _ = inputs
+    q, k, v, *_, scale, _ = inputs
     ctx.save_for_backward(q, k, v, *output)
     ctx.scale = scale
     ctx.set_materialize_grads(False)  # nobody takes the gradient of the other outputs
 
 
 def _backward(ctx: Any, d_out: torch.Tensor, *_: None) -> tuple:
-    return *packed_attention_backward(*ctx.saved_tensors, d_out, ctx.scale), None, None, None
+    return *packed_attention_backward(*ctx.saved_tensors, d_out, ctx.scale), *[None] * 5
 
 
 packed_attention.register_autograd(_backward, setup_context=_keep)

@@ -17,10 +17,13 @@ def test_the_benchmark_measures_both_ways_on_the_lengths_of_a_csv(tiny_llama, qu
     assert ended.returncode == 0, ended.stdout
     assert "examples see each other, bf16 against padded float32" in ended.stdout
     results = [json.loads(line) for line in output.read_text().splitlines()]
-    assert [result["variant"] for result in results] == ["ancestor", "ours"]
-    ancestor, ours = results
-    assert ancestor["tokens_per_step"] == ours["tokens_per_step"]  # the same examples in each step
+    assert [result["variant"] for result in results] == ["ancestor", "ours", "ours_unshared"]
+    ancestor, ours, unshared = results
+    assert (
+        ancestor["tokens_per_step"] == ours["tokens_per_step"] == unshared["tokens_per_step"]
+    )  # the same examples in each step
     assert ours["padding_share"] == 0 < ancestor["padding_share"]
+    assert ours["shared_share"] >= 0 == unshared["shared_share"] == ancestor["shared_share"]
     assert ours["ratio_to_ancestor"] == ours["tokens_per_s"] / ancestor["tokens_per_s"]
     for result in results:
         assert result["tokens_per_s"] * result["step_s"] == pytest.approx(result["tokens_per_step"])

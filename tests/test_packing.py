@@ -400,14 +400,15 @@ def test_the_script_gives_the_same_curve_padded_and_packed_on_one_and_two_ranks(
         "packed": (0, "--per_device_train_batch_size 2 --gradient_accumulation_steps 2"),
         "packed small": (
             0,
-            "--per_device_train_batch_size 1 --gradient_accumulation_steps 4 --tokens_per_micro_batch 40",
+            "--per_device_train_batch_size 1 --gradient_accumulation_steps 4 --tokens_per_micro_batch 60",
         ),
         "padded 2": (2, "--packing False --per_device_train_batch_size 1 --gradient_accumulation_steps 2"),
         "packed 2": (2, "--per_device_train_batch_size 1 --gradient_accumulation_steps 2"),
     }
     curves, weights = {}, {}
     shared = ["--model_name_or_path", str(tiny_llama), "--data_path", str(questions_csv), *RECIPE.split()]
-    shared += ["--data_cache_dir", str(tmp_path / "cache")]
+    (tmp_path / "template.txt").write_text("An easy one: {instruction}", encoding="utf-8")  # what prompts begin with alike
+    shared += ["--data_cache_dir", str(tmp_path / "cache"), "--prompt_template", str(tmp_path / "template.txt")]
     for name, (processes, flags) in runs.items():
         output = tmp_path / name.replace(" ", "_")
         flags = [*shared, "--output_dir", str(output), *flags.split()]
@@ -418,6 +419,7 @@ def test_the_script_gives_the_same_curve_padded_and_packed_on_one_and_two_ranks(
         report = json.loads((output / "run_report.json").read_text())
         curves[name] = [entry["loss"] for entry in report["log"]]
         curves[name] += [entry["eval_loss"] for entry in report["evaluations"]]
+        assert (report["final"]["shared_share"] > 0.1) == name.startswith("packed"), name
         weights[name] = load_file(output / "model.safetensors")
     printed = capfd.readouterr().out
     reference = curves.pop("padded")
@@ -428,7 +430,7 @@ def test_the_script_gives_the_same_curve_padded_and_packed_on_one_and_two_ranks(
         assert largest_error(weights[name], weights["padded"]) < 1e-6, name
     assert "attention: per_example (cpu, float32, head_dim 8)" in printed
     assert "asked 2 micro-batches of 2 x 64 tokens per device and step; runs 1 of at most" in printed
-    assert re.search(r"runs 2 of at most \d+ \(budget 40, --tokens_per_micro_batch\)", printed)
+    assert re.search(r"runs 2 of at most \d+ \(budget 60, --tokens_per_micro_batch\)", printed)
     with pytest.raises(UserError, match="--tokens_per_micro_batch 8: the longest example has"):
         utils.train(
             load_llama_tokenizer, [*shared, "--output_dir", str(tmp_path / "none"), "--tokens_per_micro_batch", "8"]

@@ -18,6 +18,7 @@ import utils
 from sft import generate, live, picture, report
 from sft.arguments import UserError
 from sft.live import ReportCallback
+from sft.prefixes import share
 from sft.record import FIELDS, REMOVED, Report
 from sft.tokenizers import load_llama_tokenizer
 
@@ -66,17 +67,24 @@ def test_what_the_record_says_of_the_run(watched):
     assert record["final"]["tokens"] == int(train.lengths.sum())
     assert record["final"]["trained_tokens"] == int((train.lengths - train.prompt_lengths).sum())
     shape = watched.trainer.model.config
-    assert record["final"]["model_flops"] == by_hand(shape, train)
+    watched.trainer.sampler.set_epoch(0)
+    shared = [n for batch in watched.trainer.sampler for n in share([train[index] for index in batch]).lengths]
+    assert record["final"]["shared_share"] == pytest.approx(sum(shared) / int(train.lengths.sum())) and sum(shared) > 0
+    assert record["final"]["model_flops"] == by_hand(shape, train, shared)
     assert {"data", "load", "train", "evaluate", "save", "report"} <= set(record["durations_s"])
     assert 0 < record["final"]["train_steps_s"] < record["durations_s"]["train"]
 
 
-def by_hand(shape, dataset):
-    """FLOPs of one pass over the rows of conftest's LLaMA: 2 layers, 32 wide, 64 in the MLP, 4 heads of 8, 2 key heads."""
+def by_hand(shape, dataset, shared):
+    """FLOPs of one pass over the rows of conftest's LLaMA: 2 layers, 32 wide, 64 in the MLP, 4 heads of 8, 2 key heads.
+
+    Prefixes of `shared` tokens are computed in another example.
+    """
     layer = 32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 64
-    real, trained = int(dataset.lengths.sum()), int((dataset.lengths - dataset.prompt_lengths).sum())
-    squared = int((dataset.lengths.astype(int) ** 2).sum())
-    return 6 * 2 * layer * real + 6 * 32 * shape.vocab_size * trained + 6 * 2 * 32 * squared
+    computed = int(dataset.lengths.sum()) - sum(shared)
+    trained = int((dataset.lengths - dataset.prompt_lengths).sum())
+    squared = int((dataset.lengths.astype(int) ** 2).sum()) - sum(length**2 for length in shared)
+    return 6 * 2 * layer * computed + 6 * 32 * shape.vocab_size * trained + 6 * 2 * 32 * squared
 
 
 def test_no_secret_is_written(watched):

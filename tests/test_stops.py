@@ -38,7 +38,7 @@ class Rows:
 
 
 def test_rows_are_found_by_their_tokens_packed_and_padded():
-    packed = {"input_ids": torch.tensor([[1, 8, 1, 5, 6]]), "position_ids": torch.tensor([[0, 1, 0, 1, 2]])}
+    packed = {"input_ids": torch.tensor([[1, 8, 1, 5, 6]]), "cu_seq_lens_q": torch.tensor([0, 2, 5])}
     assert stops.rows_of(packed, Rows()) == [2, 9]
     examples = [{"input_ids": Rows.ids[i], "labels": Rows.ids[i]} for i in (0, 1)]
     padded = DataCollatorForSupervisedDataset(type("T", (), {"pad_token_id": 1}))(examples)

@@ -68,6 +68,9 @@ def test_flops_by_hand():
     assert flops.step_6n(counts) == 6 * (960 + 400) * 10 + 12 * 16 * 52
     padded_more = TokenCounts(real=10, trained=4, computed=99, squared=52)
     assert flops.step(padded_more) == flops.step(counts)  # padding is not work
+    counts.shared, counts.squared = 3, 43  # of 3 tokens that another example holds, neither
+    assert flops.step(counts) == 6 * 960 * 7 + 6 * 400 * 4 + 6 * 16 * 43
+    assert flops.step_6n(counts) == 6 * (960 + 400) * 7 + 12 * 16 * 43
 
 
 def test_flops_of_frozen_weights_and_tied_embeddings():
@@ -161,8 +164,8 @@ def test_rates_are_of_all_ranks():
 
     def gather(own):
         other = own.clone()
-        other[:4] *= 3
-        other[4] = 77.0
+        other[:-1] *= 3
+        other[-1] = 77.0
         return torch.stack([own, other])
 
     watch = meter(gather=gather, device_name="an unknown device")

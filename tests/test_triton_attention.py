@@ -11,10 +11,20 @@ import torch.nn.functional as F
 from interpreted import relative_error, run_interpreted
 
 LENGTHS = [[5, 30, 1, 70, 17], [130, 3], [2, 2]]
+# Of the first lengths: which example holds each one's prefix, and how much of it. 30 before 1, 70 and 17, in blocks of 8 tokens and more.
+PREFIXES = [(0, 0), (0, 0), (1, 30), (1, 21), (1, 9)]
 HEADS = [(4, 1, 16), (6, 2, 32), (4, 4, 64), (2, 2, 128)]  # heads, key heads, head size
 
 
-def errors(lengths: list[int], heads: int, key_heads: int, head_dim: int, window: int | None, device: str) -> list:
+def errors(
+    lengths: list[int],
+    heads: int,
+    key_heads: int,
+    head_dim: int,
+    window: int | None,
+    device: str,
+    prefixes: list | None = None,
+) -> list:
     """Of the output and the gradients of q, k and v, against one example after another in float64."""
     from sft import attention, triton_attention
 
@@ -26,15 +36,21 @@ def errors(lengths: list[int], heads: int, key_heads: int, head_dim: int, window
     gradient = torch.randn(shapes[0], device=device, dtype=dtype)
     cu_seq_lens = torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
     seen = window or attention.NO_WINDOW
-    out = triton_attention.packed_attention(q, k, v, cu_seq_lens, scale, seen)[0]
+    shared = (None, None)
+    if prefixes:
+        shared = [torch.tensor(edge, device=device, dtype=torch.int32) for edge in zip(*prefixes)]
+        shared[0] = cu_seq_lens[shared[0]]
+    out = triton_attention.packed_attention(q, k, v, cu_seq_lens, *shared, scale, seen)[0]
     found = [out, *torch.autograd.grad(out, (q, k, v), gradient)]
 
     a, b, c = (tensor.detach().double().requires_grad_() for tensor in (q, k, v))
     alone = []
-    for example in zip(a.split(lengths), b.split(lengths), c.split(lengths)):
-        distance = torch.arange(len(example[0]), device=device)
-        distance = distance[:, None] - distance[None]
-        x, y, z = (rows.transpose(0, 1)[None] for rows in example)
+    parts = [tensor.split(lengths) for tensor in (a, b, c)]
+    for number, (leader, before) in enumerate(prefixes or [(0, 0)] * len(lengths)):
+        keys, values = (torch.cat([part[leader][:before], part[number]]) for part in parts[1:])
+        distance = torch.arange(len(keys), device=device)
+        distance = distance[before:, None] - distance[None]
+        x, y, z = (rows.transpose(0, 1)[None] for rows in (parts[0][number], keys, values))
         mask = (distance >= 0) & (distance < seen)
         alone.append(F.scaled_dot_product_attention(x, y, z, attn_mask=mask, scale=scale, enable_gqa=True))
     expected = torch.cat(alone, dim=2)[0].transpose(0, 1)
@@ -49,6 +65,10 @@ def compare(device: str, limit: float) -> None:
                 worst = max(errors(lengths, *heads, window, device))
                 print(lengths, heads, window, f"{worst:.1e}")
                 assert worst < limit, (lengths, heads, window, worst)  # NaN is not below it
+    for heads in HEADS:
+        worst = max(errors(LENGTHS[0], *heads, None, device, PREFIXES))
+        print(LENGTHS[0], heads, "shared prefixes", f"{worst:.1e}")
+        assert worst < limit, (heads, worst)
     assert error_when_joined(device) > 0.1, "examples that see each other pass too: the comparison proves nothing"
 
 
@@ -59,23 +79,28 @@ def error_when_joined(device: str) -> float:
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 133, 2, 16, device=device, dtype=torch.float32 if device == "cpu" else torch.bfloat16)
     starts = (torch.tensor(edges, dtype=torch.int32, device=device) for edges in ([0, 133], [0, 130, 133]))
-    calls = [(q, k, v, edges, 0.25, attention.NO_WINDOW) for edges in starts]
+    calls = [(q, k, v, edges, None, None, 0.25, attention.NO_WINDOW) for edges in starts]
     joined, apart = (triton_attention.packed_attention(*call)[0][130:] for call in calls)
     return relative_error(joined, apart)
 
 
 def compare_in_a_model() -> None:
-    """A LLaMA's loss and gradients with this kernel and with one attention call for each example."""
+    """A LLaMA's loss and gradients with this kernel and with one attention call for each example, whose prompts begin alike."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from sft import attention, triton_attention  # noqa: F401  the kernels' names, and the operator
     from sft.packing import PackedCollator
+    from sft.prefixes import share
 
     torch.manual_seed(0)
     shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 100}
     model = LlamaForCausalLM(LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **shape))
     ids = torch.randint(0, 100, (44,))
-    batch = PackedCollator()([{"input_ids": part, "labels": part.clone()} for part in ids.split([5, 9, 30])])
+    examples = [{"input_ids": torch.cat([ids[:10], part])} for part in ids.split([5, 9, 30])]
+    for example in examples:
+        example["labels"] = torch.where(torch.arange(len(example["input_ids"])) < 12, -100, example["input_ids"])
+    batch = PackedCollator(share)(examples)
+    assert batch["prefix_lengths"].tolist() == [0, 10, 10, 0]
     row = {name: value for name, value in batch.items() if not name.startswith("label")}
     found = []
     for kernel in ("triton", "per_example"):
@@ -87,7 +112,7 @@ def compare_in_a_model() -> None:
 
 @pytest.mark.slow
 def test_interpreted():
-    assert len(run_interpreted(__file__).splitlines()) == (len(LENGTHS) + 1) * len(HEADS)
+    assert len(run_interpreted(__file__).splitlines()) == (len(LENGTHS) + 2) * len(HEADS)
 
 
 @pytest.mark.slow
@@ -104,7 +129,7 @@ def test_the_kernels_fit_consumer_cards(heads, key_heads, head_dim):
     q, k = torch.empty(1, heads, head_dim), torch.empty(1, key_heads, head_dim)
     kernels = {"forward": ours._forward, "queries": ours._backward_queries, "keys": ours._backward_keys}
     types = {"T": "i32", "scale": "fp32", "log_sums": "*fp32", "products": "*fp32"}
-    types |= {"first_seen": "*i32", "seen_until": "*i32"}
+    types["edges"] = "*i32"
     for name, kernel in kernels.items():
         sizes = ours._sizes(q, k, name)
         options = {option: sizes.pop(option) for option in ("num_warps", "num_stages")}
