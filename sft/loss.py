@@ -6,7 +6,7 @@ Behind its attention the last decoder layer works at those positions alone too: 
 import contextlib
 import importlib.util
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -42,11 +42,16 @@ class SummedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, train: bool
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        copy: torch.Tensor | None,
+        targets: torch.Tensor,
+        train: bool,
     ) -> torch.Tensor:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        rows, head = hidden.to(dtype), weight.to(dtype)
+        rows, head = hidden.to(dtype), weight.to(dtype) if copy is None or copy.dtype != dtype else copy
         # Equal chunks: a rest of any length would need another of cuBLAS's kernels in most steps, and loading one stops the GPU.
         chunks = max(1, math.ceil(rows.shape[0] * 4 * weight.shape[0] / CHUNK_BYTES))
         chunk = max(1, math.ceil(rows.shape[0] / chunks))
@@ -79,12 +84,26 @@ class SummedLoss(torch.autograd.Function):
             None if gradient is None else gradient.mul_(scale).to(dtype)
             for gradient, dtype in zip(gradients, ctx.dtypes)
         )
-        return (*scaled, None, None)
+        return (*scaled, None, None, None)
 
 
-def in_chunks(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """`SummedLoss` of (positions, hidden), (vocabulary, hidden) and (positions,), float32, ()."""
-    return SummedLoss.apply(hidden, weight, targets, torch.is_grad_enabled())
+def with_liger(kernel: Any, logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`losses_and_gradient` by Liger's kernel, which writes the gradient over the logits.
+
+    The kernel alone: the functions around it ask the GPU how many targets count, in each micro-batch, and nothing may wait for that
+    (liger-kernel 0.8, ops/cross_entropy.py, from where its numbers of warps and of columns at a time are).
+    """
+    positions, vocabulary = logits.shape
+    losses = torch.zeros(positions, dtype=torch.float32, device=logits.device)  # it leaves those of ignored targets
+    kernel[(positions,)](
+        X_ptr=logits, X_stride=logits.stride(0), Y_ptr=targets, Y_stride=1, weight_ptr=None, loss_ptr=losses, loss_stride=1,
+        z_loss_ptr=None, token_accuracy_ptr=None, token_accuracy_stride=0, predicted_tokens_ptr=None, predicted_tokens_stride=0,
+        n_cols=vocabulary, n_non_ignore=1, sum_non_ignore_weight=1, weight_sum=0.0, ignore_index=IGNORE_INDEX,
+        lse_square_scale=0.0, label_smoothing=0.0, reduction="sum", softcap=None, RETURN_Z_LOSS=False,
+        RETURN_TOKEN_ACCURACY=False, RETURN_PREDICTED_TOKENS=False, BLOCK_SIZE=min(2**15, 1 << (vocabulary - 1).bit_length()),
+        HAS_WEIGHT=False, HAS_SOFTCAPPING=False, HAS_GRADIENTS=True, num_warps=16 if torch.version.hip else 32,
+    )  # fmt: skip
+    return losses, logits
 
 
 def choose_loss(device: torch.device, compiled: bool) -> str:
@@ -94,16 +113,15 @@ def choose_loss(device: torch.device, compiled: bool) -> str:
         device: of the run.
         compiled: the decoder layers are.
     """
-    LabelledHead.summed, SummedLoss.fused = staticmethod(in_chunks), staticmethod(losses_and_gradient)
+    SummedLoss.fused = staticmethod(losses_and_gradient)
     if compiled:
         SummedLoss.fused = staticmethod(torch.compile(losses_and_gradient, dynamic=True))  # one kernel of many passes
         return "compiled, as the layers are"
     if device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
-        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+        from liger_kernel.ops.cross_entropy import liger_cross_entropy_kernel
 
-        options = {"reduction": "sum", "ignore_index": IGNORE_INDEX, "accum_dtype": torch.float32}
-        LabelledHead.summed = staticmethod(partial(liger_fused_linear_cross_entropy, **options))
-        return "Liger's, which is installed (layers are not compiled)"
+        SummedLoss.fused = staticmethod(partial(with_liger, liger_cross_entropy_kernel))
+        return "Liger's kernel, which is installed (layers are not compiled)"
     return "PyTorch's operations (layers are not compiled; with liger-kernel installed less memory)"
 
 
@@ -116,7 +134,7 @@ class LabelledHead(torch.nn.Module):
     positions: torch.Tensor | None = None
     targets: torch.Tensor | None = None
     plain = False  # an `nn.Linear` and nothing more: its weight may be used directly
-    summed: Callable = staticmethod(in_chunks)  # the loss of a plain head; see choose_loss
+    copy: torch.Tensor | None = None  # of its weight in the compute type: sft/casts.py
 
     def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.targets is None:
@@ -125,7 +143,7 @@ class LabelledHead(torch.nn.Module):
             hidden = hidden[:, self.positions]
         rows = hidden.reshape(-1, hidden.shape[-1])
         if self.plain and self.bias is None:
-            return self.summed(rows, self.weight, self.targets)
+            return SummedLoss.apply(rows, self.weight, self.copy, self.targets, torch.is_grad_enabled())
         # An adapter on the head, or a head of another kind: its own forward, recomputed in backward.
         logits_of = super().forward
         return sum(

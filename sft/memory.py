@@ -373,8 +373,10 @@ def _add_up(shape: Shape, setting: Setting, tokens: int, gpu_there: float, host_
         weights = (frozen_bytes + compute * trained) / (ranks if s.stage == 3 else 1)
     else:
         weights = (frozen_bytes + 4 * trained) / sharded
-    # Autocast keeps a copy of each linear weight until its layer's backward pass, or with recomputation until the forward pass ends.
+    # Each linear weight has a copy in the compute type. A packed run keeps them (sft/casts.py); autocast, as in a padded run and with
+    # recomputation, until their layer's backward pass, or with recomputation until the forward pass ends.
     copies = compute * shape.linear if s.engine == "ddp" and s.half and not s.lora_rank else 0
+    keeps_casts = s.packing and not s.checkpointing
     gathered: float = unpacked
     if s.engine == "fsdp" and ranks >= 1:  # the layer at work and the next one, each with the buffer it arrives in
         gathered += compute * (4 * layer + head_weights)
@@ -414,21 +416,20 @@ def _add_up(shape: Shape, setting: Setting, tokens: int, gpu_there: float, host_
     # Head: its gradient (taken in forward, scaled in backward), its cast; the chunk of logits is gone when backward begins.
     trained_head = 0 if s.lora_rank else 4 * head_weights
     if s.packing and s.liger and not s.compiled:
-        # as many logits at a time as inputs, positions rounded up to a power of two; twice (liger-kernel 0.8, fused_linear_cross_entropy.py)
-        chunk = 4 * compute * tokens * shape.hidden
+        chunk = compute * min(tokens * shape.vocabulary, LOSS_CHUNK)  # its kernel writes the gradient over the logits
     elif s.packing:
         chunk = (6 if s.compiled else 19) * min(tokens * shape.vocabulary, LOSS_CHUNK)  # eager: 19 bytes for each logit
     else:
         chunk = 16 * tokens * shape.vocabulary
     cast = compute * head_weights if s.half and s.engine == "ddp" and not s.lora_rank else 0
-    head = max(trained_head + cast + chunk, 2 * trained_head + work * tokens)
+    head = max(trained_head + cast + chunk, 2 * trained_head + cast * keeps_casts + work * tokens)
 
     gpu_forward = {"gradients": before, "activations": activations, "head and loss": head, "copies": copies}
     gpu_backward = {
         "gradients": after + reducing,
         "activations": (kept + work) * tokens,
-        "head and loss": trained_head,
-        "copies": 0.0,
+        "head and loss": trained_head + cast * keeps_casts,
+        "copies": copies * keeps_casts,
     }
     peak = max((gpu_forward, gpu_backward), key=lambda parts: sum(parts.values()))
     on_gpu_weights = 0.0 if s.offload_weights else weights

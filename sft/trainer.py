@@ -45,6 +45,7 @@ from sft.arguments import (
     all_ranks_or_none,
     say,
 )
+from sft.casts import Casts
 from sft.evaluation import AnswersCallback, EarlyStop, EvalBatchSampler, token_weighted_loop
 from sft.live import ReportCallback, replace_progress
 from sft.loss import choose_loss, labelled_head, labelled_layer, summed_loss
@@ -234,6 +235,9 @@ def plan_micro_batches(trainer: SupervisedTrainer) -> PackedBatchSampler:
             from sft.triton_norm import fuse_norms  # Triton is there: it compiles the layers
 
             fuse_norms(model)
+        plain = trainer.accelerator.distributed_type in PLAIN_ENGINES
+        if plain and dtype != torch.float32 and not args.gradient_checkpointing:
+            trainer.add_callback(Casts(model, labelled_head(model), dtype))
         compiling.prepare(model, args.device, compiled)
 
     prepare(model)

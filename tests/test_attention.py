@@ -157,7 +157,7 @@ def test_the_summed_loss_and_its_gradients(monkeypatch, dtype, error):
     expected = F.cross_entropy(hidden @ weight.T, targets, reduction="sum")
     wanted = torch.autograd.grad(expected / 7, (hidden, weight))
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-        found = loss.SummedLoss.apply(hidden, weight, targets, True)
+        found = loss.SummedLoss.apply(hidden, weight, None, targets, True)
     got = torch.autograd.grad(found / 7, (hidden, weight))
     assert found.dtype == torch.float32 and [g.dtype for g in got] == [torch.float32] * 2
     assert abs(found - expected) / expected < error

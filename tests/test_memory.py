@@ -194,9 +194,20 @@ def test_float32_training_takes_sixteen_bytes_for_each_parameter():
 
 
 def test_one_micro_batch_per_step_needs_no_gradients_beside_activations():
-    one = plan_of(OPEN_LLAMA_3B, "--tokens_per_micro_batch", "2048", step_tokens=2048)
-    many = plan_of(OPEN_LLAMA_3B, "--tokens_per_micro_batch", "2048", step_tokens=4096)
+    one = plan_of(OPEN_LLAMA_3B, "--tokens_per_micro_batch", "16384", step_tokens=16_384)
+    many = plan_of(OPEN_LLAMA_3B, "--tokens_per_micro_batch", "16384", step_tokens=32_768)
     assert many.gpu_peak - one.gpu_peak == 4 * one.shape.parameters
+
+
+def test_casts_are_kept_to_the_end_of_a_packed_step():
+    """With so few tokens the peak is when the gradients are there."""
+    ask = "--per_device_train_batch_size", "1", "--model_max_length", "128", "--tokens_per_micro_batch", "128"
+    packed, recomputed, padded = (
+        plan_of(OPEN_LLAMA_3B, *ask, *more, step_tokens=128)
+        for more in ([], ["--gradient_checkpointing", "True"], ["--packing", "False"])
+    )
+    assert packed.gpu["copies and gathers"] == 2 * packed.shape.linear
+    assert recomputed.gpu["copies and gathers"] == padded.gpu["copies and gathers"] == 0
 
 
 def test_micro_batches_are_planned_as_packing_makes_them():
@@ -237,8 +248,8 @@ def test_ligers_chunks_are_smaller_and_compiled_layers_do_not_use_them(installed
     liger, same = (plan_of(*ask, *more, step_tokens=16_384) for more in ([], ["--compile_layers", "True"]))
     head = 32_000 * 3_200
     assert eager.gpu["head and loss"] == (4 + 2) * head + 19 * 2**27, "gradient, cast, a chunk's logits"
-    # now the most is when backward begins: the head's gradient, scaled, and what the last layer works with
-    assert liger.gpu["head and loss"] == 2 * 4 * head + (6 * 8_640 + 12 * 3_200) * 16_384
+    # now the most is when backward begins: the head's gradient, scaled, its cast, and what the last layer works with
+    assert liger.gpu["head and loss"] == (2 * 4 + 2) * head + (6 * 8_640 + 12 * 3_200) * 16_384
     assert compiled.gpu == same.gpu
 
 
