@@ -118,14 +118,15 @@ def per_example(
     nothing = [0] * len(lengths)
     starts, shared = (nothing if edge is None else edge.tolist() for edge in (prefix_starts, prefix_lengths))
     options = {"dropout_p": dropout, "is_causal": True, "scale": scaling, "enable_gqa": True}
-    out, begin = [], 0
-    for length, prefix, before in zip(lengths, starts, shared):
-        own, beginning = slice(begin, begin + length), slice(prefix, prefix + before)
-        example = [rows[:, :, own] for rows in (query, key, value)]
-        if before:  # the whole example, so that no mask is needed; what comes out for the beginning is not used
-            example = [torch.cat([rows[:, :, beginning], rows[:, :, own]], 2) for rows in (query, key, value)]
-        out.append(F.scaled_dot_product_attention(*example, **options)[:, :, before:])
-        begin += length
+    examples = list(zip(*(rows.split(lengths, dim=2) for rows in (query, key, value))))
+    number_of = {start: number for number, start in enumerate(cu_seq_lens_q.tolist())}
+    out = []
+    for example, start, before in zip(examples, starts, shared):
+        if before:  # the whole example, so that no mask is needed; what comes out for its prefix is not used
+            leader = examples[number_of[start]]
+            example = [torch.cat([prefix[:, :, :before], rows], 2) for prefix, rows in zip(leader, example)]
+        attended = F.scaled_dot_product_attention(*example, **options)
+        out.append(attended[:, :, before:] if before else attended)
     return torch.cat(out, dim=2).transpose(1, 2), None
 
 

@@ -90,8 +90,10 @@ def test_two_ranks_give_the_loss_and_the_answers_of_one(watched, tiny_llama, que
     assert [entry["eval_loss"] for entry in two] == pytest.approx([entry["eval_loss"] for entry in one], rel=close)
     assert two[0]["eval_loss"] == pytest.approx(one[0]["eval_loss"], rel=1e-5)
     assert record["samples"] == watched.record["samples"]
-    for name in ("tokens", "trained_tokens", "model_flops"):
-        assert record["final"][name] == watched.record["final"][name]
+    final, of_one = record["final"], watched.record["final"]
+    assert all(final[name] == of_one[name] for name in ("tokens", "trained_tokens"))
+    # a rank shares prefixes with itself alone
+    assert 0 < final["shared_share"] < of_one["shared_share"] and final["model_flops"] > of_one["model_flops"]
 
 
 @pytest.mark.parametrize("limit", [{"max_tokens": 10}, {"max_examples": 3}])

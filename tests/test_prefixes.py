@@ -46,7 +46,7 @@ IDS = st.lists(st.integers(0, 2), max_size=30)  # three ids: many begin alike
 EXAMPLES = st.lists(st.tuples(IDS, st.lists(st.integers(0, 2), min_size=1, max_size=6)), min_size=1, max_size=25)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(EXAMPLES, st.booleans())
 def test_any_examples_are_all_there(pairs, templated):
     template = [5, 6, 7, 8, 9, 5, 6, 7, 8, 9] if templated else []
