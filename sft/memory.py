@@ -303,6 +303,8 @@ def activation_bytes(shape: Shape, setting: Setting) -> tuple[float, float]:
         frozen 16-bit, with LoRA    18 H + 8 I + 6 Q + 4 K   no input is kept for a frozen weight, but one for each addition,
                                    + 5 H + 1 I + 1 Q         and its dropout's mask
         float32                     24 H + 16 I + 8 Q + 8 K
+        padded                      + 4 Q - 4 K, twice that in float32: the mask has keys and values repeated for each head
+                                    + 4 H under autocast, which leaves the residual stream in float32
 
     with H hidden, I intermediate, Q all heads, K key heads.
     """
@@ -317,6 +319,10 @@ def activation_bytes(shape: Shape, setting: Setting) -> tuple[float, float]:
         kept = 8 * hidden + 6 * intermediate + 4 * query + 4 * key
     else:
         kept = (22 if setting.engine == "ddp" else 16) * hidden + 8 * intermediate + 4 * query + 4 * key
+    if not setting.packing:
+        wide_stream = setting.half and setting.engine == "ddp" and not setting.lora_rank
+        kept += 2 * wide * (query - key) + 4 * hidden * wide_stream
+        return kept, (4 if wide_stream else wide) * hidden
     missing = -shape.head_dim % 8  # sft/attention.py pads such heads: copies of all four, and the unpadded output
     if missing and setting.varlen:
         return kept + (4 * query + 4 * key) * missing / shape.head_dim + 2 * query, wide * hidden

@@ -94,7 +94,13 @@ TOKENS = 128
 
 
 def kept_bytes(
-    layers: int, dtype: torch.dtype, autocast: bool, lora: bool = False, compiled: bool = False, **more
+    layers: int,
+    dtype: torch.dtype,
+    autocast: bool,
+    lora: bool = False,
+    compiled: bool = False,
+    padded: bool = False,
+    **more,
 ) -> int:
     """Bytes that a model's forward pass keeps for backward, weights and their casts left out."""
     config = LlamaConfig(num_hidden_layers=layers, **TINY)
@@ -106,7 +112,12 @@ def kept_bytes(
             model, peft.LoraConfig(r=1, target_modules="all-linear", task_type="CAUSAL_LM", **more)
         )
         inner = inner.get_base_model()
-    compiling.keep_residual_in_compute_type(inner)
+    ids, mask = torch.randint(0, 64, (1, TOKENS)), None
+    if padded:
+        ids, mask = ids.view(2, -1), torch.ones(2, TOKENS // 2, dtype=torch.int64)
+        mask[1, 50:] = 0
+    else:
+        compiling.keep_residual_in_compute_type(inner)
     if compiled:
         compiling.compile_layers(inner)
     inner.train()
@@ -125,7 +136,7 @@ def kept_bytes(
         torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
         torch.autocast("cpu", torch.bfloat16, enabled=autocast),
     ):
-        inner.model(input_ids=torch.randint(0, 64, (1, TOKENS)), use_cache=False)
+        inner.model(input_ids=ids, attention_mask=mask, use_cache=False)
     return sum(kept.values())
 
 
@@ -149,6 +160,10 @@ def setting(**changes) -> memory.Setting:
         ({"dtype": torch.bfloat16, "autocast": False}, {"engine": "fsdp"}),
         ({"dtype": torch.float32, "autocast": False}, {"compute": torch.float32}),
         ({"dtype": torch.bfloat16, "autocast": True, "lora": True}, {"lora_rank": 1}),
+        ({"dtype": torch.float32, "autocast": True, "padded": True}, {"packing": False}),
+        ({"dtype": torch.bfloat16, "autocast": False, "padded": True}, {"packing": False, "engine": "fsdp"}),
+        ({"dtype": torch.float32, "autocast": False, "padded": True}, {"packing": False, "compute": torch.float32}),
+        ({"dtype": torch.bfloat16, "autocast": True, "lora": True, "padded": True}, {"packing": False, "lora_rank": 1}),
         pytest.param(
             {"dtype": torch.float32, "autocast": True, "compiled": True}, {"compiled": True}, marks=pytest.mark.slow
         ),
@@ -157,8 +172,8 @@ def setting(**changes) -> memory.Setting:
 def test_a_layer_keeps_the_bytes_that_the_plan_counts(how, said):
     per_token = (kept_bytes(3, **how) - kept_bytes(2, **how)) / TOKENS
     planned, _ = memory.activation_bytes(memory.Shape.of(LlamaConfig(num_hidden_layers=2, **TINY)), setting(**said))
-    # beside them: two root mean squares of 4 bytes, a log-sum of 4 for each of 8 heads, LoRA's narrow products
-    assert 0 <= per_token - planned <= 8 + 32 + 14 * 2
+    # beside them: two root mean squares of 4 bytes, a log-sum of 4 for each of 8 heads, LoRA's narrow products, a mask of 64 keys
+    assert 0 <= per_token - planned <= 8 + 32 + 14 * 2 + 4 * 64 * how.get("padded", False)
     assert planned > 7_000
 
 
