@@ -147,7 +147,8 @@ def test_a_changed_run_is_listed_with_its_effects_and_refused(two_checkpoints, c
         ("--lr_scheduler_type cosine", {"schedule"}),
         ("--weight_decay 0.1", {"optimizer"}),
         ("--tokens_per_micro_batch 60", {"tokens_per_micro_batch"}),
-        ("--packing False", {"packing", "tokens_per_micro_batch"}),
+        ("--packing False", {"packing", "tokens_per_micro_batch", "share_prefixes"}),
+        ("--share_prefixes False", {"share_prefixes"}),
     ],
 )
 def test_what_each_flag_changes(whole_run, two_checkpoints, tiny_llama, questions_csv, flags, changed):
