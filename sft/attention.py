@@ -124,7 +124,7 @@ def per_example(
     for example, start, before in zip(examples, starts, shared):
         if before:  # the whole example, so that no mask is needed; what comes out for its prefix is not used
             leader = examples[number_of[start]]
-            example = [torch.cat([prefix[:, :, :before], rows], 2) for prefix, rows in zip(leader, example)]
+            example = tuple(torch.cat([prefix[:, :, :before], rows], 2) for prefix, rows in zip(leader, example))
         attended = F.scaled_dot_product_attention(*example, **options)
         out.append(attended[:, :, before:] if before else attended)
     return torch.cat(out, dim=2).transpose(1, 2), None

@@ -407,7 +407,9 @@ def test_the_script_gives_the_same_curve_padded_and_packed_on_one_and_two_ranks(
     }
     curves, weights = {}, {}
     shared = ["--model_name_or_path", str(tiny_llama), "--data_path", str(questions_csv), *RECIPE.split()]
-    (tmp_path / "template.txt").write_text("An easy one: {instruction}", encoding="utf-8")  # what prompts begin with alike
+    (tmp_path / "template.txt").write_text(
+        "An easy one: {instruction}", encoding="utf-8"
+    )  # what prompts begin with alike
     shared += ["--data_cache_dir", str(tmp_path / "cache"), "--prompt_template", str(tmp_path / "template.txt")]
     for name, (processes, flags) in runs.items():
         output = tmp_path / name.replace(" ", "_")
