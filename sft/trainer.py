@@ -235,8 +235,8 @@ def plan_micro_batches(trainer: SupervisedTrainer) -> PackedBatchSampler:
             from sft.triton_norm import fuse_norms  # Triton is there: it compiles the layers
 
             fuse_norms(model)
-        plain = trainer.accelerator.distributed_type in PLAIN_ENGINES
-        if plain and dtype != torch.float32 and not args.gradient_checkpointing:
+        autocasts = trainer.accelerator.distributed_type in PLAIN_ENGINES and dtype != torch.float32
+        if autocasts and not args.gradient_checkpointing and not args.torch_compile:
             trainer.add_callback(Casts(model, labelled_head(model), dtype))
         compiling.prepare(model, args.device, compiled)
 

@@ -29,8 +29,6 @@ BLOCKS = {  # by head size: rows (tokens x grouped heads) and keys of a block, a
 
 # Names in the kernels: T tokens, K key heads, G heads share each of them, D is the head size; GP is G padded to a power of
 # two. Tensors are contiguous, (tokens, heads, head size).
-
-
 # `edges`, (4, tokens), has for each token the first one that it sees of its own example, the end of those that see it, and where its
 # example's shared prefix starts and ends (both 0 where there is none).
 

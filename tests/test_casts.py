@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+from saved_runs import flags_for
+from saved_runs import train as train_script
 from test_packing import rows, small_llama
 from torch._dynamo.utils import counters
 
@@ -101,6 +103,18 @@ def test_without_autocast_the_float32_weights_are_used():
     edges = torch.tensor([0, ids.shape[1]], dtype=torch.int32)
     with torch.no_grad():
         assert torch.equal(*(one(ids, cu_seq_lens_q=edges).logits for one in (model, reference)))
+
+
+@pytest.mark.parametrize(
+    ("more", "casts_of_a_run"), [("", [5]), ("--gradient_checkpointing True", []), ("--bf16 False", [])]
+)
+def test_a_run_casts_once_for_each_step(tiny_llama, questions_csv, tmp_path, more, casts_of_a_run):
+    """Four steps of several micro-batches, and the proof of the saved model."""
+    flags = f"--bf16 True --max_steps 4 --save_strategy no --tokens_per_micro_batch 50 {more}"
+    run = train_script(*flags_for(tiny_llama, questions_csv, tmp_path / "out", *flags.split()))
+    assert run.sampler.micro_batches >= 3
+    found = [callback.renewed for callback in run.callback_handler.callbacks if isinstance(callback, Casts)]
+    assert found == casts_of_a_run
 
 
 @pytest.mark.slow
