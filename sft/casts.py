@@ -1,8 +1,8 @@
 """Float32 weights cast to the compute type once in each optimizer step, and their gradients float32 out of their products.
 
 Autocast casts them in each micro-batch. Here each linear layer keeps a copy, as many bytes as autocast's, which is renewed when the
-weights have changed. Not with gradient checkpointing: memory is short there, and compiled layers would keep their activations
-(torch 2.11 loses the marks of what to recompute inside an `autograd.Function`).
+weights have changed. Not with gradient checkpointing: memory is short there, and compiled layers kept their activations with
+`Product` in them (torch 2.11, benchmarks/LOG.md).
 """
 
 from typing import Any
