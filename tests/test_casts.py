@@ -106,7 +106,12 @@ def test_without_autocast_the_float32_weights_are_used():
 
 
 @pytest.mark.parametrize(
-    ("more", "casts_of_a_run"), [("", [5]), ("--gradient_checkpointing True", []), ("--bf16 False", [])]
+    ("more", "casts_of_a_run"),
+    [
+        ("", [5]),
+        pytest.param("--gradient_checkpointing True", [], marks=pytest.mark.slow),
+        pytest.param("--bf16 False", [], marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_casts_once_for_each_step(tiny_llama, questions_csv, tmp_path, more, casts_of_a_run):
     """Four steps of several micro-batches, and the proof of the saved model."""

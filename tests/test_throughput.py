@@ -228,6 +228,7 @@ def test_memory_is_what_the_allocator_says(tiny_llama, questions_csv, tmp_path, 
 # --------------------------------------------------------------------------------------------------- speed, on a clock
 
 
+@pytest.mark.slow
 def test_tokens_per_second_against_a_stopwatch(tiny_llama, questions_csv, tmp_path, monkeypatch):
     """Steps of 60 ms; the stopwatch runs from the first micro-batch to the last one's end."""
     ends, step = [], utils.SupervisedTrainer.training_step
