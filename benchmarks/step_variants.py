@@ -87,7 +87,8 @@ WHAT = {
 
 def read_lengths(path: Path) -> np.ndarray:
     """(examples, 3), in the order of their tokens: prompt tokens, tokens in all with the response and EOS, and how many of the
-    prompt's tokens are those of the example before."""
+    prompt's tokens are those of the example before. `lengths_of` 9,314 real instructions by Mistral's first tokenizer, at most 1,024 tokens.
+    """
     with open(path, newline="", encoding="utf-8") as file:
         next(rows := csv.reader(file))
         return np.array([[int(cell) for cell in row] for row in rows])

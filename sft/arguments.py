@@ -638,6 +638,17 @@ def _contradictions(flags) -> list[str]:
     return problems
 
 
+def keeps_casts(flags) -> bool:
+    """Whether a run under autocast keeps 16-bit copies of its weights from one micro-batch to the next (sft/casts.py).
+
+    Where a padded step would be one micro-batch, autocast casts once too and lets go before all gradients are there: copies that are
+    kept could fill a card that the padded run does not. With gradient checkpointing memory is short, and compiled layers kept their
+    activations (torch 2.11, benchmarks/LOG.md).
+    """
+    several = flags.gradient_accumulation_steps > 1 or flags.tokens_per_micro_batch != "auto"
+    return flags.packing and several and not flags.gradient_checkpointing and not flags.torch_compile
+
+
 def flags_table() -> str:
     """This project's own flags as a Markdown table, from the fields above."""
     inherited = {f.name: f.default for f in dataclasses.fields(transformers.TrainingArguments)}

@@ -1,8 +1,7 @@
 """Float32 weights cast to the compute type once in each optimizer step, and their gradients float32 out of their products.
 
 Autocast casts them in each micro-batch. Here each linear layer keeps a copy, as many bytes as autocast's, which is renewed when the
-weights have changed. Not with gradient checkpointing: memory is short there, and compiled layers kept their activations with
-`Product` in them (torch 2.11, benchmarks/LOG.md).
+weights have changed. Which runs do so: `keeps_casts` in sft/arguments.py.
 """
 
 from typing import Any

@@ -65,8 +65,8 @@ class LayerPass(CustomGraphPass):
     """Three changes to a layer's graph, forward and backward together, that the compiler (torch 2.11 to 2.13) leaves undone.
 
     The residual stream behind attention is kept for backward in place of what attention added to it: as many bytes, and three
-    kernels read it where they would read two tensors and add them. On a GPU a weight's gradient comes in float32 out of its
-    product, not in the compute type with a cast behind it. A norm's backward kernel adds up the gradients that reach the norm, and
+    kernels read it where they would read two tensors and add them. Where autocast casts a weight (sft/casts.py does in other runs), its
+    gradient comes on a GPU in float32 out of its product, not in the compute type with a cast behind it. A norm's backward kernel adds up the gradients that reach the norm, and
     the residual stream's, itself.
     """
 

@@ -33,8 +33,9 @@ def losses_and_gradient(logits: torch.Tensor, targets: torch.Tensor) -> tuple[to
 
 
 class SummedLoss(torch.autograd.Function):
-    """Sum of the cross-entropies of `hidden @ weight.T`, one chunk of positions at a time.
+    """Sum of the cross-entropies of `hidden @ weight.T`, one chunk of positions at a time, float32, ().
 
+    Of (positions, hidden), (vocabulary, hidden), its `copy` in the compute type or None, and targets, (positions,).
     The gradient is taken in forward, while a chunk's logits exist, so nothing is computed twice. No host synchronisation.
     """
 

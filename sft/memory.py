@@ -24,7 +24,7 @@ import psutil
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig
 
-from sft.arguments import rank, say, world_size
+from sft.arguments import keeps_casts, rank, say, world_size
 
 GIB = 2**30
 OUTSIDE = 0.8 * GIB  # of the card: driver, kernels and cuBLAS, which PyTorch's allocator does not see
@@ -121,6 +121,7 @@ class Setting:
     compute: torch.dtype
     optimizer: str
     checkpointing: bool = False
+    keeps_casts: bool = False  # 16-bit copies of the weights outlive a micro-batch
     compiled: bool = False  # decoder layers go through torch.compile
     liger: bool = False  # Liger computes the losses where layers are not compiled
     varlen: bool = False  # attention by FlashAttention, which takes heads of a multiple of 8
@@ -171,6 +172,7 @@ class Setting:
             compute=compute,
             optimizer=getattr(flags.optim, "value", flags.optim),
             checkpointing=bool(flags.gradient_checkpointing or fsdp.get("activation_checkpointing")),
+            keeps_casts=keeps_casts(flags),
             compiled=compiled or flags.compile_layers == "True",
             liger=cuda and importlib.util.find_spec("liger_kernel") is not None,
             varlen=model_args.attn_implementation == "varlen",
@@ -379,10 +381,9 @@ def _add_up(shape: Shape, setting: Setting, tokens: int, gpu_there: float, host_
         weights = (frozen_bytes + compute * trained) / (ranks if s.stage == 3 else 1)
     else:
         weights = (frozen_bytes + 4 * trained) / sharded
-    # Each linear weight has a copy in the compute type. A packed run keeps them (sft/casts.py); autocast, as in a padded run and with
-    # recomputation, until their layer's backward pass, or with recomputation until the forward pass ends.
+    # Each linear weight has a copy in the compute type. Some runs keep them (sft/casts.py); autocast until their layer's backward pass,
+    # or with recomputation until the forward pass ends.
     copies = compute * shape.linear if s.engine == "ddp" and s.half and not s.lora_rank else 0
-    keeps_casts = s.packing and not s.checkpointing
     gathered: float = unpacked
     if s.engine == "fsdp" and ranks >= 1:  # the layer at work and the next one, each with the buffer it arrives in
         gathered += compute * (4 * layer + head_weights)
@@ -428,14 +429,14 @@ def _add_up(shape: Shape, setting: Setting, tokens: int, gpu_there: float, host_
     else:
         chunk = 16 * tokens * shape.vocabulary
     cast = compute * head_weights if s.half and s.engine == "ddp" and not s.lora_rank else 0
-    head = max(trained_head + cast + chunk, 2 * trained_head + cast * keeps_casts + work * tokens)
+    head = max(trained_head + cast + chunk, 2 * trained_head + cast * s.keeps_casts + work * tokens)
 
     gpu_forward = {"gradients": before, "activations": activations, "head and loss": head, "copies": copies}
     gpu_backward = {
         "gradients": after + reducing,
         "activations": (kept + work) * tokens,
-        "head and loss": trained_head + cast * keeps_casts,
-        "copies": copies * keeps_casts,
+        "head and loss": trained_head + cast * s.keeps_casts,
+        "copies": copies * s.keeps_casts,
     }
     peak = max((gpu_forward, gpu_backward), key=lambda parts: sum(parts.values()))
     on_gpu_weights = 0.0 if s.offload_weights else weights

@@ -43,6 +43,7 @@ from sft.arguments import (
     ModelArguments,
     TrainingArguments,
     all_ranks_or_none,
+    keeps_casts,
     say,
 )
 from sft.casts import Casts
@@ -236,7 +237,7 @@ def plan_micro_batches(trainer: SupervisedTrainer) -> PackedBatchSampler:
 
             fuse_norms(model)
         autocasts = trainer.accelerator.distributed_type in PLAIN_ENGINES and dtype != torch.float32
-        if autocasts and not args.gradient_checkpointing and not args.torch_compile:
+        if autocasts and keeps_casts(args):
             trainer.add_callback(Casts(model, labelled_head(model), dtype))
         compiling.prepare(model, args.device, compiled)
 

@@ -10,6 +10,7 @@ from test_packing import rows, small_llama
 from torch._dynamo.utils import counters
 
 from sft import compiling
+from sft.arguments import keeps_casts, parser
 from sft.casts import CastLinear, Casts
 from sft.loss import labelled_head, labelled_layer, summed_loss
 from sft.packing import PackedCollator
@@ -120,6 +121,22 @@ def test_a_run_casts_once_for_each_step(tiny_llama, questions_csv, tmp_path, mor
     assert run.sampler.micro_batches >= 3
     found = [callback.renewed for callback in run.callback_handler.callbacks if isinstance(callback, Casts)]
     assert found == casts_of_a_run
+
+
+@pytest.mark.parametrize(
+    ("more", "keeps"),
+    [
+        ("", False),  # one micro-batch in a padded step: autocast casts once
+        ("--gradient_accumulation_steps 2", True),
+        ("--tokens_per_micro_batch 50", True),
+        ("--gradient_accumulation_steps 2 --packing False", False),
+        ("--gradient_accumulation_steps 2 --gradient_checkpointing True", False),
+        ("--gradient_accumulation_steps 2 --torch_compile True", False),
+    ],
+)
+def test_which_runs_keep_them(more, keeps):
+    flags = ["--model_name_or_path", "m", "--data_path", "d", "--output_dir", "o", *more.split()]
+    assert keeps_casts(parser().parse_known_args(flags)[0]) == keeps
 
 
 @pytest.mark.slow

@@ -221,6 +221,8 @@ def test_casts_are_kept_to_the_end_of_a_packed_step():
         plan_of(OPEN_LLAMA_3B, *ask, *more, step_tokens=128)
         for more in ([], ["--gradient_checkpointing", "True"], ["--packing", "False"])
     )
+    one = plan_of(OPEN_LLAMA_3B, *ask[:4], step_tokens=128)  # no more than the padded run's
+    assert one.gpu["copies and gathers"] == 0
     assert packed.gpu["copies and gathers"] == 2 * packed.shape.linear
     assert recomputed.gpu["copies and gathers"] == padded.gpu["copies and gathers"] == 0
 
