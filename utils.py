@@ -25,53 +25,34 @@ from transformers import (
     set_seed,
 )
 
-from sft import (
-    audit,
-    cache,
-    checkpoints,
-    evaluation,
-    export,
-    lora,
-    memory,
-    pretrained,
-    restarts,
-    safety,
-)
-from sft.arguments import (
-    DataArguments,
-    ModelArguments,
-    TrainingArguments,
-    UserError,
-    all_ranks_or_none,
-    parse,
-    rank,
-    say,
-)
-from sft.card import write_card
-from sft.live import tracker_problems
-from sft.picture import draw
-from sft.preflight import check_deepspeed, read_for_plan
-from sft.recipe import describe_plan, plan, precision
-from sft.record import Report
-from sft.rows import ROWS_PER_BATCH, header_problems, read_batches, read_csv
-from sft.split import hold_out
-from sft.template import load_template
-from sft.tokenizers import check_vocabulary, compare_with_sentencepiece, encode_prompts, encode_responses
-from sft.trainer import (
-    SupervisedTrainer,
-    choose_attention,
-    export_model,
-    plan_memory,
-    prepare_saving,
-    watch,
-)
+from sft import job
+from sft.arithmetic import describe_plan, plan, precision
+from sft.data import audit, token_cache
+from sft.data.csv_rows import ROWS_PER_BATCH, header_problems, read_batches, read_csv
+from sft.data.encode import check_vocabulary, encode_prompts, encode_responses
+from sft.data.held_out import hold_out
+from sft.data.llama_tokenizer import compare_with_sentencepiece
+from sft.data.template import load_template
+from sft.flags import DataArguments, ModelArguments, TrainingArguments, parse
+from sft.job import UserError, all_ranks_or_none, rank, say
+from sft.model import loading, lora, safe_loads
+from sft.plan import memory_ladder
+from sft.plan.deepspeed_file import check_deepspeed, read_for_plan
+from sft.report.picture import draw
+from sft.report.progress import tracker_problems
+from sft.report.record import Report
+from sft.run import evaluation
+from sft.run.trainer import SupervisedTrainer, choose_attention, export_model, plan_memory, prepare_saving, watch
+from sft.saving import export
+from sft.saving.model_card import write_card
+from sft.saving.resume import choose_checkpoint, output_dir_problems
 
 IGNORE_INDEX = -100
 
 # ----------------------------------------------------------------------------------------------- tokens and labels
 
 
-def tokenize(batch, tokenizer, template: str, allow_control_tokens: bool, max_length: int) -> cache.Batch:
+def tokenize(batch, tokenizer, template: str, allow_control_tokens: bool, max_length: int) -> token_cache.Batch:
     """Encode prompts, and responses as their continuation; drop rows without text or room, cut rows that are too long.
 
         input_ids  prompt, response, EOS
@@ -79,7 +60,7 @@ def tokenize(batch, tokenizer, template: str, allow_control_tokens: bool, max_le
 
     Labels follow from the prompt's length, which is kept in their place. A cut row loses its EOS: it does not end there.
     """
-    outcomes = np.full(len(batch), cache.EMPTY, np.uint8)
+    outcomes = np.full(len(batch), token_cache.EMPTY, np.uint8)
     filled = [index for index, (source, target) in enumerate(batch) if source.strip() and target.strip()]
     texts = [template.replace("{instruction}", batch[index][0]) for index in filled]
     prompts = encode_prompts(tokenizer, texts, allow_control_tokens=allow_control_tokens)
@@ -89,21 +70,21 @@ def tokenize(batch, tokenizer, template: str, allow_control_tokens: bool, max_le
     for index, prompt_ids, response_ids in zip(filled, prompts, responses, strict=True):
         room = max_length - len(prompt_ids)
         if room < 1:
-            outcomes[index] = cache.NO_ROOM
+            outcomes[index] = token_cache.NO_ROOM
             continue
         response_ids.append(tokenizer.eos_token_id)
-        outcomes[index] = cache.KEPT if len(response_ids) <= room else cache.CUT
+        outcomes[index] = token_cache.KEPT if len(response_ids) <= room else token_cache.CUT
         trained_ids = response_ids[:room]
         tokens += prompt_ids + trained_ids
         lengths.append(len(prompt_ids) + len(trained_ids))
         prompt_lengths.append(len(prompt_ids))
-    return cache.Batch(np.array(tokens), np.array(lengths), np.array(prompt_lengths), outcomes)
+    return token_cache.Batch(np.array(tokens), np.array(lengths), np.array(prompt_lengths), outcomes)
 
 
 ROWS_COMPARED = 1000  # with SentencePiece, where the model has its tokenizer.model
 
 
-def tokenize_csv(path: str, tokenizer, data_args: DataArguments, max_length: int) -> cache.TokenizedRows:
+def tokenize_csv(path: str, tokenizer, data_args: DataArguments, max_length: int) -> token_cache.TokenizedRows:
     """Tokenize a CSV once for each machine, or open what an earlier run left."""
     template = load_template(data_args.prompt_template)
     sentencepiece_model = getattr(tokenizer, "sentencepiece_model", None)
@@ -114,25 +95,25 @@ def tokenize_csv(path: str, tokenizer, data_args: DataArguments, max_length: int
     }
     key = {
         **decides,
-        "version": cache.VERSION,
-        "csv": cache.file_digest(path),
+        "version": token_cache.VERSION,
+        "csv": token_cache.file_digest(path),
         "columns": [data_args.source, data_args.target],
-        "tokenizer": cache.tokenizer_digest(tokenizer),
-        "sentencepiece_model": sentencepiece_model and cache.file_digest(sentencepiece_model),
+        "tokenizer": token_cache.tokenizer_digest(tokenizer),
+        "sentencepiece_model": sentencepiece_model and token_cache.file_digest(sentencepiece_model),
         "libraries": [transformers.__version__, tokenizers.__version__],
     }
 
-    def tokenize_batch(numbered_batch: tuple[int, list[tuple[str, str]]]) -> cache.Batch:
+    def tokenize_batch(numbered_batch: tuple[int, list[tuple[str, str]]]) -> token_cache.Batch:
         number, batch = numbered_batch
         if sentencepiece_model and number * ROWS_PER_BATCH < ROWS_COMPARED:
             prompts = [template.replace("{instruction}", source) for source, _ in batch]
             compare_with_sentencepiece(tokenizer, prompts + [target for _, target in batch])
         return tokenize(batch, tokenizer, **decides)
 
-    def build() -> Iterator[cache.Batch]:
-        return cache.map_ahead(tokenize_batch, enumerate(read_batches(path, data_args.source, data_args.target)))
+    def build() -> Iterator[token_cache.Batch]:
+        return token_cache.map_ahead(tokenize_batch, enumerate(read_batches(path, data_args.source, data_args.target)))
 
-    return cache.load_or_build(Path(data_args.data_cache_dir or cache.default_cache_dir()), key, build)
+    return token_cache.load_or_build(Path(data_args.data_cache_dir or token_cache.default_cache_dir()), key, build)
 
 
 # --------------------------------------------------------------------------------------------------------- dataset
@@ -148,7 +129,7 @@ class SupervisedDataset(Dataset):
         kept: which of its kept rows, as positions among them; all when None.
     """
 
-    def __init__(self, rows: cache.TokenizedRows, kept: np.ndarray | None = None):
+    def __init__(self, rows: token_cache.TokenizedRows, kept: np.ndarray | None = None):
         kept = np.arange(len(rows.lengths)) if kept is None else kept
         self.rows = rows
         self.offsets = rows.offsets[kept]
@@ -255,26 +236,26 @@ def check_data(tokenizer, data_args: DataArguments, training_args: TrainingArgum
 
 def check_model(flags) -> list[str]:
     """What is wrong with the model and with what the flags would do to it, known from its config alone."""
-    problems, config = pretrained.check(flags)
+    problems, config = loading.model_problems(flags)
     return problems + (lora.target_problems(config, flags.lora_target_modules) if config else [])
 
 
 def plan_only(flags) -> list[str]:
     """With --plan_only say the memory plan and end the run, or return what keeps it from being made; else nothing."""
-    return (read_for_plan(flags) or memory.stop_after_plan(flags)) if flags.plan_only else []
+    return (read_for_plan(flags) or memory_ladder.stop_after_plan(flags)) if flags.plan_only else []
 
 
 def load_model(
     model_args: ModelArguments, training_args: TrainingArguments, tokenizer: PreTrainedTokenizerBase
 ) -> PreTrainedModel:
-    """Load the weights in float32, whatever type the checkpoint stores (frozen weights: sft/lora.py).
+    """Load the weights in float32, whatever type the checkpoint stores (frozen weights: sft/model/lora.py).
 
     transformers 5 would keep the stored type, and at a learning rate of 2e-5 most updates of a bfloat16 weight round
     to nothing. bfloat16 is the type of the computation instead: autocast, FSDP or DeepSpeed see to that.
     """
 
     def load() -> PreTrainedModel:
-        with safety.safe_loads(model_args.model_name_or_path, deepspeed=False):
+        with safe_loads.safe_loads(model_args.model_name_or_path, deepspeed=False):
             return AutoModelForCausalLM.from_pretrained(
                 model_args.model_name_or_path,
                 cache_dir=model_args.cache_dir,
@@ -283,10 +264,10 @@ def load_model(
                 **(lora.load_options(model_args, training_args) if model_args.use_lora else {"dtype": torch.float32}),
             )
 
-    model = pretrained.load_on_rank_0(load) if pretrained.is_handed_out(model_args, training_args) else load()
+    model = loading.load_on_rank_0(load) if loading.is_handed_out(model_args, training_args) else load()
     model.config.use_cache = False
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
-    pretrained.make_generation_config_valid(model)
+    loading.make_generation_config_valid(model)
     return lora.add_adapters(model, model_args, training_args) if model_args.use_lora else model
 
 
@@ -323,7 +304,7 @@ def end_together(trainer: SupervisedTrainer) -> None:
     trainer.accelerator.end_training()
 
 
-@restarts.new_store_for_each_attempt()
+@job.new_store_for_each_attempt()
 def train(load_tokenizer: LoadTokenizer, argv: list[str] | None = None) -> SupervisedTrainer:
     """Everything, in the order in which it happens. What can be known before weights load is refused before they do."""
     model_args, data_args, training_args = parse(
@@ -332,33 +313,33 @@ def train(load_tokenizer: LoadTokenizer, argv: list[str] | None = None) -> Super
             plan_only,
             data_problems,
             check_model,
-            checkpoints.problems,
+            output_dir_problems,
             check_deepspeed,
-            lora.problems,
-            evaluation.problems,
+            lora.lora_problems,
+            evaluation.evaluation_problems,
             tracker_problems,
         ),
     )
     keep_other_ranks_quiet()
-    pretrained.hold_deepspeed(training_args)
-    if export.nothing_is_left(training_args):
+    loading.hold_deepspeed(training_args)
+    if export.is_already_finished(training_args):
         raise SystemExit(0)
     report = Report(model_args, data_args, training_args, draw)
     with report.phase("load"), all_ranks_or_none():
         tokenizer = load_tokenizer(model_args, training_args)
     if data_args.check_data:
-        raise SystemExit(check_data(tokenizer, data_args, training_args, pretrained.load_config(model_args).vocab_size))
+        raise SystemExit(check_data(tokenizer, data_args, training_args, loading.load_config(model_args).vocab_size))
     with report.phase("data"), all_ranks_or_none():
         data_module = make_supervised_data_module(tokenizer, data_args, training_args)
-        check_ids(tokenizer, data_module, pretrained.load_config(model_args))
-    resume = checkpoints.choose(training_args)
+        check_ids(tokenizer, data_module, loading.load_config(model_args))
+    resume = choose_checkpoint(training_args)
     say(describe_plan(model_args, training_args, len(data_module["train_dataset"])))
     attention_reason = choose_attention(model_args, training_args)
     memory_plan = plan_memory(model_args, training_args, data_module["train_dataset"].lengths)
-    full = partial(memory.full_is_a_sentence, memory_plan)
+    full = partial(memory_ladder.explain_out_of_memory, memory_plan)
     set_seed(training_args.seed)
     with report.phase("load"), full():
-        pretrained.start_deepspeed(training_args)
+        loading.start_deepspeed(training_args)
         model = load_model(model_args, training_args, tokenizer)
         trainer = SupervisedTrainer(model=model, args=training_args, processing_class=tokenizer, **data_module)
     trainer.memory_plan = memory_plan
@@ -373,7 +354,7 @@ def train(load_tokenizer: LoadTokenizer, argv: list[str] | None = None) -> Super
     )
     if memory_plan:
         report.note("memory_plan", **memory_plan.record())
-    with report.phase("train"), full(), safety.safe_loads(resume, trainer.is_deepspeed_enabled):
+    with report.phase("train"), full(), safe_loads.safe_loads(resume, trainer.is_deepspeed_enabled):
         trainer.train(resume_from_checkpoint=resume)
     if trainer.stops.stopped_early(trainer.state):
         report.finish(trainer.meter.summary())

@@ -9,8 +9,8 @@ r"""Instruction-tune an XGen model on a CSV of prompts and responses.
 """
 
 import utils
-from sft.arguments import one_message_for_user_errors
-from sft.tokenizers import load_xgen_tokenizer
+from sft.data.xgen_tokenizer import load_xgen_tokenizer
+from sft.job import one_message_for_user_errors
 
 if __name__ == "__main__":
     with one_message_for_user_errors():

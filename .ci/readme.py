@@ -1,4 +1,4 @@
-"""Rewrite the parts of README.md that come from the code: the flags and the map. `make readme`; tests/test_readme.py compares.
+"""Rewrite the parts of README.md that come from the code: the flags and the map. `make readme`; tests/docs/test_readme.py compares.
 
 Such a part stands between <!-- begin NAME --> and <!-- end NAME -->.
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from sft import arguments  # noqa: E402
+from sft import flags  # noqa: E402
 
 OTHER_FILES = {  # what is not Python and so has no docstring
     "ds_config.json": "DeepSpeed: ZeRO stage 2, optimizer on the CPU; edit the 2 to a 3 for stage 3.",
@@ -32,7 +32,7 @@ ORDER = ("llama_training.py", "xgen_training.py", "utils.py", "sft", "ds_config.
 
 def render(readme: str) -> str:
     """The README with its generated parts as the code is now."""
-    for name, part in (("flags", arguments.flags_table()), ("map", f"```text\n{code_map()}\n```")):
+    for name, part in (("flags", flags.flags_table()), ("map", f"```text\n{code_map()}\n```")):
         begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->"
         before, rest = readme.split(begin)
         readme = f"{before}{begin}{part}\n{end}{rest.split(end, 1)[1]}"
@@ -41,7 +41,11 @@ def render(readme: str) -> str:
 
 def code_map() -> str:
     """Every file a reader may open, and the first sentence of its docstring."""
-    python = [path for folder in (".", "sft", "examples", "benchmarks") for path in sorted(ROOT.glob(f"{folder}/*.py"))]
+    python = [
+        path
+        for folder in ("", "sft/", "sft/*/", "examples/", "benchmarks/")
+        for path in sorted(ROOT.glob(f"{folder}*.py"))
+    ]
     described = {str(path.relative_to(ROOT)): first_line(path) for path in python if path.name != "__init__.py"}
     described |= {name: text for name, text in OTHER_FILES.items() if (ROOT / name).exists()}
     names = sorted(described, key=lambda name: (rank(name), name))

@@ -19,7 +19,7 @@ from triton.testing import do_bench
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sft import attention, triton_attention  # noqa: F401  the second registers its operator
+from sft.step import attention
 
 TOKENS = 24_576
 SHAPES = {

@@ -32,9 +32,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import utils
-from sft.arguments import DataArguments, ModelArguments
-from sft.rows import read_csv
-from sft.tokenizers import load_llama_tokenizer
+from sft.data.csv_rows import read_csv
+from sft.data.llama_tokenizer import load_llama_tokenizer
+from sft.flags import DataArguments, ModelArguments
 
 ROWS_COMPARED = 10_000  # by the ancestor, the bare call and us in turn
 GIB = 2**30

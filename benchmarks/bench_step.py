@@ -50,7 +50,7 @@ from step_variants import (
     trl_trainer,
 )
 
-from sft.throughput import ModelFlops, peak_tflops
+from sft.report.speed import ModelFlops, peak_tflops
 
 # ----------------------------------------------------------------------------------------------------------- measuring
 

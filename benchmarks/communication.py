@@ -17,7 +17,7 @@ import transformers
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import utils
-from sft.arguments import say
+from sft.job import say
 
 FIRST, STEPS = 4, 2
 COLLECTIVE = ("nccl", "gloo:")

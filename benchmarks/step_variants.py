@@ -15,13 +15,13 @@ from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import utils
-from sft import attention
-from sft.arguments import parse
-from sft.prefixes import in_common
-from sft.record import Report
-from sft.stops import Stops
-from sft.throughput import TokenCounts
-from sft.tokenizers import load_llama_tokenizer
+from sft.data.llama_tokenizer import load_llama_tokenizer
+from sft.flags import parse
+from sft.report.record import Report
+from sft.run.stop_requests import Stops
+from sft.step import attention
+from sft.step.counts import TokenCounts
+from sft.step.packed_rows import in_common
 from utils import IGNORE_INDEX
 
 LENGTHS = Path(__file__).with_name("instruction_lengths.csv")
@@ -237,7 +237,7 @@ def trl_trainer(variant: str, scenario: Scenario, rows: RandomRows, device: torc
         }
         kernel = attention.PER_EXAMPLE
         if device.type == "cuda":
-            from sft import triton_attention  # noqa: F401  registers its operator
+            from sft.step import attention_kernel  # noqa: F401  registers its operator
 
             kernel = attention.TRITON
     config = SFTConfig(

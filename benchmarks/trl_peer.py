@@ -22,9 +22,9 @@ from trl import SFTConfig, SFTTrainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sft import attention
-from sft.arguments import rank, world_size
-from sft.throughput import peak_memory_gib
+from sft.job import rank, world_size
+from sft.report.speed import peak_memory_gib
+from sft.step import attention
 
 
 class Clock(transformers.TrainerCallback):
@@ -42,7 +42,7 @@ class Clock(transformers.TrainerCallback):
 def main(model: str, rows: str, result: str, steps: str, examples_per_step: str = "64") -> None:
     cuda = torch.cuda.is_available()
     if cuda:
-        from sft import triton_attention  # noqa: F401  registers its operator
+        from sft.step import attention_kernel  # noqa: F401  registers its operator
     table = load_dataset("csv", data_files=rows, split="train").rename_column("response", "completion")
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     sample = table.select(range(min(2000, len(table))))

@@ -20,7 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sft.template import ALPACA_TEMPLATE
+from sft.data.template import ALPACA_TEMPLATE
 
 REPOSITORY = "VMware/open-instruct-v1-oasst-dolly-hhrlhf"
 PROMPTS, RESPONSES = ("prompt", "alpaca_prompt"), ("response", "output")

@@ -19,20 +19,16 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import (
-    AutoModelForCausalLM,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TextStreamer,
-)
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
-from sft.arguments import ModelArguments, Parser, UserError, one_message_for_user_errors, unknown_flags
-from sft.rows import header_problems, read_csv
-from sft.template import TEMPLATE_FILE, load_template
-from sft.tokenizers import check_vocabulary, encode_prompts, load_llama_tokenizer
+from sft.data.csv_rows import header_problems, read_csv
+from sft.data.encode import check_vocabulary, encode_prompts
+from sft.data.llama_tokenizer import load_llama_tokenizer
+from sft.data.template import TEMPLATE_FILE, load_template
+from sft.flags import ModelArguments, Parser, unknown_flags
+from sft.job import UserError, one_message_for_user_errors
 
 DESCRIPTION = "Ask a tuned model, with the prompt template it was trained with."
 
@@ -81,9 +77,6 @@ class TunedModel:
         """The prompts' ids, exactly those of training."""
         texts = [self.template.replace("{instruction}", text) for text in instructions]
         return [ids.tolist() for ids in encode_prompts(self.tokenizer, texts)]
-
-
-# -------------------------------------------------------------------------------------------------------- loading
 
 
 def load(name: str, prompt_template: str | None = None) -> TunedModel:
@@ -159,9 +152,6 @@ def load_adapter(name: str) -> Any:
     return PeftModel.from_pretrained(model, name)
 
 
-# ------------------------------------------------------------------------------------------------------ answering
-
-
 def answer_batches(
     tuned: TunedModel, instructions: list[str], batch_size: int, max_new_tokens: int
 ) -> Iterator[tuple[int, str, bool]]:
@@ -203,9 +193,6 @@ def stream(tuned: TunedModel, instruction: str, max_new_tokens: int) -> None:
 
 def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-# --------------------------------------------------------------------------------------------------- the command
 
 
 def answer(models: dict[str, TunedModel], instruction: str, max_new_tokens: int) -> None:

@@ -10,11 +10,11 @@ from itertools import pairwise
 import pytest
 import torch
 from characters import BOS, EOS, character_tokenizer
-from conftest import ROOT, without_noise
+from scripts import ROOT, without_noise
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from sft import generate
-from sft.arguments import UserError
+from sft.job import UserError
 
 ALPHABET = "abcdefghijklm nopqrstuvwxyz"
 EOS_OF_LLAMA = 2  # in conftest's model

@@ -1,0 +1,1 @@
+"""From files to tokenized rows: reading, templates, tokenizers, the cache on disk, held-out rows, the audit."""

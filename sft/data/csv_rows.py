@@ -1,0 +1,176 @@
+"""A CSV, read strictly: every cell byte for byte, and every fault with the row that holds it.
+
+Read by Python's csv.reader and not by pandas, which (3.1.1) pads a row that lacks a field, makes the first column an
+index when the first row has a field too many, drops a stray quote, and counts a bad byte from inside its own buffer.
+Rows are numbered as a spreadsheet shows them: the header is row 1, the first record row 2, a blank line is a row.
+"""
+
+import csv
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from tqdm import tqdm
+
+from sft.job import UserError
+
+LARGEST_CELL = 64 * 2**20  # characters; beyond it a quote was never closed, and the rest of the file would be one cell
+
+
+PROBLEMS_SHOWN = 10
+
+
+ROWS_PER_BATCH, CHARACTERS_PER_BATCH = 256, 2**20  # small, so that all cores end together; bounded in memory
+
+
+def read_csv(
+    path: str, source: str, target: str | None, progress: Callable[[int], object] = lambda bytes_read: None
+) -> Iterator[tuple[int, str, str]]:
+    """Yield (row number, source cell, target cell) of every record; both cells are empty for a blank line.
+
+    Without a target (questions, no answers) every target cell is empty.
+
+    After the first faulty row nothing more is yielded, and the rest is read for further faults only.
+
+    Raises:
+        UserError: the first ten faults of the file, each with its row.
+    """
+    csv.field_size_limit(LARGEST_CELL)
+    problems = []
+    row_number = 0  # of the last row that was read whole
+    with _open(path) as file:
+        reader = csv.reader(file, strict=True)
+        try:
+            header = next(reader, [])
+            row_number = 1
+            problems = _header_problems(path, header, source, target)
+            if problems:
+                raise UserError(problems)
+            source_index = header.index(source)
+            target_index = None if target is None else header.index(target)
+            for row in reader:
+                row_number += 1
+                if row and len(row) != len(header):
+                    problems.append(
+                        f"{path}, row {row_number}: {_count(len(row), 'field')} where the header has {len(header)}. "
+                        "Add the missing ones, or put a cell that holds a comma in quotes."
+                    )
+                elif any("\0" in cell for cell in row):
+                    column = header[next(i for i, cell in enumerate(row) if "\0" in cell)]
+                    problems.append(f"{path}, row {row_number}, column {quoted(column)}: a NUL byte. Remove it.")
+                elif not problems:
+                    if row:
+                        yield row_number, row[source_index], "" if target_index is None else row[target_index]
+                    else:
+                        yield row_number, "", ""
+                    progress(file.buffer.tell())
+                if len(problems) == PROBLEMS_SHOWN:
+                    break
+        except UnicodeDecodeError:
+            problems.append(_bad_byte(path))
+        except OSError as error:
+            problems.append(f"{path}, row {row_number + 1}: reading failed: {error.strerror}.")
+        except csv.Error as error:
+            problems.append(f"{path}, row {row_number + 1}: {_CURES.get(str(error).split(' (')[0], str(error))}")
+    if problems:
+        raise UserError(problems)
+    if row_number == 1:
+        raise UserError(f"{path}: a header and no rows. Add the training examples below it.")
+
+
+_CURES = {  # what csv.reader says -> what to do
+    "unexpected end of data": "a quote is opened and never closed. Close it; a quote inside a cell is written twice.",
+    "field larger than field limit": f"a cell above {LARGEST_CELL // 2**20} Mi characters. A quote that is opened and "
+    "never closed does that: close it; a quote inside a cell is written twice.",
+    "line contains NUL": "a NUL byte. Remove it.",  # Python 3.10; later ones hand it over, and the column is named above
+    "',' expected after '\"'": "text after a closing quote. A quote inside a cell is written twice.",
+}
+
+
+def read_batches(path: str, source: str, target: str) -> Iterator[list[tuple[str, str]]]:
+    """Yield the rows in batches of (source cell, target cell), with a progress bar over the file's bytes."""
+    seconds = 0.1 if sys.stderr.isatty() else 60  # a log file needs no animation
+    with tqdm(
+        total=os.path.getsize(path), unit="B", unit_scale=True, desc=f"tokenizing {path}", mininterval=seconds
+    ) as bar:
+        batch: list[tuple[str, str]] = []
+        characters = 0
+        for _, *cells in read_csv(path, source, target, lambda at: bar.update(at - bar.n)):
+            batch.append((cells[0], cells[1]))
+            characters += len(cells[0]) + len(cells[1])
+            if len(batch) == ROWS_PER_BATCH or characters > CHARACTERS_PER_BATCH:
+                yield batch
+                batch, characters = [], 0
+        yield batch
+
+
+def header_problems(path: str, source: str, target: str | None) -> list[str]:
+    """What can be said of a CSV from its first rows: the file, and its columns."""
+    try:
+        next(read_csv(path, source, target))
+    except UserError as error:
+        return error.problems
+    return []
+
+
+def quoted(text: str, longest: int = 60) -> str:
+    """The text in quotes for a message: one line, control characters and escape sequences spelt out, shortened."""
+    return repr(text if len(text) <= longest else text[: longest - 1] + "…")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _open(path: str):
+    if Path(path).is_dir():
+        raise UserError(f"{path}: a folder. Give the CSV file itself with --data_path.")
+    try:
+        return open(path, encoding="utf-8-sig", newline="")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}. Give a CSV file that can be read with --data_path.") from None
+
+
+def _header_problems(path: str, header: list[str], source: str, target: str | None) -> list[str]:
+    if not header:
+        empty = Path(path).stat().st_size == 0
+        return [f"{path}: {'the file is empty' if empty else 'row 1 is blank'}. Its first row must name the columns."]
+    columns = f"Its columns are {', '.join(quoted(name) for name in header[:50])}"
+    problems = [
+        f"{path}: no column {quoted(name)}. {columns}. Name the right one with {flag}."
+        for name, flag in ((source, "--source"), (target, "--target"))
+        if name is not None and name not in header
+    ]
+    for name in dict.fromkeys(header):
+        if name and header.count(name) > 1:  # unnamed columns are what spreadsheets add
+            problems.append(f"{path}: {header.count(name)} columns are named {quoted(name)}. Rename or remove one.")
+    if source == target:
+        problems.append(f"{path}: --source and --target are both {quoted(source)}. Name two columns.")
+    return problems
+
+
+def _bad_byte(path: str) -> str:
+    """Find the first byte that is not UTF-8: its offset in the file, and the row and column it stands in."""
+    offset = 0
+    with open(path, "rb") as file:
+        for line in file:  # no UTF-8 sequence contains a line feed, so lines decode one by one as the whole does
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                offset, byte = offset + error.start, line[error.start]
+                break
+            offset += len(line)
+    place = ""
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        header: list[str] = []
+        lines = (line.replace("\0", "") for line in file)  # Python 3.10 refuses them
+        for row_number, row in enumerate(csv.reader(lines), 1):
+            header = header or row
+            bad = [index for index, cell in enumerate(row) if re.search("[\udc80-\udcff]", cell)]
+            if bad:
+                named = row_number > 1 and bad[0] < len(header)
+                place = f", row {row_number}" + (f", column {quoted(header[bad[0]])}" if named else "")
+                break
+    return f"{path}{place}: byte {offset} of the file (0x{byte:02x}) is not UTF-8. Save the file as UTF-8."

@@ -1,0 +1,226 @@
+"""Token ids of prompts and responses, as generation will see them, proved on the tokenizer at hand."""
+
+import copy
+import json
+from array import array
+
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils.hub import cached_file
+
+from sft.data.word_cache import LEADING_SPACE, _parts_before_model, _Words
+from sft.job import UserError, say
+
+# What tokenizers have been seen to differ on: runs of spaces, edges, line ends, code, marks, scripts, control texts, length.
+PROBES = [
+    "The quick brown fox jumps over the lazy dog.",
+    "cheese.  Rick said:   three,    four, and a run of" + " " * 40 + "forty.",
+    " one space first",
+    "   three spaces first",
+    "one space last ",
+    "three spaces last   ",
+    "   ",
+    "tab\tand\t\ttwo tabs\t",
+    "\tfirst",
+    "line\nline\n\nblank line\r\nwindows\r",
+    "\n\n\nfirst",
+    " \n \n ",
+    "def f(x):\n    if x > 0:\n        return {'a': [1, 2, 3]}  # why?\n\n\tprint(f\"{x!r:>10}\")\n",
+    "for (int i = 0; i < n; ++i) { a[i] += b[i] & 0xFF; } // https://example.org/a?b=c&d=%20",
+    '<p class="x">1 &lt; 2</p></s><s><unk><pad>[INST] <|endoftext|> <0x0A>',
+    "3.14159 1,000,000 12345678901234567890 1e-9 ½ ² ①",
+    "don't WON'T they're we'll I'd o'clock aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
+    "naïve café Ångström e\u0301 A\u030a o\u0308\u0304 ﬁne ﬀ \ufb03",
+    "日本語のテキスト、中文文本。한국어 텍스트 ｆｕｌｌｗｉｄｔｈ ｶﾅ ガ か\u3099",
+    "עברית مرحبا بالعالم हिन्दी ไทย Ελληνικά Русский",
+    "😀 👩‍👩‍👧‍👦 🏳️‍🌈 👍🏽 \U0001f9ff",
+    "zero\u200bwidth soft\u00adhyphen no\u00a0break em\u2003space \u3000ideographic \ufeffbom line\u2028sep",
+    "nul\x00 bell\x07 escape\x1b[0m delete\x7f nel\x85 private\ue000 \U0010ffff",
+    "▁ literal ▁▁ escape ▁",
+    "A longer text, so that many merges compete for the same characters. " * 40,
+]
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model_config) -> list[str]:
+    """What is wrong between a tokenizer and the model it is to feed, known before weights load: one message for each problem."""
+    problems = []
+    eos_ids = model_config.eos_token_id
+    eos_ids = eos_ids if isinstance(eos_ids, (list, tuple)) else [eos_ids]
+    if eos_ids != [None] and tokenizer.eos_token_id not in eos_ids:
+        problems.append(
+            f"tokenizer: EOS {tokenizer.eos_token!r} is id {tokenizer.eos_token_id}, but the model's config.json says eos_token_id {model_config.eos_token_id}. "
+            "A model trained so never stops. Mend eos_token_id in config.json, or eos_token in tokenizer_config.json."
+        )
+    outside = sorted((i, token) for token, i in tokenizer.get_vocab().items() if i >= model_config.vocab_size)
+    if outside:
+        named = ", ".join(f"{token!r} = {i}" for i, token in outside[:5]) + (", …" if len(outside) > 5 else "")
+        problems.append(
+            f"tokenizer: {len(outside)} tokens have ids outside the model's embedding of {model_config.vocab_size} rows ({named}). "
+            "Use the tokenizer of this model, or take these tokens out of added_tokens.json and tokenizer.json."
+        )
+    return problems
+
+
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], *, allow_control_tokens: bool = False
+) -> list[array]:
+    """Ids of each text as generation will see it, with BOS where the tokenizer puts one.
+
+    A control token's text inside a cell (`</s>`, `<|endoftext|>`) stays text unless `allow_control_tokens`.
+    """
+    if not tokenizer.is_fast:
+        return [array("i", tokenizer(text, split_special_tokens=not allow_control_tokens).input_ids) for text in texts]
+    return _encode(tokenizer, "prompt", texts, add_special_tokens=True, allow_control_tokens=allow_control_tokens)
+
+
+def encode_responses(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], *, allow_control_tokens: bool = False
+) -> list[array]:
+    """Ids of each text as the continuation of a prompt: no BOS, no dummy-prefix space, no EOS.
+
+    Equal to `tokenizer(eos_token + text, add_special_tokens=False).input_ids[1:]` where the text holds no control token's text
+    (proved on probes when the tokenizer is loaded); such a text stays text unless `allow_control_tokens`.
+    """
+    if not tokenizer.is_fast:
+        return [array("i", _slow_continuation(tokenizer, text, allow_control_tokens)) for text in texts]
+    return _encode(tokenizer, "response", texts, add_special_tokens=False, allow_control_tokens=allow_control_tokens)
+
+
+def _encode(
+    tokenizer, use: str, texts: list[str], *, add_special_tokens: bool, allow_control_tokens: bool = False
+) -> list[array]:
+    encoder = _encoder(tokenizer, use, allow_control_tokens)
+
+    def encode_whole(texts: list[str]) -> list[array]:
+        encodings = encoder.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+        return [array("i", encoding.ids) for encoding in encodings]
+
+    if "_sft_words" not in vars(tokenizer):
+        tokenizer._sft_words = _Words(_encoder(tokenizer, "response", False))
+    words = tokenizer._sft_words
+    if allow_control_tokens or not words.stand_alone:
+        return encode_whole(texts)
+    return words.encode(texts, encode_whole, (use, add_special_tokens))
+
+
+def _encoder(tokenizer: PreTrainedTokenizerBase, use: str, allow_control_tokens: bool) -> Tokenizer:
+    """A copy of the tokenizer's backend for prompts or for responses, made once.
+
+    A copy, because truncation, padding and encode_special_tokens are state of the backend, and calls of the tokenizer change it.
+    """
+    encoders = vars(tokenizer).setdefault("_sft_encoders", {})
+    if (use, allow_control_tokens) not in encoders:
+        backend = copy.deepcopy(tokenizer.backend_tokenizer)
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = not allow_control_tokens
+        if use == "response":
+            parts = {name: _without_prefix(part) for name, part in _parts_before_model(backend).items()}
+            empty = Tokenizer.from_str(json.dumps(json.loads(Tokenizer(BPE()).to_str()) | parts))
+            backend.normalizer, backend.pre_tokenizer = empty.normalizer, empty.pre_tokenizer
+        encoders[use, allow_control_tokens] = backend
+    return encoders[use, allow_control_tokens]
+
+
+def _without_prefix(part: dict | None) -> dict | None:
+    """A normalizer or pre-tokenizer (its JSON) that puts no space before the text; None if nothing is left of it."""
+    if part is None or part["type"] == "Prepend" or part.get("pattern") == {"Regex": LEADING_SPACE}:
+        return None
+    if part["type"] == "Sequence":
+        key = "normalizers" if "normalizers" in part else "pretokenizers"
+        return part | {key: [kept for kept in map(_without_prefix, part[key]) if kept is not None]}
+    if part["type"] == "Metaspace":
+        return part | {"prepend_scheme": "never"}
+    if part["type"] == "ByteLevel":
+        return part | {"add_prefix_space": False}
+    return part
+
+
+def _find_file(model_args, name: str) -> str | None:
+    """Local path of a file of the model (downloaded and cached when the model is a hub repository), or None if it has none."""
+    try:
+        return cached_file(
+            model_args.model_name_or_path,
+            name,
+            cache_dir=model_args.cache_dir,
+            _raise_exceptions_for_missing_entries=False,
+        )
+    except OSError as error:
+        raise UserError(f"--model_name_or_path {model_args.model_name_or_path}: {error}") from error
+
+
+def _load_published(model_args) -> PreTrainedTokenizerBase:
+    """The tokenizer as plain transformers loads it from tokenizer.json."""
+    try:
+        return AutoTokenizer.from_pretrained(
+            model_args.model_name_or_path,
+            cache_dir=model_args.cache_dir,
+            trust_remote_code=model_args.trust_remote_code,
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"{model_args.model_name_or_path}: transformers cannot load its tokenizer: {error}") from error
+
+
+def _finish(tokenizer: PreTrainedTokenizerBase, model_args, training_args) -> None:
+    """EOS there and not added by itself, pad, padding side, length; and the ids of prompts and responses proved on this very tokenizer."""
+    where = model_args.model_name_or_path
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"{where}: the tokenizer has no EOS token, so a response could not be ended. Name one as eos_token in tokenizer_config.json."
+        )
+    ids = tokenizer("a").input_ids
+    if ids[-1] == tokenizer.eos_token_id:
+        # `add_eos_token = False` rebuilds the template from flags that may have lost BOS (transformers 5.23): keep what was there.
+        bos_first = tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
+        tokenizer.add_eos_token = False
+        tokenizer.add_bos_token = bos_first
+        for copied in ("_sft_encoders", "_sft_words"):  # by a comparison with SentencePiece, while EOS was added
+            vars(tokenizer).pop(copied, None)
+        say("tokenizer: it added EOS to every text; that is off, because a prompt does not end there")
+    if tokenizer.unk_token_id is not None:
+        tokenizer.pad_token = tokenizer.unk_token
+    else:
+        tokenizer.pad_token = tokenizer.eos_token
+    say(f"tokenizer: pad is {tokenizer.pad_token!r} ({tokenizer.pad_token_id}); padding is never trained on")
+    tokenizer.padding_side = tokenizer.truncation_side = "right"
+    tokenizer.model_max_length = int(1e30)  # transformers' own "no limit": the probes are not to be warned about
+    _prove_ids(tokenizer)
+    tokenizer.model_max_length = training_args.model_max_length
+
+
+def _after(tokenizer: PreTrainedTokenizerBase, anchor: str, text: str, **options) -> list[int] | None:
+    """The ids of `text` after `anchor`, or None if a token spans the two."""
+    before, joint = (tokenizer(part, add_special_tokens=False, **options).input_ids for part in (anchor, anchor + text))
+    return joint[len(before) :] if joint[: len(before)] == before else None
+
+
+def _slow_continuation(tokenizer: PreTrainedTokenizerBase, text: str, allow_control_tokens: bool) -> list[int]:
+    """The continuation by a tokenizer without a backend: what follows EOS, or a line end where control tokens must stay text."""
+    literal = not allow_control_tokens and any(token in text for token in tokenizer.all_special_tokens)
+    ids = _after(tokenizer, "\n" if literal else tokenizer.eos_token, text, split_special_tokens=literal)
+    if ids is None:
+        raise UserError(
+            f"tokenizer: {text[:80]!r} merges with what comes before it, so its ids as a response are not defined. Use a fast tokenizer."
+        )
+    return ids
+
+
+def _prove_ids(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise UserError unless prompts get the tokenizer's own ids, and responses those that follow EOS, on every probe.
+
+    A line end in place of EOS proves it too: older LLaMA pipelines put their prefix space after every control token.
+    """
+    plain = [text for text in PROBES if not any(token in text for token in tokenizer.all_special_tokens)]
+    for text, prompt_ids, response_ids in zip(
+        plain, encode_prompts(tokenizer, plain), encode_responses(tokenizer, plain), strict=True
+    ):
+        if prompt_ids.tolist() != tokenizer(text).input_ids:
+            raise UserError(
+                f"tokenizer: the prompt {text[:80]!r} gets {prompt_ids[:8]}…, but generation gives {tokenizer(text).input_ids[:8]}…. Report this model."
+            )
+        if all(_after(tokenizer, anchor, text) != response_ids.tolist() for anchor in (tokenizer.eos_token, "\n")):
+            raise UserError(
+                f"tokenizer: the response {text[:80]!r} gets {response_ids[:8]}…, but after EOS it is {(_after(tokenizer, tokenizer.eos_token, text) or [])[:8]}…. "
+                "Report this model."
+            )

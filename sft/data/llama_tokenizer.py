@@ -1,0 +1,235 @@
+"""A LLaMA tokenizer that equals SentencePiece.
+
+transformers 5.23 converts a folder that has only `tokenizer.model` wrongly: merges are ordered by id instead of by piece score, and
+the normalizer is dropped. Here the conversion is right, and compared with SentencePiece on the user's own rows.
+"""
+
+import json
+
+import sentencepiece
+from google.protobuf.message import DecodeError
+from sentencepiece import sentencepiece_model_pb2
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import generate_merges
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+from sft.data.encode import PROBES, _encode, _find_file, _finish, _load_published
+from sft.data.word_cache import LAST_SPACES, LEADING_SPACE, RUN_OF_SPACES, SPACE
+from sft.job import UserError, say
+
+
+def load_llama_tokenizer(model_args, training_args) -> PreTrainedTokenizerBase:
+    """The tokenizer of a LLaMA-family model, equal to SentencePiece wherever the model has a `tokenizer.model`.
+
+    BOS as the model's own tokenizer puts it, never an EOS, pad = unk (else EOS), padding on the right. The attribute
+    `sentencepiece_model` is the path of the reference that `compare_with_sentencepiece` uses, or None.
+
+    Raises UserError when there is no tokenizer, when it has no EOS, or when it cannot be made equal to SentencePiece.
+    """
+    model_file, json_file = (_find_file(model_args, name) for name in ("tokenizer.model", "tokenizer.json"))
+    proto = _read_sentencepiece(model_file) if model_file else None
+    if json_file:
+        tokenizer = _load_published(model_args)
+        if model_file and proto:
+            tokenizer = _reconcile(tokenizer, proto, model_file, model_args)
+    elif proto:
+        tokenizer = _wrap_sentencepiece(proto, model_args, None)
+        say(f"tokenizer: built from {model_file}")
+    elif model_file:
+        raise UserError(
+            f"{model_file}: not a SentencePiece model, and there is no tokenizer.json beside it. Download it again, or add tokenizer.json."
+        )
+    else:
+        raise UserError(
+            f"{model_args.model_name_or_path}: neither tokenizer.json nor tokenizer.model is there. "
+            "Name a folder or a hub repository that holds the model together with its tokenizer."
+        )
+    tokenizer.sentencepiece_model = model_file if proto else None
+    _finish(tokenizer, model_args, training_args)
+    if proto:
+        compare_with_sentencepiece(tokenizer, PROBES)
+        say(f"tokenizer: equals SentencePiece on {len(PROBES)} probe texts")
+    return tokenizer
+
+
+def _reconcile(published: PreTrainedTokenizerBase, proto, model_file: str, model_args) -> PreTrainedTokenizerBase:
+    """The published tokenizer.json if it equals the SentencePiece model beside it, else that model converted here.
+
+    Pre-training used SentencePiece; a tokenizer.json was converted from it later, often wrongly. What the folder adds to it is kept.
+    """
+    vocab = published.get_vocab()
+    other = [(i, p.piece) for i, p in enumerate(proto.pieces) if p.type == p.NORMAL and vocab.get(p.piece) != i]
+    if other:
+        i, piece = other[0]
+        raise UserError(
+            f"{model_file} and the tokenizer.json beside it are different vocabularies: {len(other)} pieces have other ids, for example {piece!r}, "
+            f"{i} in tokenizer.model and {vocab.get(piece)} in tokenizer.json. Keep the file that the model was trained with and remove the other."
+        )
+    differences = _differences(published, model_file, PROBES)
+    if not differences:
+        return published
+    say(
+        f"tokenizer: tokenizer.json differs from tokenizer.model on {len(differences)} of {len(PROBES)} probe texts; training and the saved "
+        f"model use tokenizer.model's ids, those of pre-training. First difference: {_show_difference(*differences[0])}"
+    )
+    return _wrap_sentencepiece(proto, model_args, published)
+
+
+def compare_with_sentencepiece(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> None:
+    """Raise UserError with an example if any text's ids differ from SentencePiece's (`tokenizer.sentencepiece_model`)."""
+    differences = _differences(tokenizer, tokenizer.sentencepiece_model, texts)
+    if differences:
+        raise UserError(
+            f"tokenizer: {len(differences)} of {len(texts)} texts get other ids than SentencePiece gives them with {tokenizer.sentencepiece_model}, "
+            f"which the model was pre-trained with. First: {_show_difference(*differences[0])}. Remove or rewrite such rows, or, if this model was really "
+            "trained with another tokenizer, supply that one's tokenizer.json and take tokenizer.model out of the folder."
+        )
+
+
+def _differences(tokenizer, model_file: str, texts: list[str]) -> list[tuple[str, list[int], list[int]]]:
+    """(text, ids, SentencePiece's ids) for each text whose ids differ."""
+    ours = [ids.tolist() for ids in _encode(tokenizer, "prompt", texts, add_special_tokens=False)]
+    reference = sentencepiece.SentencePieceProcessor(model_file=model_file).encode(texts)
+    return [(text, a, b) for text, a, b in zip(texts, ours, reference, strict=True) if a != b]
+
+
+def _show_difference(text: str, ours: list[int], reference: list[int]) -> str:
+    first = next(
+        (i for i, (a, b) in enumerate(zip(ours, reference, strict=False)) if a != b), min(len(ours), len(reference))
+    )
+    window = slice(max(0, first - 2), first + 6)
+    shown = text if len(text) <= 120 else text[:120] + "…"
+    return f"{shown!r} from token {first}: {ours[window]}, SentencePiece {reference[window]}"
+
+
+def _read_sentencepiece(path: str):
+    """The parsed model, or None if the file is no SentencePiece model (Llama 3 publishes a tiktoken file by that name)."""
+    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # protobuf makes it on import
+    with open(path, "rb") as file:
+        try:
+            proto.ParseFromString(file.read())
+        except DecodeError:
+            return None
+    if not proto.pieces:
+        return None
+    spec = proto.trainer_spec
+    if spec.model_type != spec.BPE:
+        kind = spec.ModelType.Name(spec.model_type)
+        raise UserError(
+            f"{path}: a SentencePiece model of type {kind}; LLaMA's are of type BPE, and only these are converted here."
+        )
+    return proto
+
+
+def _sentencepiece_backend(proto) -> Tokenizer:
+    """The SentencePiece model as a `tokenizers` pipeline that gives the same ids for every text.
+
+    Two steps of SentencePiece's Normalizer decide the details (normalizer.cc): the dummy prefix goes before whatever the text
+    begins with, a space included; with remove_extra_whitespaces, runs of spaces become one and those at the ends none.
+    """
+    pieces, spec = proto.pieces, proto.normalizer_spec
+    vocab = {piece.piece: i for i, piece in enumerate(pieces)}
+    # Only these are ever made by merging (bpe_model.cc looks up no control, unknown or byte piece).
+    scores = {piece.piece: piece.score for piece in pieces if piece.type in (piece.NORMAL, piece.UNUSED)}
+    user_defined = [piece.piece for piece in pieces if piece.type == piece.USER_DEFINED]
+    backend = Tokenizer(
+        BPE(
+            vocab=vocab,
+            merges=generate_merges(vocab, scores, skip_tokens=vocab.keys() - scores.keys()),
+            unk_token=pieces[proto.trainer_spec.unk_id].piece,
+            fuse_unk=True,
+            byte_fallback=proto.trainer_spec.byte_fallback,
+            ignore_merges=bool(user_defined),
+        )
+    )
+    steps: list = []
+    if spec.precompiled_charsmap:
+        # Precompiled looks up a grapheme at a time and takes the shortest match (tokenizers 0.23): a decomposed Vietnamese letter
+        # would lose its tone, Korean would stay in jamo, and CR LF would be one space. So nothing that is one grapheme is left in parts.
+        if "nfkc" in spec.name:
+            steps.append(normalizers.NFC())
+        if "nmt" in spec.name:
+            steps.append(normalizers.Replace("\r", "\n"))  # each is a space in nmt_nfkc
+        steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
+    if spec.remove_extra_whitespaces:
+        steps += [normalizers.Replace(Regex(RUN_OF_SPACES), " "), normalizers.Replace(Regex(LAST_SPACES), "")]
+        if not spec.add_dummy_prefix:
+            steps.append(normalizers.Replace(Regex(LEADING_SPACE), ""))
+    else:
+        # Escaped this early, a first space is no reason for the Metaspace below to leave out the prefix.
+        steps.append(normalizers.Replace(" ", SPACE))
+    backend.normalizer = normalizers.Sequence(steps)
+
+    # Metaspace leaves out the prefix where the text begins with its replacement: with a space as replacement that is the text whose
+    # first space is to become the prefix. The second Metaspace writes every space as SentencePiece does.
+    splits: list = [pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="never", split=False)]
+    if spec.add_dummy_prefix:
+        splits.insert(0, pre_tokenizers.Metaspace(replacement=" ", prepend_scheme="first", split=False))
+    if user_defined:
+        # Each is one token whatever surrounds it (ignore_merges above), and the longest one wins.
+        longest_first = sorted(user_defined, key=len, reverse=True)
+        splits.append(pre_tokenizers.Split(Regex("|".join(map(_escape_regex, longest_first))), behavior="isolated"))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(splits)
+    cleaning: list = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if spec.add_dummy_prefix:
+        cleaning.append(decoders.Strip(content=" ", left=1, right=0))
+    backend.decoder = decoders.Sequence(cleaning)
+    return backend
+
+
+def _escape_regex(text: str) -> str:
+    return "".join(f"\\x{{{ord(character):x}}}" for character in text)
+
+
+def _wrap_sentencepiece(proto, model_args, published: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerFast:
+    """The converted model with the special tokens, added tokens, chat template and BOS rule that the folder declares."""
+    config = get_tokenizer_config(model_args.model_name_or_path, cache_dir=model_args.cache_dir)
+    backend = _sentencepiece_backend(proto)
+    spec = proto.trainer_spec
+    piece_of = {"unk_token": spec.unk_id, "bos_token": spec.bos_id, "eos_token": spec.eos_id}
+    special = {name: proto.pieces[i].piece for name, i in piece_of.items() if 0 <= i < len(proto.pieces)}
+    control = [piece.piece for piece in proto.pieces if piece.type in (piece.CONTROL, piece.UNKNOWN)]
+    backend.add_special_tokens([AddedToken(piece, normalized=False, special=True) for piece in control])
+
+    added = _added_tokens(model_args, config, published, len(proto.pieces))
+    for i, token in sorted(added.items()):
+        backend.add_special_tokens([token]) if token.special else backend.add_tokens([token])
+        if backend.token_to_id(token.content) != i:
+            raise UserError(
+                f"{model_args.model_name_or_path}: the added token {token.content!r} should have id {i}, but ids after tokenizer.model's "
+                f"{len(proto.pieces)} are given in order and it would get {backend.token_to_id(token.content)}. Mend added_tokens.json or tokenizer_config.json."
+            )
+    for name in special:
+        declared = published.special_tokens_map.get(name) if published is not None else config.get(name)
+        declared = declared["content"] if isinstance(declared, dict) else declared
+        if declared and backend.token_to_id(declared) is not None:  # LLaMA's first conversions declare them as ""
+            special[name] = declared
+    if config.get("add_bos_token", True) is not False and "bos_token" in special:
+        bos = special["bos_token"]
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, backend.token_to_id(bos))]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        clean_up_tokenization_spaces=False,
+        chat_template=published.chat_template if published is not None else config.get("chat_template"),
+        **special,
+    )
+
+
+def _added_tokens(
+    model_args, config: dict, published: PreTrainedTokenizerBase | None, first_id: int
+) -> dict[int, AddedToken]:
+    """Tokens that the folder adds after tokenizer.model's pieces, by id."""
+    if published is not None:
+        return {i: token for i, token in published.added_tokens_decoder.items() if i >= first_id}
+    added = {}
+    path = _find_file(model_args, "added_tokens.json")
+    if path:
+        with open(path, encoding="utf-8") as file:
+            added = {i: AddedToken(text, normalized=False, special=False) for text, i in json.load(file).items()}
+    for i, fields in config.get("added_tokens_decoder", {}).items():
+        added[int(i)] = AddedToken(**{key: value for key, value in fields.items() if key != "__type"})
+    return {i: token for i, token in added.items() if i >= first_id}

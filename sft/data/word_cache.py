@@ -1,0 +1,87 @@
+"""Texts encoded word by word, each different word once, for tokenizers whose tokens never span two words."""
+
+import json
+from array import array
+from collections.abc import Callable
+from itertools import chain
+
+import numpy as np
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+
+SPACE = "▁"  # U+2581, how SentencePiece writes a space
+
+
+LEADING_SPACE, RUN_OF_SPACES, LAST_SPACES = r"\A ", " {2,}", rf"[ {SPACE}]+\z"
+
+
+class _Words:
+    """Texts encoded word by word, each different word once: nearly all words of a text stood in an earlier one.
+
+        "the river runs" -> ids of "the" where a text begins, of "▁river", of "▁runs"
+
+    For tokenizers like LLaMA's and Mistral's, whose words `stand_alone`: a BPE without a piece that has a space behind another
+    character, so that no token spans two words, and before it no other step than that spaces become ▁, and a prefix.
+    """
+
+    MOST_KEPT = 2**17  # words, about 30 MB
+    LONGEST = 16  # characters, on average; what is written without spaces (Chinese, base64) does not come again
+
+    def __init__(self, encoder: Tokenizer):
+        model, vocab = encoder.model, encoder.get_vocab(with_added_tokens=False)
+        parts = [part for part in _parts_before_model(encoder).values() if part]
+        steps = [step for part in parts for step in part.get("normalizers") or part.get("pretokenizers") or [part]]
+        about_spaces = [{"String": " "}, {"Regex": RUN_OF_SPACES}, {"Regex": LAST_SPACES}]
+        self.stand_alone = (
+            isinstance(model, BPE)
+            and not (
+                model.dropout or model.ignore_merges or model.continuing_subword_prefix or model.end_of_word_suffix
+            )
+            and SPACE in vocab
+            and not any(SPACE in piece.lstrip(SPACE) for piece in vocab)
+            and all(
+                token.special for token in encoder.get_added_tokens_decoder().values()
+            )  # to this encoder they are text
+            and any(SPACE in (step.get("content"), step.get("replacement")) for step in steps)
+            and all(step["type"] == "Metaspace" or step.get("pattern") in about_spaces for step in steps)
+        )
+        self.encoder = encoder
+        self.begins_word = np.zeros(max(vocab.values(), default=0) + 1, bool)  # by id
+        self.begins_word[[i for piece, i in vocab.items() if piece.startswith(SPACE)]] = True
+        self.ids: dict = {}  # int32 as bytes, of a word behind a space, and of (use, word) where a text begins
+
+    def encode(self, texts: list[str], encode_whole: Callable[[list[str]], list[array]], use: tuple) -> list[array]:
+        """Ids of each text: of words with one space between them as said above, of any other text by `encode_whole`."""
+        rows = [self._split(text) for text in texts]
+        if len(self.ids) > self.MOST_KEPT:
+            self.ids = {}  # another thread may still be looking words up in the old one
+        ids = self.ids
+        if new := list(set(chain.from_iterable(rows)).difference(ids)):
+            (encoding,) = self.encoder.encode_batch_fast([" " + " ".join(new)], add_special_tokens=False)
+            new_ids = np.array(encoding.ids, np.int32)
+            starts = np.flatnonzero(self.begins_word[new_ids]).tolist()
+            ends = [*starts[1:], len(new_ids)]
+            ids.update((word, new_ids[a:b].tobytes()) for word, a, b in zip(new, starts, ends, strict=True))
+        if new_first := list({(use, words[0]) for words in rows if words}.difference(ids)):
+            whole = encode_whole([word for _, word in new_first])
+            ids.update((key, word_ids.tobytes()) for key, word_ids in zip(new_first, whole))
+        others = iter(encode_whole([text for text, words in zip(texts, rows) if not words]))
+        return [
+            array("i", ids[use, words[0]] + b"".join(map(ids.__getitem__, words[1:]))) if words else next(others)
+            for words in rows
+        ]
+
+    def _split(self, text: str) -> list[str]:
+        words = text.split(" ")
+        return words if "" not in words and SPACE not in text and len(text) <= self.LONGEST * len(words) else []
+
+
+def _parts_before_model(backend: Tokenizer) -> dict[str, dict | None]:
+    """Normalizer and pre-tokenizer as JSON, through that of a tokenizer without a vocabulary: they have no other public form."""
+    empty = Tokenizer(BPE())
+    if backend.normalizer is not None:
+        empty.normalizer = backend.normalizer
+    if backend.pre_tokenizer is not None:
+        empty.pre_tokenizer = backend.pre_tokenizer
+    state = json.loads(empty.to_str())
+    return {name: state[name] for name in ("normalizer", "pre_tokenizer")}

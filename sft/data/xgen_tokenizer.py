@@ -1,0 +1,133 @@
+"""A fast XGen tokenizer, built without remote code: transformers 5 cannot load the published one."""
+
+import json
+import os
+import threading
+
+from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode, generate_merges
+
+from sft.data.encode import _find_file, _finish, _load_published
+from sft.job import UserError
+
+XGEN_EOS, XGEN_EOS_ID, XGEN_VOCABULARY = "<|endoftext|>", 50256, 51200
+
+
+TIKTOKEN_PATIENCE_S = 60  # it downloads 1.5 MB, once
+
+
+_FIM = (
+    "<fim_prefix> <fim_middle> <fim_suffix> <fim_pad> <filename> <gh_stars> <issue_start> <issue_comment> <issue_closed> "
+    "<jupyter_start> <jupyter_text> <jupyter_code> <jupyter_output> <empty_output> <commit_before> <commit_msg> <commit_after> <reponame>"
+).split()
+
+
+def load_xgen_tokenizer(model_args, training_args) -> PreTrainedTokenizerBase:
+    """XGen's tokenizer as a fast one, without remote code: GPT-2's BPE, runs of spaces and tabs, and tags.
+
+    A `tokenizer.json` in the model's folder (an export of this project) is used after its ids are checked. No BOS, pad = EOS =
+    `<|endoftext|>` (50256), padding on the right.
+
+    Raises UserError when GPT-2's files can be had neither from tiktoken nor from --gpt2_files, or when ids are not XGen's.
+    """
+    if _find_file(model_args, "tokenizer.json"):
+        tokenizer = _load_published(model_args)
+        _check_xgen(tokenizer, f"{model_args.model_name_or_path}/tokenizer.json")
+    else:
+        ranks = _ranks_from_files(model_args.gpt2_files) if model_args.gpt2_files else _ranks_from_tiktoken()
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=_xgen_backend(ranks), eos_token=XGEN_EOS, clean_up_tokenization_spaces=False
+        )
+        _check_xgen(tokenizer, "the tokenizer built from GPT-2's files")
+    tokenizer.sentencepiece_model = None
+    _finish(tokenizer, model_args, training_args)
+    return tokenizer
+
+
+def xgen_extra_tokens() -> tuple[dict[bytes, int], dict[str, int]]:
+    """(runs of spaces and tabs, which merge like any BPE token; tags), each with its id, as XGen's published code adds them to GPT-2."""
+    runs = [b" " * n for n in range(31, 1, -1)] + [b"\t" * n for n in range(9, 1, -1)]
+    first = XGEN_EOS_ID + 1
+    tags = [*_FIM, *(f"<dummy_{i}>" for i in range(4)), "<sep>", "<eom>"]
+    tags += [f"<mask_{i}>" for i in range(XGEN_VOCABULARY - first - len(runs) - len(tags), 0, -1)]
+    return (
+        {run: first + i for i, run in enumerate(runs)},
+        {XGEN_EOS: XGEN_EOS_ID} | {tag: first + len(runs) + i for i, tag in enumerate(tags)},
+    )
+
+
+def _xgen_backend(ranks: dict[bytes, int]) -> Tokenizer:
+    """GPT-2's mergeable ranks with XGen's additions, as a `tokenizers` pipeline."""
+    runs, tags = xgen_extra_tokens()
+    letters = bytes_to_unicode()
+    vocab = {"".join(letters[byte] for byte in token): rank for token, rank in (ranks | runs).items()}
+    # tiktoken merges any neighbours whose joint token has the lowest rank: every split of a token is a merge at its rank.
+    backend = Tokenizer(BPE(vocab=vocab | tags, merges=generate_merges(vocab, None)))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(tag, normalized=False, special=True) for tag in tags])
+    return backend
+
+
+def _ranks_from_tiktoken() -> dict[bytes, int]:
+    import tiktoken
+
+    result: list = []
+
+    def download() -> None:
+        try:
+            result.append(tiktoken.get_encoding("gpt2"))
+        except (OSError, ValueError) as error:  # requests' errors are OSErrors; a wrong hash is a ValueError
+            result.append(error)
+
+    # tiktoken 0.14 downloads without a time limit; a machine whose network swallows packets would wait for ever.
+    thread = threading.Thread(target=download, daemon=True)
+    thread.start()
+    thread.join(timeout=TIKTOKEN_PATIENCE_S)
+    outcome = result[0] if result else TimeoutError(f"no answer in {TIKTOKEN_PATIENCE_S} s")
+    if isinstance(outcome, Exception):
+        raise UserError(
+            f"xgen tokenizer: tiktoken cannot get GPT-2's files ({type(outcome).__name__}: {str(outcome)[:200]}). On a machine without a network, copy GPT-2's "
+            "vocab.json and merges.txt (hub repository openai-community/gpt2) into a folder and give it with --gpt2_files FOLDER, or set TIKTOKEN_CACHE_DIR "
+            "to a copy of tiktoken's cache."
+        )
+    return dict(outcome._mergeable_ranks)
+
+
+def _ranks_from_files(folder: str) -> dict[bytes, int]:
+    """GPT-2's mergeable ranks from vocab.json, checked against merges.txt line by line."""
+    try:
+        with open(os.path.join(folder, "vocab.json"), encoding="utf-8") as file:
+            vocab = json.load(file)
+        with open(os.path.join(folder, "merges.txt"), encoding="utf-8") as file:
+            merges = [line.rstrip("\n") for line in file if not line.startswith("#version") and line.strip()]
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--gpt2_files {folder}: vocab.json and merges.txt cannot be read from it ({error})."
+        ) from error
+    ids = [vocab.get(merge.replace(" ", "")) for merge in merges]
+    if vocab.pop(XGEN_EOS, None) != XGEN_EOS_ID or len(vocab) != XGEN_EOS_ID or ids != list(range(256, XGEN_EOS_ID)):
+        raise UserError(
+            f"--gpt2_files {folder}: not GPT-2's files. vocab.json must hold 50257 tokens with {XGEN_EOS} = 50256, and line i of merges.txt must make token 256 + i."
+        )
+    bytes_of = {letter: byte for byte, letter in bytes_to_unicode().items()}
+    return {bytes(bytes_of[letter] for letter in token): rank for token, rank in vocab.items()}
+
+
+def _check_xgen(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
+    runs, tags = xgen_extra_tokens()
+    letters = bytes_to_unicode()
+    expected = tags | {"".join(letters[byte] for byte in run): i for run, i in runs.items()}
+    vocab = tokenizer.get_vocab()
+    wrong = [(token, i) for token, i in expected.items() if vocab.get(token) != i]
+    if wrong or sorted(vocab.values()) != list(range(XGEN_VOCABULARY)):
+        detail = (
+            f"{wrong[0][0]!r} has id {vocab.get(wrong[0][0])}, XGen's is {wrong[0][1]}"
+            if wrong
+            else f"it has {len(vocab)} tokens, XGen {XGEN_VOCABULARY}"
+        )
+        raise UserError(
+            f"{where}: not XGen's tokenizer: {detail}. Use llama_training.py for a LLaMA model, or take tokenizer.json out of the folder so that XGen's is built."
+        )

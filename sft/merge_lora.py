@@ -1,0 +1,95 @@
+"""Merge a LoRA adapter into the model it was trained on, and compare the result with base + adapter.
+
+python -m sft.merge_lora --adapter ./my_adapter --output ./my_model
+"""
+
+import argparse
+import json
+import pickle
+import re
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from sft.job import UserError, one_message_for_user_errors, say
+from sft.model.lora import BASE_RECORD, weights_digest
+
+
+def merge(
+    adapter: str, output: str, base: str | None = None, dtype: torch.dtype = torch.float32, cache_dir: str | None = None
+) -> float:
+    """Write base + adapter as one model, on the CPU in float32, and prove it.
+
+    Args:
+        adapter: folder with the adapter and its `base_model.json`.
+        output: folder for the whole model; the adapter's tokenizer files go with it.
+        base: the model it was trained on. Default: the recorded one.
+        dtype: type of the saved weights.
+
+    Returns: the relative difference ‖merged - (base + adapter)‖ / ‖base + adapter‖ of the logits of a probe, in float32.
+
+    Raises:
+        UserError: no adapter there, or another base than the one that the adapter was trained on.
+    """
+    from peft import PeftModel
+
+    folder = Path(adapter)
+    for name in ("adapter_config.json", BASE_RECORD):
+        if not (folder / name).is_file():
+            raise UserError(f"{adapter}: no {name} there. Give the folder that a run with --use_lora True has saved.")
+    record = json.loads((folder / BASE_RECORD).read_text(encoding="utf-8"))
+    base = base or record["model_name_or_path"]
+    if weights_digest(base, cache_dir) != record["fingerprint"]:
+        raise UserError(
+            f"{base} is not the model that this adapter was trained on ({record['model_name_or_path']}): the weights differ. "
+            "Give that model with --base."
+        )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, cache_dir=cache_dir)
+        tuned = PeftModel.from_pretrained(model, folder).eval()
+    except pickle.UnpicklingError as error:  # torch.load(weights_only=True) refused it
+        raise UserError(
+            f"{base} or {folder}: a weights file there is a pickle that would run code, and was not loaded. "
+            "Take the model's safetensors instead."
+        ) from error
+    probe = torch.arange(64, device="cpu")[None] * 37 % model.config.vocab_size
+    with torch.no_grad():
+        expected = tuned(input_ids=probe, use_cache=False).logits
+        merged = tuned.merge_and_unload(safe_merge=True)  # refuses NaN
+        difference = (merged(input_ids=probe, use_cache=False).logits - expected).norm() / expected.norm()
+    if not difference < 1e-4:  # NaN never passes
+        raise RuntimeError(f"the merged model differs from base + adapter by {difference:.2e} of the logits: not saved")
+    merged.to(dtype).save_pretrained(output)
+    _copy_beside(folder, Path(output))
+    return difference.item()
+
+
+def _copy_beside(adapter: Path, output: Path) -> None:
+    """The tokenizer and the prompt template belong to the model, merged or not."""
+    names = r"tokenizer.*|special_tokens_map\.json|chat_template\.jinja|prompt_template\.txt|vocab\.json|merges\.txt"
+    for file in adapter.iterdir():
+        if re.fullmatch(names, file.name) and file.parent != output:
+            shutil.copy2(file, output / file.name)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m sft.merge_lora", description="Write base + adapter as one model, on the CPU in float32."
+    )
+    parser.add_argument("--adapter", required=True, help="folder that a run with --use_lora True has saved")
+    parser.add_argument("--output", required=True, help="folder for the whole model")
+    parser.add_argument("--base", help="the model that the adapter was trained on (default: the recorded one)")
+    parser.add_argument("--cache_dir", help="folder for models downloaded from the hub")
+    parser.add_argument("--save_dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
+    args = parser.parse_args(argv)
+    with one_message_for_user_errors():
+        difference = merge(args.adapter, args.output, args.base, getattr(torch, args.save_dtype), args.cache_dir)
+        say(
+            f"merged: {args.output} ({args.save_dtype}); logits differ from base + adapter by {difference:.1e} in float32"
+        )
+
+
+if __name__ == "__main__":
+    main()

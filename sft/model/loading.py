@@ -1,0 +1,115 @@
+"""The pretrained model around the loading of its weights: its config, what must be ready before, what is mended after."""
+
+import copy
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+from sft.flags import ModelArguments, TrainingArguments
+from sft.job import all_ranks_or_none, rank, say, world_size
+
+
+def model_problems(flags) -> tuple[list[str], PreTrainedConfig | None]:
+    """What is wrong with --model_name_or_path and the class to wrap, and the config from which that is known."""
+    name = flags.model_name_or_path
+    if not name:
+        return [], None
+    folder = Path(name)
+    if folder.exists() or name.startswith((".", "/", "~")):
+        if not (folder / "config.json").is_file():
+            here = f"{name}: no config.json there. --model_name_or_path takes a model's folder or a hub repository."
+            return [here], None
+        if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
+            return [f"{name}: a config.json but no weights (model.safetensors). Download the model completely."], None
+    try:
+        config = load_config(flags)
+    except (OSError, ValueError) as error:
+        return [f"{name}: its config cannot be loaded: {str(error).strip().splitlines()[0]}"], None
+    wrap_classes = (flags.fsdp_config or {}).get("transformer_layer_cls_to_wrap", [])
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=flags.trust_remote_code)
+    present = {type(module).__name__ for module in model.modules()}
+    problems = [
+        f"{name} has no layer of class {wrap_class}, which FSDP should wrap. "
+        f"Its decoder layer: {', '.join(sorted(c for c in present if 'Layer' in c))}."
+        for wrap_class in wrap_classes
+        if wrap_class not in present
+    ]
+    return problems, config
+
+
+def load_config(model_args):
+    """The model's config; a few kB, also from the hub."""
+    return AutoConfig.from_pretrained(
+        model_args.model_name_or_path, cache_dir=model_args.cache_dir, trust_remote_code=model_args.trust_remote_code
+    )
+
+
+def hold_deepspeed(training_args: TrainingArguments) -> None:
+    """Until `start_deepspeed`, and after the training, models that are made are whole: ZeRO-3 would split these too.
+
+    TrainingArguments announces ZeRO-3 to `from_config` and `from_pretrained` as soon as it exists (transformers 5.23).
+    """
+    if training_args.deepspeed:
+        unset_hf_deepspeed_config()
+
+
+def start_deepspeed(training_args: TrainingArguments) -> None:
+    """Tell DeepSpeed about the ranks before the model loads: ZeRO-3 splits the weights while they are read.
+
+    Accelerate does this on a GPU. On the CPU it starts torch.distributed alone (1.15, state.py), and DeepSpeed would
+    believe in a world of one.
+    """
+    if not training_args.deepspeed:
+        return
+    set_hf_deepspeed_config(training_args.hf_deepspeed_config)
+    # deepspeed 0.19.8 on torch 2.13: hundreds of lines about the new names of two collectives
+    warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)
+    if training_args.device.type == "cpu":
+        import deepspeed
+
+        deepspeed.init_distributed(dist_backend="gloo")
+
+
+def is_handed_out(model_args: ModelArguments, training_args: TrainingArguments) -> bool:
+    """Whether Accelerate will give each rank its shards from the weights of rank 0 (1.15, fsdp_utils.py: not 4-bit ones)."""
+    plugin = training_args.fsdp_plugin_args or {}
+    handed_out = plugin.get("fsdp_version") == 2 and plugin["cpu_ram_efficient_loading"]
+    return bool(handed_out and world_size() > 1 and not model_args.load_in_4bit)
+
+
+def load_on_rank_0(load: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+    """Load on rank 0 of the job; the other ranks get the same model with one zero in the place of each weight.
+
+    They would all read the whole checkpoint (transformers 5.23, whatever `cpu_ram_efficient_loading` says), and drop it when
+    Accelerate hands out the shards. The zeros are not on the meta device because Accelerate tells the optimizer's parameters apart by
+    their addresses, which are all 0 there (1.15, accelerator.py, _prepare_fsdp2).
+    """
+    with all_ranks_or_none():
+        model = load() if rank() == 0 else None
+    handed: list[Any] = [None]
+    if model is not None:
+        zeros = {
+            id(weight): torch.nn.Parameter(
+                torch.zeros((), dtype=weight.dtype).expand(weight.shape), weight.requires_grad
+            )
+            for weight in model.parameters()
+        }
+        handed = [copy.deepcopy(model, zeros)]  # config, ties and buffers are those of rank 0
+    torch.distributed.broadcast_object_list(handed)
+    return handed[0] if model is None else model
+
+
+def make_generation_config_valid(model: PreTrainedModel) -> None:
+    """A generation config that names sampling settings without sampling is refused by save_pretrained: after training."""
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError as error:
+        model.generation_config.do_sample = True
+        model.generation_config.validate(strict=True)
+        say(f"generation_config: do_sample set to True, else it could not be saved ({str(error).splitlines()[0]})")

@@ -1,0 +1,108 @@
+"""Nothing that a run loads executes code, and nothing that it saves holds a secret.
+
+Torch's files are pickles, and a pickle runs what it names. Models come as safetensors, or through torch's weights-only loader;
+this file sees to the states of a resumed checkpoint, which several libraries load, each in its own way.
+"""
+
+import os
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch.distributed.checkpoint.api import CheckpointException
+
+from sft.job import UserError
+
+DCP = "torch.distributed.checkpoint."
+
+
+METADATA_NAMES = {  # what such a file names: classes without code that runs when they are built
+    *((DCP + "metadata", name) for name in ("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties")),
+    *((DCP + "metadata", kind + "StorageMetadata") for kind in ("Tensor", "Bytes", "Chunk")),
+    (DCP + "metadata", "_MEM_FORMAT_ENCODING"),
+    (DCP + "filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+    ("torch", "Size"),
+    *((module, "PosixPath") for module in ("pathlib", "pathlib._local")),
+    ("collections", "OrderedDict"),
+}
+
+
+class _MetadataOnly(pickle.Unpickler):
+    """Reads the pickle that torch.distributed.checkpoint calls `.metadata`, and nothing that runs code."""
+
+    def find_class(self, module: str, name: str):
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if (module, name) in METADATA_NAMES or is_dtype:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+
+def check_metadata(checkpoint: Path) -> None:
+    """Refuse a sharded checkpoint whose `.metadata` could run code: torch reads it with a plain `pickle.load`.
+
+    That is in torch 2.13, checkpoint/filesystem.py, read_metadata.
+    """
+    for path in sorted(checkpoint.rglob(".metadata")):
+        try:
+            with open(path, "rb") as file:
+                _MetadataOnly(file).load()
+        except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path} is not a checkpoint's metadata and was not loaded: {error}.") from error
+
+
+@contextmanager
+def safe_loads(source: str | None, deepspeed: bool) -> Iterator[None]:
+    """While it lasts, torch.load executes nothing from any file, whichever library calls it.
+
+    DeepSpeed (0.19) and torch's sharded checkpoints (2.13) load with weights_only=False; torch's own switch overrules that.
+    What DeepSpeed stores beside tensors is allowed by name.
+
+    Args:
+        source: the model, or the checkpoint to resume from; None where nothing will be loaded.
+        deepspeed: DeepSpeed will read it.
+    """
+    allowed = []
+    if deepspeed:
+        from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+        from deepspeed.utils.tensor_fragment import fragment_address
+
+        allowed = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+    if source:
+        check_metadata(Path(source))
+    before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    try:
+        with torch.serialization.safe_globals(allowed):
+            yield
+    except (pickle.UnpicklingError, CheckpointException) as error:
+        found = (
+            [failure for failure, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+        )
+        reason = next((str(failure) for failure in found if isinstance(failure, pickle.UnpicklingError)), None)
+        if reason is None:
+            raise
+        reason = reason.rsplit("WeightsUnpickler error:", 1)[-1].strip().splitlines()[0]
+        raise UserError(f"{source}: one of its files was not loaded, because it could run code. {reason}") from error
+    finally:
+        del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
+        if before is not None:
+            os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = before
+
+
+@contextmanager
+def without_secrets(args, folder: str | None) -> Iterator[None]:
+    """Around `Trainer._save`: it pickles all arguments, the hub's token among them, into training_args.bin.
+
+    Nothing reads that file when a run resumes or a model loads, so it does not stay (transformers 5.17 and 5.23).
+    """
+    token, args.hub_token = args.hub_token, None
+    try:
+        yield
+    finally:
+        args.hub_token = token
+        if args.should_save:
+            Path(folder or args.output_dir, "training_args.bin").unlink(missing_ok=True)

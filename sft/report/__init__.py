@@ -1,0 +1,1 @@
+"""What a run tells: its record, the printed lines, speed, the picture. `python -m sft.report` compares runs."""

@@ -1,0 +1,100 @@
+"""Compare runs that have been recorded, or say what a field of run_report.json means.
+
+python -m sft.report RUN_A RUN_B --output compare.png
+python -m sft.report --fields
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sft.job import UserError, one_message_for_user_errors
+from sft.report.picture import draw, number
+from sft.report.record import FIELDS, REPORT_NAME
+
+
+def load_runs(folders: list[str]) -> dict[str, dict]:
+    """Read the reports of runs: name -> record.
+
+    Raises:
+        UserError: with a message for each folder that has no report, or one in which no step was logged.
+    """
+    runs, problems = {}, []
+    short = [Path(folder).resolve().name for folder in folders]
+    for folder, name in zip(folders, short):
+        path = Path(folder) / REPORT_NAME
+        if not path.is_file():
+            problems.append(f"{folder}: there is no {REPORT_NAME} in it. Give the --output_dir of a run that trained.")
+            continue
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            problems.append(f"{path}: not a report of a run ({error}).")
+            continue
+        if not isinstance(record, dict) or record.get("format") != 1:
+            problems.append(f"{path}: not a report that this version reads (format 1).")
+        elif not record["log"]:
+            problems.append(f"{path}: the run is {record['status']} and logged no step: there is nothing to draw.")
+        else:
+            runs[name if short.count(name) == 1 else folder] = record
+    if problems:
+        raise UserError(problems)
+    return runs
+
+
+def comparison(runs: dict[str, dict]) -> str:
+    """The runs as a Markdown table, and how far their losses lie apart at the steps that both logged."""
+    rows: dict[str, Callable[[dict], Any]] = {
+        "status": lambda r: r["status"],
+        "steps logged to": lambda r: r["log"][-1]["step"],
+        "last train loss": lambda r: f"{number(r['log'][-1]['loss']):.4f}",
+        "last eval loss": lambda r: f"{number(r['evaluations'][-1]['eval_loss']):.4f}" if r["evaluations"] else "",
+        "examples per step": lambda r: r.get("batch", {}).get("examples_per_step", ""),
+        "tokens/s per GPU (median)": lambda r: f"{_median(r, 'tokens_per_s_per_gpu'):,.0f}",
+        "padding (median)": lambda r: f"{_median(r, 'padding_share'):.1%}",
+        "MFU (median)": lambda r: f"{_median(r, 'mfu'):.1%}" if "mfu" in r["log"][-1] else "peak unknown",
+        "peak memory, GiB": lambda r: f"{r['log'][-1]['peak_memory_gib']:.2f}",
+    }
+    lines = ["| | " + " | ".join(runs) + " |", "|---|" + "---:|" * len(runs)]
+    lines += [f"| {name} | " + " | ".join(str(read(r)) for r in runs.values()) + " |" for name, read in rows.items()]
+    first, *others = runs
+    for other in others:
+        a, b = ({entry["step"]: number(entry["loss"]) for entry in runs[name]["log"]} for name in (first, other))
+        shared = [step for step in a if step in b]
+        if shared:
+            worst = max(shared, key=lambda step: abs(a[step] - b[step]))
+            lines.append(
+                f"\n{first} and {other}: {len(shared)} steps in both logs, losses differ by at most "
+                f"{abs(a[worst] - b[worst]):.2e} (step {worst})"
+            )
+    return "\n".join(lines)
+
+
+def _median(record: dict, name: str) -> float:
+    values = sorted(entry[name] for entry in record["log"])
+    return values[len(values) // 2]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command: draw and compare runs."""
+    parser = argparse.ArgumentParser(prog="python -m sft.report", description="Draw training runs on one figure.")
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="the --output_dir of a run")
+    parser.add_argument("--output", default="compare.png", help="picture to write (default: compare.png)")
+    parser.add_argument("--fields", action="store_true", help=f"print what each field of {REPORT_NAME} means")
+    arguments = parser.parse_args(argv)
+    with one_message_for_user_errors():
+        if arguments.fields:
+            print("\n".join(f"{name}: {meaning}" for name, meaning in FIELDS.items()))
+            return
+        if not arguments.runs:
+            raise UserError("no run is given: python -m sft.report RUN_A RUN_B")
+        runs = load_runs(arguments.runs)
+        draw(runs, Path(arguments.output))
+        print(comparison(runs))
+        print(f"picture: {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""The picture of runs: loss, evaluation loss, learning rate and tokens per second over the optimizer steps."""
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sft.job import UserError
+
+COLOURS = ("#1f5fa8", "#d1572b", "#2c8a57", "#8b4fa8", "#9a7a1c", "#4a4a4a")
+
+
+EVALUATION_COLOUR = COLOURS[1]  # of a run that is drawn alone
+
+
+SMOOTHED_FROM = 40  # logged values; fewer are drawn as they are
+
+
+def draw(runs: dict[str, dict], path: Path) -> None:
+    """Draw the loss, the learning rate and the tokens per second of runs on one figure (PNG).
+
+    Args:
+        runs: name -> record of the run, as in run_report.json.
+        path: the file; it is replaced in one go.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+    except ImportError:
+        raise UserError("pictures need matplotlib: pip install matplotlib") from None
+
+    figure = Figure(figsize=(9, 6), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.add_gridspec(2, 2, height_ratios=(2, 1))
+    loss, rate, speed = (figure.add_subplot(grid[place]) for place in ((0, slice(None)), (1, 0), (1, 1)))
+
+    for index, ((name, record), colour) in enumerate(zip(runs.items(), COLOURS * len(runs))):
+        label = f"{name}: " if len(runs) > 1 else ""
+        width = 2 + 2.5 * (len(runs) - 1 - index)  # curves that lie on each other are all seen
+        steps = [entry["step"] for entry in record["log"]]
+        draw_noisy(loss, steps, [number(entry["loss"]) for entry in record["log"]], colour, width, f"{label}train")
+        evaluation_colour = colour if label else EVALUATION_COLOUR
+        draw_evaluations(loss, record["evaluations"], evaluation_colour, width, f"{label}evaluation")
+        rate.plot(steps, [entry["learning_rate"] for entry in record["log"]], color=colour, linewidth=width)
+        draw_noisy(speed, steps, [entry["tokens_per_s_per_gpu"] for entry in record["log"]], colour, 2)
+
+    figure.suptitle("\n".join(describe(name, record) for name, record in runs.items()), fontsize=11)
+    loss.set(ylabel="loss per trained token")
+    rate.set(xlabel="optimizer step", ylabel="learning rate")
+    rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
+    kinds = {record["hardware"]["device"] for record in runs.values()}
+    speed.set(xlabel="optimizer step", ylabel=f"tokens/s per {'process' if kinds == {'cpu'} else 'GPU'}")
+    speed.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    for axes in (loss, rate, speed):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.margins(x=0.04)
+    for axes in (rate, speed):
+        axes.set_ylim(bottom=0)
+    loss.legend(frameon=False)
+    beside = path.with_name(f".{path.name}.tmp")
+    figure.savefig(beside, format="png")
+    os.replace(beside, path)
+
+
+def describe(name: str, record: dict) -> str:
+    """model: open_llama_7b, 1,200 examples, 64 per optimizer step"""
+    text = name if record["status"] == "finished" else f"{name} ({record['status']})"
+    if "batch" not in record:
+        return text
+    model, rows = Path(record["model"]["name"]).name, record["data"]["train"]["kept"]
+    return f"{text}: {model}, {rows:,} examples, {record['batch']['examples_per_step']:,} per optimizer step"
+
+
+def draw_noisy(
+    axes: Any, steps: list[int], values: list[float], colour: str, width: float, label: str | None = None
+) -> None:
+    """Draw values, faintly when there are many, and then their running mean over a twentieth of them."""
+    if len(values) < SMOOTHED_FROM:
+        axes.plot(steps, values, color=colour, linewidth=width, label=label)
+        return
+    window = len(values) // 20
+    # a label that starts with an underscore is not in the legend
+    axes.plot(steps, values, color=colour, alpha=0.3, linewidth=0.8, label="_" if label is None else label)
+    smooth = running_mean(values, window)
+    meaning = "_" if label is None else f"{label}, mean of {window} logged values"
+    axes.plot(steps, smooth, color=colour, linewidth=width, label=meaning)
+
+
+def draw_evaluations(axes: Any, evaluations: list[dict], colour: str, width: float, label: str) -> None:
+    """Draw evaluation losses, with the first and the lowest as numbers beside them."""
+    known = [(entry["step"], entry["eval_loss"]) for entry in evaluations if entry["eval_loss"] is not None]
+    if not known:
+        return
+    steps, losses = zip(*known, strict=True)
+    style = {"marker": "o", "markersize": 3 + width, "linestyle": "--", "linewidth": width - 0.5}
+    axes.plot(steps, losses, color=colour, label=label, **style)
+    for step, loss in {known[0], min(known, key=lambda point: point[1])}:
+        axes.annotate(
+            f"{loss:.3f}", (step, loss), xytext=(0, 7), textcoords="offset points", ha="center", va="bottom",
+            color=colour, fontweight="bold", bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1},
+        )  # fmt: skip
+
+
+def number(value: float | None) -> float:
+    """A number of the record: null stands for one that is not finite."""
+    return math.nan if value is None else value
+
+
+def running_mean(values: list[float], window: int) -> list[float]:
+    """Mean of each value and those before it, `window` of them in all: ([2, 4, 6], 2) -> [2, 3, 5]"""
+    known = ~np.isnan(values)
+    sums, counts = np.cumsum(np.where(known, values, 0.0)), np.cumsum(known)
+    sums[window:], counts[window:] = sums[window:] - sums[:-window], counts[window:] - counts[:-window]
+    return np.divide(sums, counts, out=np.full(len(values), math.nan), where=counts > 0).tolist()

@@ -1,0 +1,172 @@
+"""What is printed while a run trains: a line at each log, one for each evaluation, and a progress bar in a terminal.
+
+The trackers of --report_to receive the same numbers under the names that run_report.json documents.
+"""
+
+import sys
+import time
+from typing import Any
+
+import transformers
+from tqdm import tqdm
+
+from sft.job import say
+
+
+class ReportCallback(transformers.TrainerCallback):
+    """Prints the live line, and fills and writes the record. Replaces the Trainer's own printer and progress bar.
+
+    In a terminal a progress bar stands under the lines; in a file there are lines alone.
+
+    Args:
+        report: a `record.Report`.
+    """
+
+    def __init__(self, report: Any):
+        self.report = report
+        self.bar: tqdm | None = None
+        self.first: tuple[float, int] | None = None  # when and at which step the first line was printed
+        self.evaluated = 0.0  # when the loss of the last evaluation was known
+        self.recorded = 0  # entries of the Trainer's log that are in the record
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step:  # resumed: the numbers are in the Trainer's state, the samples in the record alone
+            self.report.keep_samples_until(state.global_step)
+        if state.is_world_process_zero and sys.stderr.isatty() and not args.disable_tqdm:
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, dynamic_ncols=True, unit="step")
+        self._record_numbers(state)
+        self.report.write()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+        if state.global_step >= state.max_steps and args.logging_strategy != "no":
+            # else steps after the last full --logging_steps are never shown, and the final mean takes them from rank 0
+            # alone (transformers 5.23)
+            control.should_log = True
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.set_postfix_str("evaluating")
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        began = time.perf_counter()
+        if "loss" in logs:
+            left = self._seconds_left(began, state, logs)
+            self._print(live_line(logs, state.global_step, state.max_steps, left, args.device.type))
+        if "eval_loss" in logs:
+            self._print(evaluation_line(logs, state))
+            self.report.add_seconds("evaluate", logs["eval_runtime"])
+            self.evaluated = time.perf_counter()
+        if "train_runtime" in logs:
+            minutes = clock(logs["train_runtime"])
+            self._print(f"trained to step {state.global_step} in {minutes}: mean loss {logs['train_loss']:.4f}")
+            self.report.note("final", steps=state.global_step, train_loss=logs["train_loss"])
+        if state.is_world_process_zero:
+            self._record_numbers(state)
+            self.report.write(spare=True)
+        self.report.add_seconds("report", time.perf_counter() - began)
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.report.add_seconds("evaluate", time.perf_counter() - self.evaluated)  # the samples, answered before
+        if self.bar is not None:
+            self.bar.set_postfix_str("")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+        exported = self.report.record["evaluations"][-1:]
+        if args.load_best_model_at_end and state.best_global_step is not None:
+            self.report.note("final", best_step=state.best_global_step)
+            exported = [e for e in self.report.record["evaluations"] if e["step"] == state.best_global_step]
+        for entry in exported:
+            self.report.note("final", eval_loss=entry["eval_loss"], eval_perplexity=entry["eval_perplexity"])
+        self.report.complete = state.global_step >= state.max_steps
+
+    def _record_numbers(self, state: transformers.TrainerState) -> None:
+        """Take over what is new in the Trainer's log, which a resumed run starts with."""
+        for entry in state.log_history[self.recorded :]:
+            if "loss" in entry:
+                self.report.record["log"].append(dict(entry))
+            if "eval_loss" in entry:
+                self.report.record["evaluations"].append(dict(entry))
+        self.recorded = len(state.log_history)
+
+    def _seconds_left(self, now: float, state: transformers.TrainerState, logs: dict[str, float]) -> float:
+        remaining = state.max_steps - state.global_step
+        if self.first is None:
+            self.first = (now, state.global_step)
+        when, step = self.first
+        if state.global_step == step:
+            return remaining * logs["step_time_s"]
+        return remaining * (now - when) / (state.global_step - step)  # evaluations and saves at their share so far
+
+    def _print(self, line: str) -> None:
+        if self.bar is not None:
+            self.bar.write(line)
+        else:
+            say(line)
+
+
+def replace_progress(trainer: transformers.Trainer, *callbacks: transformers.TrainerCallback) -> None:
+    """Take out the Trainer's own printer and progress bar and put these callbacks last."""
+    trainer.remove_callback(transformers.ProgressCallback)
+    trainer.remove_callback(transformers.PrinterCallback)
+    for callback in callbacks:
+        trainer.add_callback(callback)
+
+
+def live_line(logs: dict[str, float], step: int, steps: int, seconds_left: float, device_type: str) -> str:
+    """step 40/300  loss 1.2345  lr 1.98e-05  grad 0.91  65,883 tok/s/GPU (31,204 trained)  padding 0.0%  MFU 41.3% ..."""
+    where = "GPU" if device_type == "cuda" else "process"
+    parts = [f"step {step:>{len(str(steps))}}/{steps}", f"loss {logs['loss']:.4f}", f"lr {logs['learning_rate']:.2e}"]
+    if "grad_norm" in logs:
+        parts.append(f"grad {logs['grad_norm']:.2f}")
+    real, trained = logs["tokens_per_s_per_gpu"], logs["trained_tokens_per_s_per_gpu"]
+    parts += [
+        f"{real:,.0f} tok/s/{where} ({trained:,.0f} trained)",
+        f"padding {logs['padding_share']:.1%}",
+        f"MFU {logs['mfu']:.1%}" if "mfu" in logs else "MFU peak unknown",
+        f"mem {logs['peak_memory_gib']:.2f} GiB",
+        f"left {clock(seconds_left)}",
+    ]
+    return "  ".join(parts)
+
+
+def evaluation_line(logs: dict[str, float], state: transformers.TrainerState) -> str:
+    """evaluation at step 40: loss 1.2345 (lowest so far), perplexity 3.44 over 12,345 trained tokens, 3.1 s"""
+    losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
+    best = " (lowest so far)" if logs["eval_loss"] <= min(losses) and len(losses) > 1 else ""
+    return (
+        f"evaluation at step {state.global_step}: loss {logs['eval_loss']:.4f}{best}, "
+        f"perplexity {logs['eval_perplexity']:.4g} over {logs['eval_tokens']:,.0f} trained tokens, "
+        f"{logs['eval_runtime']:.1f} s"
+    )
+
+
+def clock(seconds: float) -> str:
+    """59.4 -> 0:59; 3725 -> 1:02:05"""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio", "mlflow": "mlflow"}
+
+
+def tracker_problems(flags: Any) -> list[str]:
+    """Problems of --report_to that can be known from the flags: a tracker that does not exist or is not installed."""
+    asked = [flags.report_to] if isinstance(flags.report_to, str) else list(flags.report_to or [])
+    known = transformers.integrations.integration_utils.INTEGRATION_TO_CALLBACK
+    present = transformers.integrations.get_available_reporting_integrations()
+    problems = []
+    for name in asked:
+        if name in ("none", "all") or name in present:
+            continue
+        if name not in known:
+            problems.append(f"--report_to {name}: no such tracker. Known: {', '.join(sorted(known))}, all, none.")
+        else:
+            cure = f"Install it (pip install {TRACKERS.get(name, name)}) or remove the flag."
+            problems.append(f"--report_to {name}: the package is not installed. {cure}")
+    return problems

@@ -1,0 +1,242 @@
+"""Evaluation while training: one exact loss over all rows, and the model's answers to a few fixed prompts.
+
+The loss is the mean over every trained token of the evaluation rows: each row once, whatever the number of ranks, the
+batch size, padded or packed. No logits are kept.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import transformers
+from transformers.trainer_utils import EvalLoopOutput
+
+from sft.job import say, world_size
+
+ANSWER_TOKENS = 128  # longest answer to an evaluation prompt
+
+
+def evaluation_problems(flags: Any) -> list[str]:
+    """Contradictions between the evaluation flags."""
+    rows = bool(flags.eval_data_path) or bool(flags.eval_split)
+    evaluation = str(getattr(flags.eval_strategy, "value", flags.eval_strategy))
+    evaluates = evaluation != "no"
+    found = []
+    if evaluates and not rows:
+        found.append(
+            f"--eval_strategy {evaluation}: there are no rows to evaluate. "
+            "Add --eval_data_path FILE or --eval_split 0.02, or use --eval_strategy no."
+        )
+    if rows and not evaluates:
+        name = "eval_data_path" if flags.eval_data_path else "eval_split"
+        found.append(
+            f"--{name} is given and --eval_strategy is no: the rows would never be used. "
+            "Add --eval_strategy epoch (or steps), or remove the flag."
+        )
+    for name in ("early_stopping_patience", "load_best_model_at_end"):
+        if getattr(flags, name) and not evaluates:
+            found.append(f"--{name} compares evaluations: add --eval_strategy epoch (or steps) and rows to evaluate.")
+    saves = str(getattr(flags.save_strategy, "value", flags.save_strategy))
+    if flags.load_best_model_at_end and evaluates and saves not in (evaluation, "best"):
+        found.append(
+            f"--load_best_model_at_end needs a checkpoint for each evaluation, and --save_strategy is {saves} while "
+            f"--eval_strategy is {evaluation}. Give both the same."
+        )
+    for name in ("early_stopping_patience", "eval_samples"):
+        if getattr(flags, name) < 0:
+            found.append(f"--{name} {getattr(flags, name)}: it cannot be negative. 0 switches it off.")
+    return found
+
+
+class EvalBatchSampler(torch.utils.data.Sampler[list[int]]):
+    """This rank's batches of the evaluation rows: every row once over all ranks, and as many batches on each rank.
+
+    Rows are taken longest first, so that a batch holds rows of one length and the largest batch comes first: what does
+    not fit in memory fails at once. A rank that has a batch less than the others repeats one; `owned` says how many of
+    its batches count.
+
+    Lengths [3, 9, 4, 5], 10 tokens to a batch, 2 ranks -> batches [[1], [3, 2], [0]]
+        rank 0: [[1], [0]], owned 2        rank 1: [[3, 2], [3, 2]], owned 1
+
+    Args:
+        lengths: tokens of each row.
+        max_tokens: the budget of a packed batch; a longer row has a batch to itself.
+        max_examples: rows of a padded batch. One of the two limits is given.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        world_size: int,
+        rank: int,
+        max_tokens: int | None = None,
+        max_examples: int | None = None,
+    ):
+        batches: list[list[int]] = []
+        room_tokens = room_examples = 0.0
+        for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+            if room_examples < 1 or room_tokens < lengths[row]:
+                batches.append([])
+                room_tokens, room_examples = max_tokens or math.inf, max_examples or math.inf
+            batches[-1].append(row)
+            room_tokens -= lengths[row]
+            room_examples -= 1
+        own = batches[rank::world_size]
+        self.owned = len(own)
+        rounds = -(-len(batches) // world_size)
+        # every rank runs every round: under FSDP and ZeRO a forward pass is collective
+        self.batches = own + [(own or batches)[-1]] * (rounds - len(own))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+def token_weighted_loop(
+    trainer: Any,
+    dataloader: torch.utils.data.DataLoader,
+    loss_sum: Callable[[torch.nn.Module, dict], torch.Tensor],
+    metric_key_prefix: str = "eval",
+) -> EvalLoopOutput:
+    """The Trainer's evaluation loop, with one mean over all trained tokens instead of a mean of batch means.
+
+    Args:
+        trainer: a `Trainer`; gives the wrapped model, the device and the callbacks.
+        dataloader: has an `EvalBatchSampler`; its batches carry their `counts`, as training batches do.
+        loss_sum: (model, inputs on the device) -> the loss summed over this batch's trained tokens.
+
+    Returns: metrics PREFIX_loss, PREFIX_perplexity and PREFIX_tokens; no predictions.
+    """
+    model = trainer.model  # as the Trainer's own loop: under DDP the model itself, under FSDP the sharded one
+    model.eval()
+    trainer.callback_handler.eval_dataloader = dataloader
+    owned = dataloader.batch_sampler.owned  # type: ignore[union-attr]
+    # float64: thousands of batches are summed, and the order differs with the number of ranks
+    total = torch.zeros((), dtype=torch.float64, device=trainer.args.device)
+    tokens = 0
+    for index, inputs in enumerate(dataloader):
+        trained = inputs.pop("counts").trained
+        with torch.no_grad(), trainer.compute_loss_context_manager():
+            loss = loss_sum(model, trainer._prepare_inputs(inputs))
+        if index < owned:
+            total += loss.detach().double()
+            tokens += trained
+        trainer.control = trainer.callback_handler.on_prediction_step(trainer.args, trainer.state, trainer.control)
+    both = torch.stack([total, torch.tensor(float(tokens), dtype=torch.float64, device=total.device)])
+    every = trainer.accelerator.gather(both[None])
+    loss_total, token_total = every.sum(dim=0).tolist()
+    mean = loss_total / token_total
+    metrics = {
+        f"{metric_key_prefix}_loss": mean,
+        f"{metric_key_prefix}_perplexity": math.exp(mean) if mean < 700 else math.inf,
+        f"{metric_key_prefix}_tokens": int(token_total),
+    }
+    rows = len(dataloader.dataset)  # type: ignore[arg-type]
+    return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=rows)  # type: ignore[arg-type]
+
+
+class EarlyStop(transformers.TrainerCallback):
+    """End the training after `patience` evaluations in a row without a lower loss.
+
+    transformers' EarlyStoppingCallback (5.23) asserts flags of --load_best_model_at_end, and counts from 0 again in a
+    resumed run. This one counts in the run's log, which a checkpoint carries.
+    """
+
+    def __init__(self, patience: int):
+        self.patience = patience
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        losses = [(entry["eval_loss"], entry["step"]) for entry in state.log_history if "eval_loss" in entry]
+        # a NaN is lower than nothing, and nothing is lower than a NaN
+        best = min(range(len(losses)), key=lambda index: (math.isnan(losses[index][0]), losses[index][0]))
+        if len(losses) - 1 - best >= self.patience:
+            lowest, step = losses[best]
+            say(f"stopped at step {state.global_step}: the evaluation loss was lowest at step {step} ({lowest:.4f})")
+            control.should_training_stop = True
+
+
+class AnswersCallback(transformers.TrainerCallback):
+    """The model's greedy answers to a few fixed evaluation prompts, after each evaluation.
+
+    Every rank generates the same answers in the same number of forward passes, so sharded weights (FSDP, ZeRO-3) are
+    gathered by all; rank 0 keeps the text.
+
+    Args:
+        dataset: the evaluation rows; has `prompt_lengths`.
+        count: how many prompts, taken evenly from the first row to the last.
+        keep: called by rank 0 with each {"step", "prompt", "reference", "answer", "cut"}.
+        generating: (model) -> a context in which it can generate: packed training has attention of its own.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        count: int,
+        keep: Callable[[dict[str, Any]], None],
+        generating: Callable[[Any], AbstractContextManager] = nullcontext,
+    ):
+        self.generating = generating
+        rows = [index * len(dataset) // count for index in range(min(count, len(dataset)))]
+        self.keep = keep
+        self.prompts = [dataset[row]["input_ids"][: int(dataset.prompt_lengths[row])] for row in rows]
+        self.references = [dataset[row]["input_ids"][int(dataset.prompt_lengths[row]) :] for row in rows]
+
+    def on_evaluate(self, args, state, control, model=None, processing_class=None, **kwargs):
+        with self.generating(model):
+            answers = greedy_answers(model, processing_class, self.prompts, args.device)
+        if not state.is_world_process_zero:
+            return
+        for prompt, reference, answer in zip(self.prompts, self.references, answers, strict=True):
+            sample = {
+                "step": state.global_step,
+                "prompt": processing_class.decode(prompt, skip_special_tokens=True),
+                "reference": processing_class.decode(reference, skip_special_tokens=True),
+                "answer": processing_class.decode(answer, skip_special_tokens=True),
+                "cut": processing_class.eos_token_id not in answer,
+            }
+            self.keep(sample)
+            say(f"  answer: {shorten(sample['answer'])}   (data: {shorten(sample['reference'])})")
+
+
+def greedy_answers(
+    model: Any,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    prompts: list[torch.Tensor],
+    device: torch.device,
+) -> list[torch.Tensor]:
+    """Generate greedily from prompts of token ids, all in one batch, to EOS or `ANSWER_TOKENS` tokens. A collective."""
+    width = max(len(prompt) for prompt in prompts)
+    input_ids = torch.full((len(prompts), width), tokenizer.pad_token_id)  # (prompts, width), padded on the left
+    attention_mask = torch.zeros_like(input_ids)
+    for index, prompt in enumerate(prompts):
+        input_ids[index, width - len(prompt) :] = prompt
+        attention_mask[index, width - len(prompt) :] = 1
+    settings = transformers.GenerationConfig(
+        max_new_tokens=ANSWER_TOKENS,
+        do_sample=False,
+        use_cache=True,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    was_training = model.training
+    model.eval()
+    # Layers compiled for training would be compiled again for each length of the cache.
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        output = model.generate(
+            input_ids=input_ids.to(device),
+            attention_mask=attention_mask.to(device),
+            generation_config=settings,
+            synced_gpus=world_size() > 1,  # no rank stops while another one still needs its shards
+        )
+    model.train(was_training)
+    return list(output[:, width:].cpu())
+
+
+def shorten(text: str, width: int = 60) -> str:
+    """The text on one line, cut to `width` characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= width else line[: width - 1] + "…"

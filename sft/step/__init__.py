@@ -1,0 +1,1 @@
+"""One optimizer step on packed rows: micro-batches, attention, loss, and how the layers compute."""

@@ -1,0 +1,277 @@
+"""Attention confined to each example of a packed row, and which kernel was chosen and why."""
+
+import contextlib
+import copy
+import importlib.util
+import inspect
+import os
+import shutil
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig
+
+from sft.job import UserError
+
+# The keywords changed between torch 2.10 and 2.13: causal attention was `is_causal=True`, grouped heads needed no word.
+VARLEN_WORDS = frozenset(inspect.signature(varlen_attn).parameters)
+
+
+TRITON = "triton"
+
+
+VARLEN = "varlen"
+
+
+PER_EXAMPLE = "per_example"
+
+
+NO_WINDOW = (
+    2**30
+)  # tokens that a token sees in the operator of sft/step/attention_kernel.py, where the model sets no window
+
+
+# These let a token see its own example and the shared prefix of another one (sft/step/packed_rows.py).
+SHARE_PREFIXES = (TRITON, PER_EXAMPLE)
+
+
+TRITON_HEADS = (16, 32, 64, 128)  # other sizes, padded, are slower than in FlashAttention (benchmarks/LOG.md)
+
+
+class Choice(NamedTuple):
+    """A kernel for transformers' `attn_implementation`, and why it was chosen."""
+
+    name: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"attention: {self.name} ({self.reason})"
+
+
+def _one_row(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> list[torch.Tensor]:
+    """Each as (tokens, heads, head_dim) in the compute type: query and key leave the rotary embedding in float32 under autocast."""
+    assert query.shape[0] == 1, "packed attention takes one row"
+    device = query.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
+    return [tensor[0].transpose(0, 1).to(dtype) for tensor in (query, key, value)]
+
+
+def triton(
+    module: torch.nn.Module,
+    query: torch.Tensor,  # as varlen's
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: None,
+    scaling: float,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    prefix_starts: torch.Tensor | None = None,  # (examples + 1,), int32, like the next: see PackedCollator
+    prefix_lengths: torch.Tensor | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """As `varlen`, by the operator of sft/step/attention_kernel.py, which is imported where it is chosen: it needs Triton."""
+    assert cu_seq_lens_q is not None, "triton attention takes one packed row with its cu_seq_lens"
+    window = sliding_window or NO_WINDOW
+    edges = cu_seq_lens_q, prefix_starts, prefix_lengths
+    out, *_ = torch.ops.sft.packed_attention(*_one_row(query, key, value), *edges, scaling, window)
+    return out[None], None
+
+
+def varlen(
+    module: torch.nn.Module,
+    query: torch.Tensor,  # (1, heads, tokens, head_dim)
+    key: torch.Tensor,  # (1, key heads, tokens, head_dim)
+    value: torch.Tensor,  # as key
+    attention_mask: None,
+    scaling: float,
+    cu_seq_lens_q: torch.Tensor | None = None,  # (examples + 1,), int32
+    max_length_q: int | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """FlashAttention over the examples of one packed row; (1, tokens, heads, head_dim) in the compute type."""
+    assert cu_seq_lens_q is not None, "varlen attention takes one packed row with its cu_seq_lens"
+    head_dim = query.shape[-1]
+    missing = -head_dim % 8  # the kernel wants a multiple of 8; zeros change neither the scores nor the other outputs
+    q, k, v = _one_row(query, key, value)
+    if missing:  # F.pad copies even where it adds nothing
+        q, k, v = (F.pad(rows, (0, missing)) for rows in (q, k, v))
+    window = (-1 if sliding_window is None else sliding_window - 1, 0)
+    options: dict[str, Any] = {"window_size": window} if "window_size" in VARLEN_WORDS else {"is_causal": True}
+    if "enable_gqa" in VARLEN_WORDS:
+        options["enable_gqa"] = True
+    longest: Any = max_length_q
+    out: Any = varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_q, longest, longest, scale=scaling, **options)
+    return out[None, ..., :head_dim], None
+
+
+def per_example(
+    module: torch.nn.Module,
+    query: torch.Tensor,  # (1, heads, tokens, head_dim)
+    key: torch.Tensor,  # (1, key heads, tokens, head_dim)
+    value: torch.Tensor,  # as key
+    attention_mask: None,
+    scaling: float,
+    dropout: float = 0.0,
+    cu_seq_lens_q: torch.Tensor | None = None,  # (examples + 1,), int32
+    prefix_starts: torch.Tensor | None = None,  # (examples + 1,), int32, like the next
+    prefix_lengths: torch.Tensor | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """PyTorch's attention on one example after another; (1, tokens, heads, head_dim)."""
+    assert cu_seq_lens_q is not None and query.shape[0] == 1, (
+        "per-example attention takes one packed row with its cu_seq_lens"
+    )
+    lengths = cu_seq_lens_q.diff().tolist()
+    assert sliding_window is None or max(lengths) <= sliding_window, "choose() lets no sliding window come here"
+    value = value.to(query.dtype)
+    nothing = [0] * len(lengths)
+    starts, shared = (nothing if edge is None else edge.tolist() for edge in (prefix_starts, prefix_lengths))
+    options = {"dropout_p": dropout, "is_causal": True, "scale": scaling, "enable_gqa": True}
+    examples = list(zip(*(rows.split(lengths, dim=2) for rows in (query, key, value))))
+    number_of = {start: number for number, start in enumerate(cu_seq_lens_q.tolist())}
+    out = []
+    for example, start, before in zip(examples, starts, shared):
+        if before:  # the whole example, so that no mask is needed; what comes out for its prefix is not used
+            leader = examples[number_of[start]]
+            example = tuple(torch.cat([prefix[:, :, :before], rows], 2) for prefix, rows in zip(leader, example))
+        attended = F.scaled_dot_product_attention(*example, **options)
+        out.append(attended[:, :, before:] if before else attended)
+    return torch.cat(out, dim=2).transpose(1, 2), None
+
+
+AttentionInterface.register(TRITON, triton)
+
+
+AttentionInterface.register(VARLEN, varlen)
+
+
+AttentionInterface.register(PER_EXAMPLE, per_example)
+
+
+def choose_attention(
+    model_config: PreTrainedConfig, device: torch.device, dtype: torch.dtype, requested: str | None = None
+) -> Choice:
+    """The kernel for packed rows: the user's when it keeps examples apart, else the fastest that can run here.
+
+    Args:
+        dtype: the compute type.
+        requested: `--attn_implementation`.
+
+    Raises:
+        UserError: the requested kernel lets examples see each other, or cannot run here.
+    """
+    head_dim = getattr(model_config, "head_dim", None) or model_config.hidden_size // model_config.num_attention_heads
+    where = f"{device.type}, {str(dtype).removeprefix('torch.')}, head_dim {head_dim}"
+    half = dtype in (torch.float16, torch.bfloat16)
+    # FlashAttention 2, which varlen_attn calls, needs an Ampere card or a newer one, and so do Triton's bf16 products.
+    ampere = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    dropout = getattr(model_config, "attention_dropout", 0.0) > 0.0
+    window = getattr(model_config, "sliding_window", None)
+    can_varlen = ampere and half and head_dim <= 256 and not dropout
+    no_triton = triton_problem(head_dim)
+    if requested in (TRITON, VARLEN) and not can_varlen:
+        raise UserError(
+            f"--attn_implementation {requested} needs a CUDA card of compute capability 8.0, bf16 or fp16, heads of at most 256 and "
+            f"no attention dropout; here it is {where}. Leave the flag out, and per_example is used."
+        )
+    if requested == TRITON and no_triton:
+        raise UserError(f"--attn_implementation triton: {no_triton}. Leave the flag out, and varlen is used.")
+    if requested not in (None, TRITON, VARLEN, PER_EXAMPLE):
+        problem = isolation_problem(model_config, device, dtype, requested)
+        if problem:
+            raise UserError(
+                f"--attn_implementation {requested} cannot be used with packing: {problem} "
+                "Leave the flag out to have a kernel chosen, or train padded with --packing False."
+            )
+        return Choice(requested, f"--attn_implementation; keeps examples apart; {where}")
+    name, reason = requested, "--attn_implementation; "
+    if requested is None:
+        name, reason = TRITON if can_varlen else PER_EXAMPLE, ""
+        if can_varlen and no_triton:
+            name, reason = VARLEN, f"not triton: {no_triton}; "
+    if name == PER_EXAMPLE and window:
+        raise UserError(
+            f"the model attends over a sliding window of {window} tokens, which packed rows support with triton and varlen attention "
+            f"only (CUDA, bf16 or fp16); here it is {where}. Train padded with --packing False."
+        )
+    return Choice(name, reason + where)
+
+
+def triton_problem(head_dim: int) -> str | None:
+    """Why sft/step/attention_kernel.py cannot run here; None when it can."""
+    if head_dim not in TRITON_HEADS:
+        return f"heads of {head_dim}, where it has {', '.join(map(str, TRITON_HEADS))}"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    compilers = [os.environ.get("CC"), "gcc", "clang", "cc"]
+    if not any(compiler and shutil.which(compiler) for compiler in compilers):
+        return "Triton needs a C compiler, and neither gcc nor clang is here"
+    return None
+
+
+def isolation_problem(
+    model_config: PreTrainedConfig, device: torch.device, dtype: torch.dtype, implementation: str
+) -> str | None:
+    """What is wrong with a kernel for packed rows; None when two joined examples give what each gives alone.
+
+    Asked of the kernel, on a model of this architecture with small random weights, rather than of a list of names.
+    """
+    config = copy.deepcopy(model_config)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    grouped = config.num_key_value_heads < config.num_attention_heads
+    config.num_attention_heads, config.num_key_value_heads = 2, 1 if grouped else 2
+    config.hidden_size, config.intermediate_size, config.head_dim = 2 * head_dim, 32, head_dim
+    config.num_hidden_layers, config.vocab_size, config.pad_token_id = 2, 64, None
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:2]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        try:
+            model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation, dtype=dtype)
+        except (ImportError, ValueError) as error:
+            return f"{error}."
+        for weight in model.parameters():
+            weight.data *= (
+                4 if weight.dim() > 1 else 1
+            )  # at the usual scale attention hardly moves the logits of a tiny model
+        model = model.to(device).eval()
+        first, second = torch.randint(1, 64, (2, 24)).to(device)
+
+    def logits(*examples: torch.Tensor) -> torch.Tensor:
+        starts = torch.tensor([24 * number for number in range(len(examples) + 1)], dtype=torch.int32, device=device)
+        return (
+            model(
+                input_ids=torch.cat(examples)[None],
+                position_ids=torch.arange(24, device=device).repeat(len(examples))[None],
+                cu_seq_lens_q=starts,
+                cu_seq_lens_k=starts,
+                max_length_q=24,
+                max_length_k=24,
+                use_cache=False,
+            )
+            .logits[0]
+            .float()
+        )
+
+    with torch.no_grad():
+        together, alone = logits(first, second), torch.cat([logits(first), logits(second)])
+    moved = (together - alone).norm() / alone.norm()
+    # Rounding is under 1e-2 in bf16; a second example that sees the first one moves by tens of percent.
+    return None if moved < 3e-2 else f"examples joined in a row see each other (logits move by {moved:.0%})."
+
+
+@contextlib.contextmanager
+def stock_attention(model: torch.nn.Module) -> Iterator[None]:
+    """Give a model, wrapped or not, stock attention for a while: padded batches and generation have no `cu_seq_lens`."""
+    config: Any = model.config
+    before = config._attn_implementation
+    config._attn_implementation = "sdpa"  # what each layer looks up when it is called
+    try:
+        yield
+    finally:
+        config._attn_implementation = before

@@ -1,0 +1,143 @@
+"""The loss at labelled positions only: logits of all tokens x vocabulary never exist."""
+
+import contextlib
+import importlib.util
+import math
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+
+from sft import IGNORE_INDEX
+
+CHUNK_BYTES = 2**29  # float32 logits of one chunk at most: large enough for full matrix products, small beside a model
+
+
+def losses_and_gradient(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy in float32 of each position, (positions,), and d loss / d logits in the logits' type, (positions, vocabulary)."""
+    scores = logits.float()
+    trained = targets != IGNORE_INDEX
+    safe = torch.where(trained, targets, 0)[:, None]
+    log_sum = scores.logsumexp(-1, keepdim=True)
+    losses = torch.where(trained[:, None], log_sum - scores.gather(1, safe), 0.0)
+    here = torch.arange(logits.shape[1], device=logits.device)[None] == safe
+    gradient = ((scores - log_sum).exp() - here.float()) * trained[:, None]
+    return losses[:, 0], gradient.to(logits.dtype)
+
+
+class SummedLoss(torch.autograd.Function):
+    """Sum of the cross-entropies of `hidden @ weight.T`, one chunk of positions at a time, float32, ().
+
+    Of (positions, hidden), (vocabulary, hidden), its `copy` in the compute type or None, and targets, (positions,).
+    The gradient is taken in forward, while a chunk's logits exist, so nothing is computed twice. No host synchronisation.
+    """
+
+    fused = staticmethod(losses_and_gradient)  # see choose_loss
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        copy: torch.Tensor | None,
+        targets: torch.Tensor,
+        train: bool,
+    ) -> torch.Tensor:
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        rows, head = hidden.to(dtype), weight.to(dtype) if copy is None or copy.dtype != dtype else copy
+        # Equal chunks: a rest of any length would need another of cuBLAS's kernels in most steps, and loading one stops the GPU.
+        chunks = max(1, math.ceil(rows.shape[0] * 4 * weight.shape[0] / CHUNK_BYTES))
+        chunk = max(1, math.ceil(rows.shape[0] / chunks))
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        hidden_gradient = torch.empty_like(rows) if train and ctx.needs_input_grad[0] else None
+        weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if train and ctx.needs_input_grad[1] else None
+        with torch.autocast(device, enabled=False):
+            for start in range(0, rows.shape[0], chunk):
+                part = slice(start, start + chunk)
+                # A copy: compiled for a view of all targets, the graph would hold for one number of chunks.
+                losses, gradient = SummedLoss.fused(rows[part] @ head.T, targets[part].clone())
+                total += losses.sum()
+                if hidden_gradient is not None:
+                    torch.mm(gradient, head, out=hidden_gradient[part])
+                if weight_gradient is None:
+                    continue
+                if device == "cuda":  # summed in float32 by the product itself, without a copy in the compute type
+                    inputs = weight_gradient, gradient.T, rows[part]
+                    torch.addmm(*inputs, out_dtype=torch.float32, out=weight_gradient)
+                else:
+                    weight_gradient += gradient.T @ rows[part]
+        ctx.gradients = hidden_gradient, weight_gradient
+        ctx.dtypes = hidden.dtype, weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, scale: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        gradients, ctx.gradients = ctx.gradients, None  # scaled in place and let go: the head's may take gigabytes
+        scaled = (
+            None if gradient is None else gradient.mul_(scale).to(dtype)
+            for gradient, dtype in zip(gradients, ctx.dtypes)
+        )
+        return (*scaled, None, None, None)
+
+
+def with_liger(kernel: Any, logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`losses_and_gradient` by Liger's kernel, which writes the gradient over the logits.
+
+    The kernel alone: the functions around it ask the GPU how many targets count, in each micro-batch, and nothing may wait for that
+    (liger-kernel 0.8, ops/cross_entropy.py, from where its numbers of warps and of columns at a time are).
+    """
+    positions, vocabulary = logits.shape
+    losses = torch.zeros(positions, dtype=torch.float32, device=logits.device)  # it leaves those of ignored targets
+    kernel[(positions,)](
+        X_ptr=logits, X_stride=logits.stride(0), Y_ptr=targets, Y_stride=1, weight_ptr=None, loss_ptr=losses, loss_stride=1,
+        z_loss_ptr=None, token_accuracy_ptr=None, token_accuracy_stride=0, predicted_tokens_ptr=None, predicted_tokens_stride=0,
+        n_cols=vocabulary, n_non_ignore=1, sum_non_ignore_weight=1, weight_sum=0.0, ignore_index=IGNORE_INDEX,
+        lse_square_scale=0.0, label_smoothing=0.0, reduction="sum", softcap=None, RETURN_Z_LOSS=False,
+        RETURN_TOKEN_ACCURACY=False, RETURN_PREDICTED_TOKENS=False, BLOCK_SIZE=min(2**15, 1 << (vocabulary - 1).bit_length()),
+        HAS_WEIGHT=False, HAS_SOFTCAPPING=False, HAS_GRADIENTS=True, num_warps=16 if torch.version.hip else 32,
+    )  # fmt: skip
+    return losses, logits
+
+
+def choose_loss(device: torch.device, compiled: bool) -> str:
+    """Set what computes the losses, and return what it is and why. No choice changes a loss or gradient beyond rounding.
+
+    Args:
+        device: of the run.
+        compiled: the decoder layers are.
+    """
+    SummedLoss.fused = staticmethod(losses_and_gradient)
+    if compiled:
+        SummedLoss.fused = staticmethod(torch.compile(losses_and_gradient, dynamic=True))  # one kernel of many passes
+        return "compiled, as the layers are"
+    if device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
+        from liger_kernel.ops.cross_entropy import liger_cross_entropy_kernel
+
+        SummedLoss.fused = staticmethod(partial(with_liger, liger_cross_entropy_kernel))
+        return "Liger's kernel, which is installed (layers are not compiled)"
+    return "PyTorch's operations (layers are not compiled; with liger-kernel installed less memory)"
+
+
+@contextlib.contextmanager
+def loss_at(head: torch.nn.Module, positions: torch.Tensor, targets: torch.Tensor) -> Iterator[None]:
+    """While inside, the model's `logits` are the summed loss at these positions against these targets, (trained tokens,) each."""
+    head.positions, head.targets = positions, targets
+    try:
+        yield
+    finally:
+        head.positions = head.targets = None
+
+
+def summed_loss(model: torch.nn.Module, head: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
+    """Sum of the losses over the trained tokens of a packed micro-batch, float32, ().
+
+    Args:
+        model: as the Trainer wraps it.
+        head: from `labelled_head`.
+        batch: from `PackedCollator`.
+    """
+    inputs = {key: value for key, value in batch.items() if key not in ("labels", "label_targets")}
+    with loss_at(head, batch["label_positions"], batch["label_targets"]):
+        return model(**inputs, use_cache=False).logits

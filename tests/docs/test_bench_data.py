@@ -1,0 +1,17 @@
+"""The data benchmark runs, and its numbers fit together."""
+
+import json
+
+import pytest
+from scripts import run_script
+
+
+@pytest.mark.slow
+def test_the_benchmark_prints_one_json_line(tiny_llama, questions_csv):
+    flags = ["--data_path", str(questions_csv), "--tokenizer", str(tiny_llama), "--rows", "200", "--repeats", "1"]
+    result = json.loads(run_script("benchmarks/bench_data.py", *flags).splitlines()[-1])
+    assert result["rows"] == 200 and 2000 < result["tokens"] < 6000
+    assert result["rows_per_s"] == pytest.approx(200 / result["first_start_s"], rel=0.05)
+    assert result["speedup"] == pytest.approx(result["rows_per_s"] / result["ancestor_rows_per_s"], abs=1e-3)
+    assert result["fraction_of_ceiling"] == pytest.approx(result["rows_per_s"] / result["ceiling_rows_per_s"], abs=1e-3)
+    assert result["second_start_s"] > 0 and result["peak_rss_gib"] < 1.5

@@ -1,0 +1,163 @@
+"""LoRA: what is refused, what is trained, and that a merged model is base + adapter."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from scripts import save_llama
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from sft import merge_lora
+from sft.flags import ModelArguments, TrainingArguments, parser
+from sft.job import UserError
+from sft.model import lora
+
+peft = pytest.importorskip("peft")
+
+
+def flags(*argv: str):
+    return parser().parse_known_args(["--output_dir", "out", *argv])[0]
+
+
+@pytest.fixture
+def base(tmp_path):
+    save_llama(tmp_path / "base", vocab_size=64)
+    return tmp_path / "base"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--lora_r", "16"], "--lora_r: set, but LoRA is off. Add --use_lora True."),
+        (
+            ["--lora_target_modules", "q_proj", "--merge_lora", "True"],
+            "--lora_target_modules, --merge_lora: set, but LoRA is off. Add --use_lora True.",
+        ),
+        (["--use_lora", "True", "--lora_r", "0"], "--lora_r 0: a rank is at least 1."),
+        (["--use_lora", "True", "--lora_dropout", "1.5"], "--lora_dropout 1.5: it lies between 0 and 1."),
+        (
+            ["--use_lora", "True", "--load_in_4bit", "True"],
+            "--load_in_4bit needs a CUDA GPU and none was found. Remove the flag: LoRA alone runs here.",
+        ),
+        (["--use_lora", "True"], None),
+        ([], None),
+    ],
+)
+def test_flags_that_contradict_each_other(argv, message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert lora.lora_problems(flags(*argv)) == ([message] if message else [])
+
+
+def test_activation_checkpointing_through_fsdp_is_refused():
+    parsed = flags("--use_lora", "True")
+    parsed.fsdp_config = {"activation_checkpointing": True}
+    assert lora.lora_problems(parsed) == [
+        '--use_lora with "activation_checkpointing" in --fsdp_config: peft (0.21) would save an empty adapter. '
+        "Use --gradient_checkpointing True instead."
+    ]
+
+
+def test_a_name_that_matches_no_layer_is_refused_with_the_names_that_exist(base):
+    config = AutoConfig.from_pretrained(base)
+    assert lora.target_problems(config, ["q_proj", "query"]) == [
+        "--lora_target_modules query: no linear layer of this model has that name. "
+        "It has down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj."
+    ]
+    assert lora.target_problems(config, ["all-linear"]) == []
+    assert lora.target_problems(config, None) == []
+
+
+def trained_adapter(base, folder, **model_flags):
+    """Train every addition a little and save the adapter as a run does."""
+    model_args = ModelArguments(model_name_or_path=str(base), use_lora=True, **model_flags)
+    training_args = TrainingArguments(output_dir=str(folder), use_cpu=True)
+    options = lora.load_options(model_args, training_args)
+    model = lora.add_adapters(AutoModelForCausalLM.from_pretrained(base, **options), model_args, training_args)
+    generator = torch.Generator().manual_seed(3)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+    model.save_pretrained(folder)
+    lora.record_base(folder, model_args)
+    return model.eval()
+
+
+def test_additions_are_trained_in_float32_and_nothing_else_is(base, tmp_path, capsys):
+    model = trained_adapter(base, tmp_path / "adapter", lora_r=4, lora_target_modules=["q_proj", "v_proj"])
+    # two layers, each: q 32 -> 4 -> 32, v 32 -> 4 -> 16
+    assert "LoRA: rank 4, alpha 8, dropout 0.05 on q_proj, v_proj: 896 trained of" in capsys.readouterr().out
+    on = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert sum(parameter.numel() for parameter in on.values()) == 2 * (32 * 4 + 4 * 32 + 32 * 4 + 4 * 16) == 896
+    assert all("lora_" in name and parameter.dtype == torch.float32 for name, parameter in on.items())
+
+
+def test_frozen_weights_are_held_in_the_compute_type(base):
+    bf16 = TrainingArguments(output_dir="out", use_cpu=True, bf16=True)
+    options = lora.load_options(ModelArguments(use_lora=True), bf16)
+    assert options == {"dtype": torch.bfloat16}
+    model_args = ModelArguments(model_name_or_path=str(base), use_lora=True)
+    model = lora.add_adapters(AutoModelForCausalLM.from_pretrained(base, **options), model_args, bf16)
+    assert {parameter.dtype for parameter in model.parameters() if not parameter.requires_grad} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} == {torch.float32}
+
+
+def test_a_merged_model_is_base_plus_adapter(base, tmp_path):
+    adapter, merged = tmp_path / "adapter", tmp_path / "merged"
+    tuned = trained_adapter(base, adapter)
+    (adapter / "prompt_template.txt").write_text("{instruction}")
+
+    assert merge_lora.merge(str(adapter), str(merged)) < 1e-5
+    ids = torch.arange(20)[None]
+    plain = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
+    untuned = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    torch.testing.assert_close(plain(ids).logits, tuned(input_ids=ids).logits, atol=1e-5, rtol=1e-4)
+    assert (untuned(ids).logits - plain(ids).logits).abs().max() > 0.01, "the adapter changes nothing: no proof"
+    assert (merged / "prompt_template.txt").read_text() == "{instruction}"
+    assert load_file(merged / "model.safetensors").keys() == load_file(base / "model.safetensors").keys()
+
+
+def test_merging_onto_another_base_is_refused(base, tmp_path):
+    adapter = tmp_path / "adapter"
+    trained_adapter(base, adapter)
+    other = tmp_path / "other"
+    shutil.copytree(base, other)
+    weights = load_file(other / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"] += 0.01
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+
+    with pytest.raises(UserError, match=f"{other} is not the model that this adapter was trained on"):
+        merge_lora.merge(str(adapter), str(tmp_path / "merged"), base=str(other))
+    assert not (tmp_path / "merged").exists()
+    shutil.move(base, tmp_path / "moved")  # the same weights elsewhere, and in another type, are the same model
+    AutoModelForCausalLM.from_pretrained(tmp_path / "moved", dtype=torch.bfloat16).save_pretrained(tmp_path / "half")
+    merge_lora.merge(str(adapter), str(tmp_path / "merged"), base=str(tmp_path / "half"))
+
+
+def test_a_folder_without_an_adapter_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"no adapter_config\.json there"):
+        merge_lora.merge(str(tmp_path), str(tmp_path / "merged"))
+
+
+def test_the_fingerprint_reads_old_pickled_checkpoints(base, tmp_path):
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    torch.save(load_file(base / "model.safetensors"), pickled / "pytorch_model.bin")
+    assert lora.weights_digest(str(pickled)) == lora.weights_digest(str(base))
+    with pytest.raises(UserError, match=r"no model\.safetensors"):
+        lora.weights_digest(str(tmp_path))
+
+
+def test_the_command_line_ends_in_one_message(base, tmp_path, capsys):
+    adapter = tmp_path / "adapter"
+    trained_adapter(base, adapter)
+    record = json.loads((adapter / lora.BASE_RECORD).read_text())
+    assert record["model_name_or_path"] == str(base) and record["loaded_in_4bit"] is False
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        merge_lora.main(["--adapter", str(tmp_path), "--output", str(tmp_path / "merged")])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}: no adapter_config.json there.")
+    merge_lora.main(["--adapter", str(adapter), "--output", str(tmp_path / "merged"), "--save_dtype", "float32"])
+    assert f"merged: {tmp_path / 'merged'} (float32); logits differ from base + adapter by" in capsys.readouterr().out

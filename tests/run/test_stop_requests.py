@@ -1,0 +1,275 @@
+"""Signals end a run with a checkpoint, numbers that are not finite end it before the weights are touched."""
+
+import csv
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from pathlib import Path
+
+import jobs
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from saved_runs import choose, flags_for, losses, same_weights, train
+from scripts import QUESTIONS, ROOT
+
+from sft.job import UserError
+from sft.run import stop_requests
+from sft.saving import export
+from utils import DataCollatorForSupervisedDataset
+
+# ---- rows
+
+
+class Rows:
+    """Three examples; the second stands in the file twice."""
+
+    ids = (torch.tensor([1, 5, 6]), torch.tensor([1, 7]), torch.tensor([1, 7]), torch.tensor([1, 8]))
+    lengths = np.array([3, 2, 2, 2])
+    row_numbers = np.array([2, 3, 5, 9])
+
+    def __getitem__(self, index):
+        return {"input_ids": self.ids[index]}
+
+
+def test_rows_are_found_by_their_tokens_packed_and_padded():
+    packed = {"input_ids": torch.tensor([[1, 8, 1, 5, 6]]), "cu_seq_lens_q": torch.tensor([0, 2, 5])}
+    assert stop_requests.rows_of(packed, Rows()) == [2, 9]
+    examples = [{"input_ids": Rows.ids[i], "labels": Rows.ids[i]} for i in (0, 1)]
+    padded = DataCollatorForSupervisedDataset(type("T", (), {"pad_token_id": 1}))(examples)
+    assert stop_requests.rows_of(padded, Rows()) == [2, 3, 5]
+
+
+# ---- spikes
+
+
+def test_a_spike_is_a_loss_outside_the_band_of_those_before_it():
+    calm = [2.0, 2.1, 1.9, 2.05, 1.95, 2.0, 2.1, 1.9, 2.0, 2.05]
+    assert stop_requests.is_spike(3.0, calm)
+    assert stop_requests.is_spike(3.0, [*calm, 9.0])  # one spike does not hide the next
+    assert not stop_requests.is_spike(2.3, calm)  # inside the band
+    assert not stop_requests.is_spike(1.0, calm)
+    assert not stop_requests.is_spike(3.0, calm[:9])  # too little to compare with
+    assert not stop_requests.is_spike(2.1, deque([2.0] * 50))  # a band of no width still allows 20 %
+
+
+# ---- what to type next
+
+
+def test_the_command_to_continue(monkeypatch):
+    for name in ("TORCHELASTIC_RUN_ID", "GROUP_WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    argv = ["llama_training.py", "--data_path", "my data.csv", "--resume_from_checkpoint", "out/checkpoint-3"]
+    argv += [
+        "--hub_token",
+        "hf_SECRET",
+        "--bf16",
+        "True",
+        "--tokens_per_micro_batch",
+        "9",
+        "--push-to-hub-token=hf_SECRET",
+    ]
+    assert stop_requests.command_to_continue(argv) == (
+        "python llama_training.py --data_path 'my data.csv' '--hub_token=***' --bf16 True --tokens_per_micro_batch 9 "
+        "'--push_to_hub_token=***' --resume_from_checkpoint True"
+    )
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    assert stop_requests.command_to_continue(["a.py"]) == (
+        "torchrun --nproc_per_node=4 --nnodes=2 [your rendezvous flags] a.py --resume_from_checkpoint True"
+    )
+
+
+# ---- numbers that are not finite
+
+POISONED_ROW = 40
+
+
+@pytest.fixture(scope="module")
+def poisoned(tiny_llama, tmp_path_factory):
+    """A model whose embedding of the tokens of `@` is infinite, and a CSV with an `@` in one row."""
+    folder = tmp_path_factory.mktemp("poisoned")
+    model, data = folder / "model", folder / "data.csv"
+    shutil.copytree(tiny_llama, model)
+    weights = load_file(model / "model.safetensors")
+    weights["model.embed_tokens.weight"][3 + ord("@")] = float("inf")  # byte fallback: <0x40>
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    rows = [[q, a] for q, a in QUESTIONS]
+    rows[POISONED_ROW - 2][1] += " @"
+    with open(data, "w", newline="") as file:
+        csv.writer(file).writerows([("prompt", "response"), *rows])
+    return model, data
+
+
+@pytest.mark.parametrize("packing", ["True", "False"])
+def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(poisoned, tmp_path, packing):
+    output = tmp_path / "out"
+    with pytest.raises(UserError) as stopped:
+        train(*flags_for(*poisoned, output, "--packing", packing, "--save_steps", "100", "--seed", "4"))
+    message = str(stopped.value)
+    step = int(re.search(r"step (\d+): the loss is nan", message)[1])
+    assert step == 5  # seed 4 puts the row there
+    assert re.search(rf"rank 0, micro-batch \d: CSV rows (\d+, )*{POISONED_ROW}\b", message)
+    assert f"the weights are those of step {step - 1}. They are in checkpoint-{step - 1}." in message
+    kept = Path(choose(output))
+    assert kept.name == f"checkpoint-{step - 1}"
+    weights = load_file(kept / "model.safetensors")
+    assert all(tensor.isfinite().all() for name, tensor in weights.items() if name != "model.embed_tokens.weight")
+    assert not (output / "COMPLETE.json").exists()
+
+
+def test_a_gradient_that_is_not_finite_stops_with_the_rows_of_the_step(
+    tiny_llama, questions_csv, tmp_path, monkeypatch
+):
+    real = stop_requests.Stops.ask
+
+    def infinite_at_step_2(self, trainer, grad_norm, counts):
+        real(self, trainer, torch.tensor(float("inf")) if trainer.state.global_step == 1 else grad_norm, counts)
+
+    monkeypatch.setattr(stop_requests.Stops, "ask", infinite_at_step_2)
+    with pytest.raises(UserError) as stopped:
+        train(*flags_for(tiny_llama, questions_csv, tmp_path / "out"))
+    message = str(stopped.value)
+    assert "step 2: every loss is finite but the gradient norm is inf" in message
+    rows = [
+        int(row)
+        for line in message.splitlines()
+        if "CSV rows" in line
+        for row in line.split("CSV rows ")[1].split(", ")
+    ]
+    assert len(set(rows)) == 8  # the examples of one step
+
+
+# ---- signals through torchrun
+
+STEPS_THAT_LAST = ["--num_train_epochs", "50", "--save_steps", "1000", "--save_rehearsal", "False"]
+
+
+class Torchrun:
+    """A run of two ranks under torchrun, started in the background; `wait_for` reads its output as it comes."""
+
+    def __init__(self, flags: list[str], log: Path, *launcher: str):
+        self.log = log
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d"]
+        command += ["--rdzv_endpoint=127.0.0.1:0", *launcher, str(ROOT / "llama_training.py"), *flags]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
+        with open(log, "wb") as file:
+            self.process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+
+    def wait_for(self, text: str, timeout_s: float = 120) -> None:
+        until = time.monotonic() + timeout_s
+        while text not in self.log.read_text(errors="replace"):
+            assert self.process.poll() is None and time.monotonic() < until, self.log.read_text(errors="replace")
+            time.sleep(0.1)
+
+    def workers(self) -> list[int]:
+        """Process ids of the ranks, in rank order."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        return sorted(int(child) for child in children)
+
+    def end(self, timeout_s: float = 120) -> tuple[int, str]:
+        code = self.process.wait(timeout_s)
+        return code, self.log.read_text(errors="replace")
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_rank_stops_all_with_exit_code_0_and_the_command_continues(tiny_llama, questions_csv, tmp_path):
+    flags = [*flags_for(tiny_llama, questions_csv, tmp_path / "out"), *STEPS_THAT_LAST]
+    job = Torchrun(flags, tmp_path / "log")
+    job.wait_for("step  20/")
+    os.kill(job.workers()[1], signal.SIGUSR1)
+    code, printed = job.end()
+    assert code == 0, printed
+    step = int(re.search(r"stopped at step (\d+) of 200\. To continue:", printed)[1])
+    assert choose(tmp_path / "out").endswith(f"checkpoint-{step}")
+    assert printed.count("To continue:") == 1
+    command = re.search(r"torchrun --nproc_per_node=2 .*llama_training\.py .* --resume_from_checkpoint True", printed)[
+        0
+    ]
+    assert str(questions_csv) in command
+    assert not (tmp_path / "out" / "COMPLETE.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_torchrun_passes_a_signal_on_and_waits_for_the_checkpoint(tiny_llama, questions_csv, tmp_path, number):
+    flags = [*flags_for(tiny_llama, questions_csv, tmp_path / "out"), *STEPS_THAT_LAST]
+    job = Torchrun(flags, tmp_path / "log")
+    job.wait_for("step  20/")
+    job.process.send_signal(number)
+    _, printed = job.end()
+    assert f"{number.name}: finishing this step and saving a checkpoint" in printed
+    step = int(re.search(r"stopped at step (\d+) of 200\. To continue:", printed)[1])
+    assert choose(tmp_path / "out").endswith(f"checkpoint-{step}")
+
+
+def never_finish_a_step_after_the_third() -> None:
+    import utils
+
+    real = utils.SupervisedTrainer.training_step
+
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step == 3:
+            print("stuck", flush=True)
+            time.sleep(60)
+        return real(self, *args, **kwargs)
+
+    utils.SupervisedTrainer.training_step = training_step
+
+
+@pytest.mark.slow
+def test_a_second_signal_stops_at_once(tiny_llama, questions_csv, tmp_path):
+    flags = flags_for(tiny_llama, questions_csv, tmp_path / "out", "--save_steps", "3")
+    job = jobs.Job(flags, 1, tmp_path / "log", never_finish_a_step_after_the_third)
+    while "stuck" not in job.printed():
+        time.sleep(0.1)
+    (rank,) = job.ranks
+    os.kill(rank.pid, signal.SIGTERM)
+    os.kill(rank.pid, signal.SIGTERM)  # the same request, passed on twice
+    time.sleep(stop_requests.ONE_PRESS_S + 0.5)
+    assert rank.is_alive()
+    os.kill(rank.pid, signal.SIGTERM)
+    rank.join(5)
+    assert rank.exitcode == -signal.SIGTERM
+    assert "stopped at step" not in job.printed()
+    assert choose(tmp_path / "out").endswith("checkpoint-3")  # the one before stays
+
+
+@pytest.mark.slow
+def test_the_rank_with_the_broken_loss_is_named_by_all(poisoned, tmp_path):
+    printed = jobs.run(flags_for(*poisoned, tmp_path / "out"), 2, tmp_path / "log", expect=2)
+    assert len(re.findall(r"error: step \d+: the loss is nan", printed)) == 1
+    assert re.search(rf"rank [01], micro-batch \d: CSV rows (\d+, )*{POISONED_ROW}\b", printed)
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_a_killed_worker_and_the_weights_are_those_of_a_quiet_run(
+    tiny_llama, questions_csv, tmp_path
+):
+    more = ["--num_train_epochs", "40", "--save_steps", "40", "--resume_from_checkpoint", "True"]
+    quiet, disturbed = (flags_for(tiny_llama, questions_csv, tmp_path / name, *more) for name in ("quiet", "disturbed"))
+    jobs.run(quiet, 2, tmp_path / "quiet.log")
+    job = Torchrun(disturbed, tmp_path / "log", "--max_restarts=3")
+    job.wait_for("step  45/")
+    first = job.workers()
+    os.kill(first[1], signal.SIGKILL)
+    job.wait_for("checkpoint-40\n")
+    job.wait_for("step  85/")
+    second = job.workers()
+    assert not set(first) & set(second)
+    os.kill(second[0], signal.SIGKILL)
+    code, printed = job.end()
+    assert code == 0, printed
+    resumed = re.findall(r"resume: \S+/checkpoint-(\d+)\n", printed)
+    assert resumed[0] == "40"
+    assert resumed[1:] in (["80"], ["120"])  # a quick machine is further on by the time that the kill arrives
+    assert losses(tmp_path / "disturbed") == losses(tmp_path / "quiet")
+    assert same_weights(tmp_path / "disturbed", tmp_path / "quiet")
+    assert export.is_finished(tmp_path / "disturbed")

@@ -1,0 +1,325 @@
+"""Checkpoints are whole or absent, whatever happens to the process or the disk; a rehearsal says so before the first step."""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from saved_runs import choose, flags_for, losses, same_weights, train
+
+import utils
+from sft.job import UserError
+from sft.saving import checkpoint, rehearsal
+
+# ---- whole or absent
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def cut_in_half(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def list_nothing(path: Path) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"files": {}}))
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "said"),
+    [
+        ("model.safetensors", cut_in_half, r"model\.safetensors has [\d,]+ of [\d,]+ bytes"),
+        ("optimizer.pt", flip_a_byte, r"optimizer\.pt does not have the hash"),
+        ("rng_state.pth", Path.unlink, r"rng_state\.pth is missing"),
+        ("manifest.json", Path.unlink, r"no manifest\.json, so it was never finished"),
+        ("manifest.json", lambda path: path.write_text(""), r"its manifest\.json is damaged"),
+        ("manifest.json", lambda path: path.write_text("[]"), r"its manifest\.json is damaged"),
+        ("manifest.json", list_nothing, r"does not list trainer_state\.json, rng_state\.pth"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(two_checkpoints, capsys, file, damage, said):
+    assert choose(two_checkpoints) == str(two_checkpoints / "checkpoint-16")
+    damage(two_checkpoints / "checkpoint-16" / file)
+    capsys.readouterr()
+    assert choose(two_checkpoints) == str(two_checkpoints / "checkpoint-15")
+    printed = capsys.readouterr().out
+    assert re.search(rf"warning: checkpoint-16 is not whole: .*{said}.*Using checkpoint-15 instead", printed)
+    with pytest.raises(UserError, match=said):  # asked for by name it is refused
+        choose(two_checkpoints, str(two_checkpoints / "checkpoint-16"))
+
+
+def test_a_missing_rank_file_of_a_larger_run_is_seen():
+    files = ["trainer_state.json", "optimizer.pt", "scheduler.pt", "model.safetensors", "rng_state_0.pth"]
+    assert checkpoint.missing_parts(files, ranks=2) == ["rng_state_1.pth"]
+    zero = ["trainer_state.json", "rng_state_0.pth", "rng_state_1.pth", "scheduler.pt", "model.safetensors"]
+    zero += [f"global_step4/zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in (0, 1)]
+    assert checkpoint.missing_parts(zero, ranks=2) == []
+    assert checkpoint.missing_parts(zero[:-1], ranks=2) == ["optimizer states of rank 1"]
+    fsdp = ["trainer_state.json", "rng_state_0.pth", "rng_state_1.pth", "scheduler.pt"]
+    for folder in ("pytorch_model_fsdp_0", "optimizer_0"):
+        fsdp += [f"{folder}/.metadata", f"{folder}/__0_0.distcp", f"{folder}/__1_0.distcp"]
+    assert checkpoint.missing_parts(fsdp, ranks=2) == []
+    fsdp.remove("optimizer_0/.metadata")
+    assert checkpoint.missing_parts(fsdp, ranks=2) == ["optimizer_0/.metadata"]
+    whole = [*fsdp[:4], "pytorch_model_fsdp.bin", "optimizer.bin"]
+    assert checkpoint.missing_parts(whole, ranks=2) == []
+    assert checkpoint.missing_parts(whole[:-1], ranks=2) == ["the optimizer's state"]
+
+
+def test_only_damaged_checkpoints_stop_the_run(two_checkpoints):
+    for name in ("checkpoint-15", "checkpoint-16"):
+        cut_in_half(two_checkpoints / name / "optimizer.pt")
+    with pytest.raises(UserError, match=r"checkpoint-16 is not whole: optimizer\.pt has .*Remove it to start"):
+        choose(two_checkpoints)
+
+
+def test_an_older_checkpoint_by_name_is_refused_beside_newer_ones(two_checkpoints):
+    with pytest.raises(UserError, match="also holds checkpoint-16, which this run would mix with its own"):
+        choose(two_checkpoints, str(two_checkpoints / "checkpoint-15"))
+    with pytest.raises(UserError, match=r"no such checkpoint folder.*holds checkpoint-16, checkpoint-15"):
+        choose(two_checkpoints, str(two_checkpoints / "checkpoint-14"))
+
+
+def test_what_was_being_written_is_cleared_away(two_checkpoints):
+    shutil.copytree(two_checkpoints / "checkpoint-16", two_checkpoints / "incomplete" / "checkpoint-20")
+    assert choose(two_checkpoints) == str(two_checkpoints / "checkpoint-16")
+    assert sorted(f.name for f in two_checkpoints.iterdir()) == ["checkpoint-15", "checkpoint-16"]
+
+
+def test_a_manifest_cannot_name_files_outside_its_folder(two_checkpoints):
+    for name in ("../checkpoint-15/optimizer.pt", "/etc/passwd"):
+        manifest = json.loads((two_checkpoints / "checkpoint-16" / "manifest.json").read_text())
+        manifest["files"][name] = {"bytes": 1, "sha256": "0" * 64}
+        (two_checkpoints / "checkpoint-16" / "manifest.json").write_text(json.dumps(manifest))
+        assert "names a file outside of it" in checkpoint.why_not_whole(two_checkpoints / "checkpoint-16")
+        shutil.rmtree(two_checkpoints / "checkpoint-16")
+        shutil.copytree(two_checkpoints / "checkpoint-15", two_checkpoints / "checkpoint-16")
+
+
+def test_rotation_keeps_the_newest_and_the_best(two_checkpoints):
+    for step in (9, 12):
+        shutil.copytree(two_checkpoints / "checkpoint-15", two_checkpoints / f"checkpoint-{step}")
+    checkpoint.rotate(two_checkpoints, two_checkpoints / "checkpoint-16", 2, best=str(two_checkpoints / "checkpoint-9"))
+    assert sorted(f.name for f in two_checkpoints.iterdir()) == ["checkpoint-16", "checkpoint-9"]
+    checkpoint.rotate(two_checkpoints, two_checkpoints / "checkpoint-16", 1, best=None)
+    assert [f.name for f in two_checkpoints.iterdir()] == ["checkpoint-16"]
+
+
+def test_the_old_checkpoint_goes_only_when_the_new_one_is_whole(tiny_llama, questions_csv, tmp_path, monkeypatch):
+    seen = []
+    real = checkpoint.rotate
+
+    def rotate(output_dir, newest, limit, best):
+        seen.append(
+            (newest.name, checkpoint.why_not_whole(newest), [f.name for f in checkpoint.newest_first(output_dir)])
+        )
+        real(output_dir, newest, limit, best)
+
+    monkeypatch.setattr(checkpoint, "rotate", rotate)
+    trainer = train(
+        *flags_for(tiny_llama, questions_csv, tmp_path / "out", "--save_total_limit", "1", "--max_steps", "6")
+    )
+    assert seen[1:] == [
+        ("checkpoint-3", None, ["checkpoint-3"]),
+        ("checkpoint-6", None, ["checkpoint-6", "checkpoint-3"]),
+    ]
+    assert [f.name for f in checkpoint.newest_first(tmp_path / "out")] == ["checkpoint-6"]
+    assert seen[0][0] == "checkpoint-0"  # the rehearsal
+    assert not list((tmp_path / "out").glob("incomplete*"))
+    # what the rehearsal expected of the disk is what lies there; zip and pickle add some to a model of 39,072 weights
+    sizes = {f.name: f.stat().st_size for f in (tmp_path / "out" / "checkpoint-6").iterdir()}
+    expected = rehearsal.checkpoint_bytes(trainer)
+    assert expected == 3 * rehearsal.model_bytes(trainer, torch.float32) == 3 * 4 * 39_072
+    assert expected < sizes["model.safetensors"] + sizes["optimizer.pt"] < 1.1 * expected
+
+
+# ---- disks
+
+
+def test_a_writer_that_fails_keeps_the_checkpoint_before_and_says_so(
+    tiny_llama, questions_csv, tmp_path, monkeypatch, capfd
+):
+    real = utils.SupervisedTrainer._save_optimizer_and_scheduler
+
+    def no_space_at_step_6(self, output_dir):
+        if self.state.global_step == 6:
+            raise OSError(28, "No space left on device")
+        real(self, output_dir)
+
+    monkeypatch.setattr(utils.SupervisedTrainer, "_save_optimizer_and_scheduler", no_space_at_step_6)
+    with pytest.raises(SystemExit) as stop:
+        train(*flags_for(tiny_llama, questions_csv, tmp_path / "out"))
+    assert stop.value.code == 2
+    assert re.search(
+        r"checkpoint-6 could not be saved \(rank 0\): OSError: \[Errno 28\] No space.*\n.*checkpoint-3 is untouched: mend",
+        capfd.readouterr().err,
+    )
+    assert choose(tmp_path / "out") == str(tmp_path / "out" / "checkpoint-3")
+
+
+def test_a_full_disk_skips_the_save_and_the_run_goes_on(
+    whole_run, tiny_llama, questions_csv, tmp_path, monkeypatch, capsys
+):
+    real = shutil.disk_usage
+
+    def full_at_step_6(path):
+        usage = real(path)
+        return usage._replace(free=1000) if (tmp_path / "out" / "checkpoint-3").exists() else usage
+
+    monkeypatch.setattr(shutil, "disk_usage", full_at_step_6)
+    train(*flags_for(tiny_llama, questions_csv, tmp_path / "out", "--save_rehearsal", "False"))
+    printed = capsys.readouterr().out
+    assert "save rehearsal" not in printed
+    for step in (6, 9, 12, 15, 16):
+        assert f"warning: checkpoint-{step} was not saved: it needs" in printed
+    assert "checkpoint-3 is untouched and training goes on" in printed
+    assert [f.name for f in checkpoint.newest_first(tmp_path / "out")] == ["checkpoint-3"]
+    assert same_weights(tmp_path / "out", whole_run)  # and a rehearsal changes nothing in the run that had one
+
+
+@pytest.fixture
+def disk(tmp_path, monkeypatch):
+    """Mount a disk of so many kB at tmp_path/out; call it again with other options to change the disk.
+
+    No picture is drawn: its size would decide which checkpoint is the one that no longer fits.
+    """
+    monkeypatch.setattr(utils, "draw", lambda *_, **__: None)
+    folder = tmp_path / "out"
+    folder.mkdir()
+
+    def mount(options: str) -> Path:
+        what = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+        done = subprocess.run(what, capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"a disk cannot be mounted here: {done.stderr.strip()}")
+        return folder
+
+    yield mount
+    subprocess.run(["umount", "-l", str(folder)], capture_output=True)
+
+
+def fill_at_step_5(monkeypatch, disk: Path, left_bytes: int) -> Path:
+    """Someone else's file takes the disk's room between checkpoint-3 and checkpoint-6, all but so many bytes."""
+    real, filler = utils.SupervisedTrainer.training_step, disk / "of_someone_else"
+
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step == 4 and not filler.exists():
+            filler.write_bytes(bytes(shutil.disk_usage(disk).free - left_bytes))
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(utils.SupervisedTrainer, "training_step", training_step)
+    return filler
+
+
+def test_a_disk_that_fills_while_saving_loses_nothing(
+    disk, whole_run, tiny_llama, questions_csv, tmp_path, monkeypatch, capfd
+):
+    output = disk("size=20m")
+    flags = flags_for(tiny_llama, questions_csv, output, "--resume_from_checkpoint", "True")
+    with monkeypatch.context() as patch:
+        filler = fill_at_step_5(patch, output, left_bytes=250_000)  # a checkpoint has 500,000
+        patch.setattr(checkpoint, "too_little_space", lambda *_: False)  # taken after it was looked at
+        with pytest.raises(SystemExit) as stop:
+            train(*flags)
+    assert stop.value.code == 2
+    said = capfd.readouterr().err
+    assert re.search(
+        r"error: checkpoint-6 could not be saved \(rank 0\): .*\n.* GB free\. checkpoint-3 is untouched", said
+    )
+    assert choose(output) == str(output / "checkpoint-3")
+    filler.unlink()
+    train(*flags)
+    assert losses(output) == losses(whole_run)
+    assert same_weights(output, whole_run)
+
+
+def test_a_full_disk_is_seen_before_a_save_and_named_at_the_export(disk, tiny_llama, questions_csv, monkeypatch, capfd):
+    output = disk("size=20m")
+    fill_at_step_5(monkeypatch, output, left_bytes=100_000)  # the model has 156,000
+    with pytest.raises(SystemExit) as stop:
+        train(*flags_for(tiny_llama, questions_csv, output))
+    assert stop.value.code == 2
+    said = capfd.readouterr()
+    assert re.search(r"warning: checkpoint-6 was not saved: it needs .* and .* has .* free", said.out)
+    assert re.search(r"error: model could not be saved .*No space left on device", said.err)
+    assert "checkpoint-3 is untouched: mend the cause and continue with --resume_from_checkpoint True" in said.err
+    assert choose(output) == str(output / "checkpoint-3")
+
+
+def test_a_disk_that_turns_read_only_loses_nothing(disk, tiny_llama, questions_csv, monkeypatch, capfd):
+    output = disk("size=20m")
+    real = utils.SupervisedTrainer.training_step
+
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step == 4:
+            disk("remount,ro")
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(utils.SupervisedTrainer, "training_step", training_step)
+    with pytest.raises(SystemExit) as stop:
+        train(*flags_for(tiny_llama, questions_csv, output))
+    assert stop.value.code == 2
+    said = capfd.readouterr().err
+    assert re.search(r"checkpoint-6 could not be saved .*Read-only file system", said)
+    assert "checkpoint-3 is untouched" in said
+    assert checkpoint.why_not_whole(output / "checkpoint-3") is None
+    # and a run that begins there is refused before anything is loaded
+    with pytest.raises(UserError, match=r"out is not a folder that can be written to\. Name another --output_dir"):
+        train(*flags_for(tiny_llama, questions_csv, output / "new"))
+
+
+# ---- rehearsal
+
+
+def test_a_disk_too_small_for_the_run_stops_it_before_the_first_step(tiny_llama, questions_csv, tmp_path, monkeypatch):
+    real = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: real(path)._replace(free=10**6))
+    monkeypatch.setattr(utils.SupervisedTrainer, "training_step", lambda *_: pytest.fail("a step was taken"))
+    with pytest.raises(
+        UserError, match=r"3 checkpoints x .* GB \+ model .* free in .*would fail when the disk is full"
+    ):
+        train(*flags_for(tiny_llama, questions_csv, tmp_path / "out"))
+
+
+def test_a_folder_that_cannot_be_written_stops_the_run_before_the_first_step(
+    tiny_llama, questions_csv, tmp_path, monkeypatch, capfd
+):
+    monkeypatch.setattr(utils.SupervisedTrainer, "training_step", lambda *_: pytest.fail("a step was taken"))
+    monkeypatch.setattr(Path, "mkdir", refuse_to_write_below(tmp_path / "out", Path.mkdir))
+    with pytest.raises(SystemExit):
+        train(*flags_for(tiny_llama, questions_csv, tmp_path / "out"))
+    printed = capfd.readouterr().err
+    assert "save rehearsal: a checkpoint could not be saved (rank 0): PermissionError" in printed
+    assert "No step was taken. Mend the cause and start again." in printed
+
+
+def refuse_to_write_below(folder: Path, real):
+    def mkdir(self, *args, **kwargs):
+        if self != folder and self.is_relative_to(folder):
+            raise PermissionError(13, "Permission denied", str(self))
+        real(self, *args, **kwargs)
+
+    return mkdir
+
+
+def test_how_many_checkpoints_lie_on_the_disk_at_once():
+    def kept(limit, strategy="steps", steps=100, every=10):
+        args = SimpleNamespace(
+            save_strategy=SimpleNamespace(value=strategy), save_total_limit=limit, num_train_epochs=3
+        )
+        return rehearsal.checkpoints_kept(
+            SimpleNamespace(args=args, state=SimpleNamespace(max_steps=steps, save_steps=every))
+        )
+
+    assert kept(None) == 10
+    assert kept(1) == 2  # the old one goes when the new one is whole
+    assert kept(20) == 10
+    assert kept(None, "epoch") == 3
+    assert kept(None, "no") == 1

@@ -1,0 +1,215 @@
+"""Kernels keep examples apart, or are refused; the loss at labelled positions equals the stock one."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
+
+from sft.job import UserError
+from sft.step import loss, modules
+from sft.step.attention import choose_attention, isolation_problem, per_example, stock_attention, varlen
+from sft.step.packed_rows import PackedCollator
+
+CPU = torch.device("cpu")
+
+
+def config(**changes) -> LlamaConfig:
+    shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    return LlamaConfig(**(shape | {"num_attention_heads": 4, "num_key_value_heads": 2} | changes))
+
+
+def test_the_choice_says_why():
+    assert str(choose_attention(config(), CPU, torch.float32)) == "attention: per_example (cpu, float32, head_dim 8)"
+    assert choose_attention(config(), CPU, torch.float32, "per_example").reason.startswith("--attn_implementation")
+
+
+@pytest.mark.parametrize("name", ["sdpa", "eager"])
+def test_a_kernel_that_isolates_is_accepted(name):
+    assert choose_attention(config(), CPU, torch.float32, name).name == name
+
+
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture
+def an_ampere_card(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setenv("CC", "true")
+
+
+def test_on_a_card_the_kernel_is_tritons(an_ampere_card):
+    where = "cuda, bfloat16, head_dim 64"
+    small = config(head_dim=64)
+    assert choose_attention(small, CUDA, torch.bfloat16) == ("triton", where)
+    assert choose_attention(small, CUDA, torch.bfloat16, "triton") == ("triton", f"--attn_implementation; {where}")
+    assert choose_attention(small, CUDA, torch.float32).name == "per_example"
+
+
+def test_without_triton_varlen_is_chosen_and_why_is_said(an_ampere_card, monkeypatch):
+    reason = "not triton: heads of 100, where it has 16, 32, 64, 128; cuda, bfloat16, head_dim 100"
+    assert choose_attention(config(head_dim=100), CUDA, torch.bfloat16) == ("varlen", reason)
+    small = config(head_dim=64)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert choose_attention(small, CUDA, torch.bfloat16).reason.startswith("not triton: Triton needs a C compiler")
+    with pytest.raises(UserError, match=r"triton: Triton needs a C compiler.* Leave the flag out, and varlen is used"):
+        choose_attention(small, CUDA, torch.bfloat16, "triton")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert choose_attention(small, CUDA, torch.bfloat16).reason.startswith("not triton: Triton is not installed")
+
+
+def leaky(module, query, key, value, attention_mask, scaling, **kwargs):
+    out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+    return out.transpose(1, 2), None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_kernel_that_lets_examples_see_each_other_is_refused(dtype):
+    AttentionInterface.register("leaky", leaky)
+    with pytest.raises(
+        UserError, match=r"leaky cannot be used with packing: examples joined in a row see each other .*--packing False"
+    ):
+        choose_attention(config(), CPU, dtype, "leaky")
+    assert isolation_problem(config(), CPU, dtype, "per_example") is None
+
+
+def test_kernels_that_cannot_run_here_are_refused():
+    for kernel in ("varlen", "triton"):
+        with pytest.raises(UserError, match=rf"{kernel} needs a CUDA card .* here it is cpu, float32, head_dim 8"):
+            choose_attention(config(), CPU, torch.float32, kernel)
+    with pytest.raises(UserError, match="flash_attention_2 cannot be used with packing"):
+        choose_attention(config(), CPU, torch.float32, "flash_attention_2")
+    windowed = config()
+    windowed.sliding_window = 16
+    with pytest.raises(UserError, match="sliding window of 16 tokens"):
+        choose_attention(windowed, CPU, torch.float32)
+
+
+@pytest.mark.parametrize("heads, key_heads, head_dim", [(4, 4, 8), (4, 2, 8), (6, 1, 5), (2, 2, 100)])
+def test_per_example_attention_is_attention_of_each_example(heads, key_heads, head_dim):
+    torch.manual_seed(0)
+    lengths = [3, 1, 7]
+    query = torch.randn(1, heads, 11, head_dim)
+    key, value = torch.randn(2, 1, key_heads, 11, head_dim)
+    starts = torch.tensor([0, 3, 4, 11], dtype=torch.int32)
+    found, _ = per_example(None, query, key, value, None, scaling=0.3, cu_seq_lens_q=starts)
+    assert found.shape == (1, 11, heads, head_dim)
+    for start, length in zip(starts.tolist(), lengths):
+        part = slice(start, start + length)
+        for head in range(heads):
+            shared = head // (heads // key_heads)
+            scores = query[0, head, part] @ key[0, shared, part].T * 0.3
+            scores.masked_fill_(torch.ones(length, length).triu(1).bool(), -torch.inf)
+            torch.testing.assert_close(found[0, part, head], scores.softmax(-1) @ value[0, shared, part])
+
+
+@pytest.mark.parametrize(
+    "words", [{"is_causal": False}, {"window_size": (-1, -1)}, {"window_size": (-1, -1), "enable_gqa": False}]
+)
+def test_varlen_calls_torchs_kernel_in_each_versions_words(monkeypatch, words):
+    """torch 2.10 to 2.13 spell causal attention and grouped heads differently; heads of 100 are padded to 104."""
+    calls = []
+
+    def kernel(q, k, v, starts, starts_k, longest, longest_k, scale, **options):
+        calls.append((q.shape, k.shape, options))
+        assert q.dtype == k.dtype == v.dtype == torch.bfloat16 and longest == longest_k == 3
+        return q
+
+    names = ", ".join(f"{name}={value!r}" for name, value in words.items())
+    inner = {"kernel": kernel}
+    passed = ", ".join(f"{name}={name}" for name in words)
+    exec(
+        f"def fake(q, k, v, a, b, c, d, *, scale=None, {names}): return kernel(q, k, v, a, b, c, d, scale, {passed})",
+        inner,
+    )
+    monkeypatch.setattr("sft.step.attention.varlen_attn", inner["fake"])
+    monkeypatch.setattr("sft.step.attention.VARLEN_WORDS", words.keys() | {"scale"})
+    query, key = torch.randn(1, 4, 5, 100), torch.randn(1, 2, 5, 100)
+    starts = torch.tensor([0, 2, 5], dtype=torch.int32)
+    out, _ = varlen(None, query, key, key.bfloat16(), None, scaling=0.1, cu_seq_lens_q=starts, max_length_q=3)
+    assert torch.equal(out, query.transpose(1, 2).bfloat16())
+    shape, key_shape, options = calls[0]
+    assert (shape, key_shape) == ((5, 4, 104), (5, 2, 104))
+    assert options.get("is_causal", True) is True and options.get("window_size", (-1, 0)) == (-1, 0)
+    assert options.get("enable_gqa", True) is True
+
+
+def test_padded_gives_stock_attention_for_a_while():
+    model = LlamaForCausalLM._from_config(config(), attn_implementation="per_example").eval()
+    ids = torch.arange(1, 9)[None]
+    with stock_attention(model):
+        model(input_ids=ids)
+    assert model.config._attn_implementation == "per_example"
+    with pytest.raises(AssertionError, match="cu_seq_lens"):
+        model(input_ids=ids)
+
+
+# --------------------------------------------------------------------------------------------------------------- loss
+
+
+@pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_the_summed_loss_and_its_gradients(monkeypatch, dtype, error):
+    monkeypatch.setattr(loss, "CHUNK_BYTES", 4 * 50 * 7)  # chunks of 7 positions
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(40, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True)
+    targets = torch.randint(0, 50, (40,))
+    targets[[0, 7, 39]] = -100
+    expected = F.cross_entropy(hidden @ weight.T, targets, reduction="sum")
+    wanted = torch.autograd.grad(expected / 7, (hidden, weight))
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        found = loss.SummedLoss.apply(hidden, weight, None, targets, True)
+    got = torch.autograd.grad(found / 7, (hidden, weight))
+    assert found.dtype == torch.float32 and [g.dtype for g in got] == [torch.float32] * 2
+    assert abs(found - expected) / expected < error
+    for a, b in zip(got, wanted):
+        assert (a - b).norm() / b.norm() < error
+
+
+def test_a_head_of_another_kind_gives_the_same(monkeypatch):
+    """An adapter on the output layer, or a bias: its own forward is used, a chunk at a time."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config())
+    ids = torch.randint(0, 64, (30,))
+    batch = PackedCollator()(
+        [{"input_ids": ids[:20], "labels": ids[:20].clone()}, {"input_ids": ids[20:], "labels": ids[20:].clone()}]
+    )
+    model.set_attn_implementation("per_example")
+    head = modules.labelled_head(model)
+    expected = loss.summed_loss(model, head, batch)
+    expected.backward()
+    wanted = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    head.bias = torch.nn.Parameter(torch.zeros(64))
+    found = loss.summed_loss(model, head, batch)
+    found.backward()
+    torch.testing.assert_close(found, expected)
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(dict(model.named_parameters())[name].grad, gradient)
+    assert head.bias.grad.norm() > 0
+
+
+def test_the_head_keeps_its_names_and_gives_logits_again():
+    model = LlamaForCausalLM(config())
+    names = list(model.state_dict())
+    head = modules.labelled_head(model)
+    assert modules.labelled_head(model) is head and list(model.state_dict()) == names
+    assert model(input_ids=torch.arange(5)[None]).logits.shape == (1, 5, 64)
+
+
+def test_logits_exist_at_labelled_positions_only(monkeypatch):
+    """A row of 2,000 tokens with 3 trained ones asks the head for 3 rows."""
+    seen = []
+    model = LlamaForCausalLM(config(max_position_embeddings=4096))
+    model.set_attn_implementation("per_example")
+    head = modules.labelled_head(model)
+    monkeypatch.setattr(
+        loss.SummedLoss,
+        "fused",
+        staticmethod(lambda logits, targets: (seen.append(logits.shape), loss.losses_and_gradient(logits, targets))[1]),
+    )
+    labels = torch.full((2000,), -100)
+    labels[1500:1503] = 5
+    loss.summed_loss(
+        model, head, PackedCollator()([{"input_ids": torch.zeros(2000, dtype=torch.int64), "labels": labels}])
+    ).backward()
+    assert seen == [(3, 64)]

@@ -1,0 +1,128 @@
+"""Compiled layers give the gradients of eager ones, and what `LayerPass` changes in their graphs."""
+
+import operator
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from torch.fx import Graph
+from torch.utils.checkpoint import CheckpointPolicy
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from sft.step import compiled_layers
+from sft.step.loss import summed_loss
+from sft.step.modules import labelled_head, labelled_layer
+from sft.step.packed_rows import PackedCollator
+
+ATEN, CAST = torch.ops.aten, torch.ops.prims.convert_element_type.default
+
+
+def graph_of(device: str) -> tuple[Graph, dict]:
+    """(input + a) and a product that is cast, both as in a layer; and what adds in the backward pass."""
+    graph, nodes = Graph(), {}
+    for name in ("primals_1", "primals_2", "tangents_1"):
+        nodes[name] = graph.placeholder(name)
+    stream, other, tangent = nodes.values()
+    nodes["residual"] = graph.call_function(ATEN.add.Tensor, (stream, other))
+    nodes["inner"] = graph.call_function(ATEN.add.Tensor, (nodes["residual"], other))
+    nodes["backward"] = graph.call_function(ATEN.add.Tensor, (tangent, other))
+    nodes["product"] = graph.call_function(ATEN.mm.default, (stream, other))
+    nodes["product"].meta["val"] = SimpleNamespace(device=torch.device(device))
+    nodes["widened"] = graph.call_function(CAST, (nodes["product"], torch.float32))
+    graph.output((nodes["inner"], nodes["backward"], nodes["widened"]))
+    return graph, nodes
+
+
+@pytest.mark.parametrize(("device", "products"), [("cuda", [ATEN.mm.dtype]), ("cpu", [ATEN.mm.default])])
+def test_the_residual_stream_is_kept_and_a_weights_gradient_comes_in_float32(device, products):
+    graph, nodes = graph_of(device)
+    compiled_layers.LayerPass()(graph)
+    kept = [name for name, node in nodes.items() if node.meta.get("recompute") == CheckpointPolicy.MUST_SAVE]
+    assert kept == ["residual"]
+    assert [node.target for node in graph.nodes if "mm" in str(node.target)] == products
+    assert (CAST in [node.target for node in graph.nodes]) == (device == "cpu")
+    graph.lint()
+
+
+def test_gradient_checkpointing_keeps_nothing_more():
+    graph, nodes = graph_of("cuda")
+    nodes["residual"].meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
+    compiled_layers.LayerPass()(graph)
+    assert nodes["residual"].meta["recompute"] == CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def test_a_product_that_someone_else_needs_stays():
+    graph, nodes = graph_of("cuda")
+    with graph.inserting_after(nodes["product"]):
+        graph.call_function(ATEN.neg.default, (nodes["product"],))
+    compiled_layers.LayerPass()(graph)
+    assert [node.target for node in graph.nodes if "mm" in str(node.target)] == [ATEN.mm.default]
+
+
+def norm_graph(terms: int, residual_first: bool) -> Graph:
+    """The sum of so many gradients reaches a norm, whose result is added to what the residual stream has."""
+    pytest.importorskip("triton")
+    from sft.step import norm_kernel  # noqa: F401  registers the operator
+
+    graph, value = Graph(), torch.empty(1, 2, 3)
+
+    def call(target, *args, val=value):
+        node = graph.call_function(target, args)
+        node.meta["val"] = val
+        return node
+
+    given = [graph.placeholder(f"primals_{number}") for number in range(terms + 3)]
+    for node in given:
+        node.meta["val"] = value
+    *gradients, hidden, rstd, weight = given
+    total = gradients[0]
+    for gradient in gradients[1:]:
+        total = call(ATEN.add.Tensor, total, gradient)
+    stream = call(ATEN.neg.default, hidden) if residual_first else None
+    norm = call(torch.ops.sft.norm_backward.default, [total], None, hidden, rstd, weight, val=(value, value))
+    result = call(operator.getitem, norm, 0)
+    stream = stream or call(ATEN.neg.default, hidden)
+    graph.output((call(ATEN.add.Tensor, stream, result), call(operator.getitem, norm, 1)))
+    compiled_layers.LayerPass()(graph)
+    graph.lint()
+    return graph
+
+
+@pytest.mark.parametrize("terms, residual_first, left", [(3, True, 0), (2, True, 0), (4, True, 3), (2, False, 1)])
+def test_a_norms_kernel_takes_sums_that_it_can(terms, residual_first, left):
+    """Up to three gradients, and a residual that is there when the kernel runs; others are added as they were."""
+    graph = norm_graph(terms, residual_first)
+    assert len(graph.find_nodes(op="call_function", target=ATEN.add.Tensor)) == left
+    (norm,) = graph.find_nodes(op="call_function", target=torch.ops.sft.norm_backward.default)
+    assert (len(norm.args[0]), norm.args[1] is not None) == (terms if terms <= 3 else 1, residual_first)
+
+
+@pytest.mark.slow
+def test_compiled_layers_give_the_eager_gradients():
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 12, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(num_key_value_heads=2, vocab_size=100, **shape))
+    model.config._attn_implementation = "sdpa"  # per_example asks for its lengths, which no graph can hold
+    head = labelled_head(model)
+    labelled_layer(model)
+    compiled_layers.keep_residual_in_compute_type(model)
+    batches = []
+    for lengths in ([5, 9, 30], [7, 8], [4, 4, 4, 41]):
+        examples = [torch.randint(0, 100, (length,)) for length in lengths]
+        batches.append(PackedCollator()([{"input_ids": ids, "labels": ids.clone()} for ids in examples]))
+
+    def gradients(batch, bf16: bool) -> torch.Tensor:
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            summed_loss(model, head, batch).backward()
+        return torch.cat([weight.grad.flatten() for weight in model.parameters()])
+
+    torch._dynamo.reset()
+    counters.clear()
+    references, eager = ([gradients(batch, bf16) for batch in batches] for bf16 in (False, True))
+    compiled_layers.compile_layers(model)
+    for batch, reference, rounded in zip(batches, references, eager, strict=True):
+        error, usual = ((found - reference).norm() / reference.norm() for found in (gradients(batch, True), rounded))
+        assert 0 < error < 1.2 * usual, "as exact as eager bf16, and not the same kernels"
+    assert counters["stats"]["unique_graphs"] == 3, "one of the eleven layers, one of the last, and the norm's"

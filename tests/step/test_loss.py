@@ -1,0 +1,70 @@
+"""What computes the losses changes neither them nor a gradient; Liger's kernels are interpreted on a CPU.
+
+TRITON_INTERPRET=1 PYTHONPATH=.:tests/support python tests/step/test_loss.py
+"""
+
+import importlib.util
+
+import pytest
+import torch
+from interpreted import run_interpreted
+
+
+def compare(frozen: bool) -> None:
+    """A model's loss and gradients by Liger and by our own chunks; of other targets they differ."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from sft import attention, loss  # noqa: F401  attention registers its kernels
+    from sft.step.packed_rows import PackedCollator
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=100, attn_implementation="per_example", **shape))
+    model.lm_head.weight.data *= 20  # at the usual scale all losses are log(100)
+    model.lm_head.requires_grad_(not frozen)
+    head = loss.labelled_head(model)
+    loss.labelled_layer(model)
+    loss.CHUNK_BYTES = 8_000  # two chunks and more
+    ids = torch.randint(0, 100, (44,))
+    batch = PackedCollator()([{"input_ids": part, "labels": part.clone()} for part in ids.split([5, 9, 30])])
+
+    def found(batch: dict) -> torch.Tensor:
+        total = loss.summed_loss(model, head, batch)
+        weights = [weight for weight in model.parameters() if weight.requires_grad]
+        return torch.cat([total.detach()[None], *(part.flatten() for part in torch.autograd.grad(total, weights))])
+
+    batch["label_targets"][7] = -100  # as in a placeholder's row
+    ours, other = found(batch), found({**batch, "label_targets": batch["label_targets"].flip(0)})
+    assert loss.choose_loss(torch.device("cuda"), compiled=False).startswith("Liger's")
+    assert loss.SummedLoss.fused is not loss.losses_and_gradient
+    error, wrong = ((vector - ours).norm() / ours.norm() for vector in (found(batch), other))
+    assert error < 1e-6 and wrong > 1e-2, (frozen, error, wrong)
+    with torch.no_grad():
+        assert abs(loss.summed_loss(model, head, batch) - ours[0]) < 1e-5 * ours[0]
+    loss.choose_loss(torch.device("cpu"), compiled=False)
+
+
+@pytest.mark.slow
+def test_liger_interpreted():
+    pytest.importorskip("liger_kernel")
+    assert run_interpreted(__file__) == "alike\n"
+
+
+def test_the_choice_is_said_with_its_reason(monkeypatch):
+    from sft.step.loss import SummedLoss, choose_loss, losses_and_gradient
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert choose_loss(torch.device("cuda"), True) == "compiled, as the layers are"
+    assert SummedLoss.fused is not losses_and_gradient
+    assert choose_loss(torch.device("cuda"), False).startswith(
+        "PyTorch's operations (layers are not compiled; with liger"
+    )
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    assert choose_loss(torch.device("cpu"), False).startswith("PyTorch's operations")
+    assert SummedLoss.fused is losses_and_gradient, "as before, for the tests that follow"
+
+
+if __name__ == "__main__":
+    for head_is_frozen in (False, True):
+        compare(head_is_frozen)
+    print("alike")

@@ -1,0 +1,242 @@
+"""The path from a CSV to a saved model, in one process and through torchrun."""
+
+import json
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from scripts import QUESTIONS, ROOT, run_script, save_llama
+from tokenizer_files import write_gpt2_files
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+import utils
+from sft.data.llama_tokenizer import load_llama_tokenizer
+from sft.job import UserError
+
+RECIPE = "--num_train_epochs 1 --learning_rate 1e-2 --lr_scheduler_type cosine --warmup_ratio 0.1 --logging_steps 1"
+RECIPE += " --model_max_length 64 --save_strategy no --evaluation_strategy no --disable_tqdm True --seed 3"
+
+
+def flags_for(model: Path, csv: Path, output: Path, *more: str) -> list[str]:
+    cache = output.parent / "cache"
+    return [
+        "--model_name_or_path", str(model), "--data_path", str(csv), "--output_dir", str(output),
+        "--data_cache_dir", str(cache), *RECIPE.split(), *more,
+    ]  # fmt: skip
+
+
+def losses_of(trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def printed_losses(text: str) -> list[float]:
+    return [float(value) for value in re.findall(r"loss['\"]?:? *'?([0-9.]+)", text)]
+
+
+@pytest.fixture(scope="module")
+def padded_run(tiny_llama, questions_csv, tmp_path_factory):
+    """8 examples in one micro-batch, padded, one process: the reference of the comparisons below."""
+    output = tmp_path_factory.mktemp("padded") / "model"
+    flags = flags_for(tiny_llama, questions_csv, output, "--packing", "False", "--per_device_train_batch_size", "8")
+    return utils.train(load_llama_tokenizer, [*flags, "--gradient_accumulation_steps", "1"]), output
+
+
+def test_the_model_learns_and_every_step_is_logged(padded_run):
+    losses = losses_of(padded_run[0])
+    assert len(losses) == 8
+    assert losses[-1] < losses[0] - 0.5
+
+
+@pytest.mark.parametrize(("per_device", "accumulation"), [(1, 8), (2, 4)])
+def test_accumulation_does_not_change_losses_or_weights(
+    padded_run, tiny_llama, questions_csv, tmp_path, per_device, accumulation
+):
+    reference, folder = padded_run
+    batch = ["--per_device_train_batch_size", str(per_device), "--gradient_accumulation_steps", str(accumulation)]
+    flags = flags_for(tiny_llama, questions_csv, tmp_path / "model", "--packing", "False", *batch)
+    trainer = utils.train(load_llama_tokenizer, flags)
+    assert losses_of(trainer) == pytest.approx(losses_of(reference), rel=1e-4)
+    expected = load_file(folder / "model.safetensors")
+    for name, weight in load_file(tmp_path / "model" / "model.safetensors").items():
+        torch.testing.assert_close(weight, expected[name], rtol=1e-3, atol=1e-4)
+
+
+def test_another_order_of_the_examples_does_change_the_losses(padded_run, tiny_llama, questions_csv, tmp_path):
+    flags = flags_for(tiny_llama, questions_csv, tmp_path / "model", "--packing", "False", "--seed", "4")
+    trainer = utils.train(load_llama_tokenizer, [*flags, "--per_device_train_batch_size", "8"])
+    assert losses_of(trainer) != pytest.approx(losses_of(padded_run[0]), rel=1e-4)
+
+
+def test_the_last_steps_are_logged_though_they_fill_no_interval(padded_run, tiny_llama, questions_csv, tmp_path):
+    flags = flags_for(tiny_llama, questions_csv, tmp_path / "model", "--packing", "False", "--logging_steps", "3")
+    trainer = utils.train(load_llama_tokenizer, [*flags, "--per_device_train_batch_size", "8"])
+    assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [3, 6, 8]
+    losses = losses_of(padded_run[0])
+    assert losses_of(trainer)[-1] == pytest.approx(sum(losses[6:]) / 2, rel=1e-5)
+    assert trainer.state.log_history[-1]["train_loss"] == pytest.approx(sum(losses) / 8, rel=1e-5)
+
+
+def test_the_saved_model_is_plain_transformers_and_gives_the_same_logits(padded_run):
+    trainer, folder = padded_run
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert (model.dtype, model.config.use_cache) == (torch.float32, True)
+    ids = tokenizer("What is 3 plus 4?", return_tensors="pt").input_ids
+    assert ids[0, 0] == tokenizer.bos_token_id
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, trainer.model.eval()(ids).logits, rtol=0, atol=0)
+    assert (folder / "prompt_template.txt").read_text() == "{instruction}"
+    assert (folder / "tokenizer.json").is_file()
+
+
+def test_a_bfloat16_checkpoint_is_trained_in_float32_and_exported_in_the_type_asked_for(
+    tiny_llama, questions_csv, tmp_path
+):
+    stored = shutil.copytree(tiny_llama, tmp_path / "stored")
+    LlamaForCausalLM.from_pretrained(tiny_llama, dtype=torch.bfloat16).save_pretrained(stored)
+    assert load_file(stored / "model.safetensors")["lm_head.weight"].dtype == torch.bfloat16
+    flags = flags_for(stored, questions_csv, tmp_path / "model", "--max_steps", "1", "--save_dtype", "float16")
+    trainer = utils.train(load_llama_tokenizer, flags)
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+    exported = load_file(tmp_path / "model" / "model.safetensors")
+    assert {weight.dtype for weight in exported.values()} == {torch.float16}
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["dtype"] == "float16"
+
+
+def test_sampling_settings_without_sampling_are_made_savable(tiny_llama, questions_csv, tmp_path, capsys):
+    model = shutil.copytree(tiny_llama, tmp_path / "base")
+    (model / "generation_config.json").write_text('{"temperature": 0.6, "top_p": 0.9, "do_sample": false}')
+    utils.train(load_llama_tokenizer, flags_for(model, questions_csv, tmp_path / "model", "--max_steps", "1"))
+    assert "do_sample set to True" in capsys.readouterr().out
+    assert json.loads((tmp_path / "model" / "generation_config.json").read_text())["do_sample"] is True
+
+
+def problems_of(*flags: str) -> list[str]:
+    with pytest.raises(UserError) as raised:
+        utils.train(load_llama_tokenizer, list(flags))
+    return raised.value.problems
+
+
+def test_what_is_known_before_anything_slow_is_said_together(tiny_llama, questions_csv, padded_run, tmp_path):
+    _, finished = padded_run
+    before = sorted(finished.iterdir())
+    flags = flags_for(
+        tmp_path / "nothing", tmp_path / "no.csv", finished, "--prompt_template", str(tmp_path / "no.txt")
+    )
+    assert problems_of(*flags, "--bf16", "True", "--fp16", "True") == [
+        "--bf16 and --fp16 are two compute types. Choose one; bf16 where the GPU has it.",
+        f"--prompt_template {tmp_path / 'no.txt'}: No such file or directory. Give 'none', 'alpaca', or a text file.",
+        f"{tmp_path / 'no.csv'}: No such file or directory. Give a CSV file that can be read with --data_path.",
+        f"{tmp_path / 'nothing'}: no config.json there. --model_name_or_path takes a model's folder or a hub repository.",
+        f"{finished}: it holds a finished model. Name another --output_dir, or give --overwrite_output_dir True.",
+    ]
+    assert sorted(finished.iterdir()) == before
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_folder_without_weights_and_a_class_that_the_model_lacks(tiny_llama, questions_csv, tmp_path):
+    no_weights = shutil.copytree(tiny_llama, tmp_path / "no_weights", ignore=shutil.ignore_patterns("*.safetensors"))
+    assert problems_of(*flags_for(no_weights, questions_csv, tmp_path / "model")) == [
+        f"{no_weights}: a config.json but no weights (model.safetensors). Download the model completely."
+    ]
+    fsdp = ["--fsdp", "full_shard auto_wrap", "--fsdp_transformer_layer_cls_to_wrap", "MistralDecoderLayer"]
+    assert problems_of(*flags_for(tiny_llama, questions_csv, tmp_path / "model", *fsdp)) == [
+        f"{tiny_llama} has no layer of class MistralDecoderLayer, which FSDP should wrap. "
+        "Its decoder layer: LlamaDecoderLayer."
+    ]
+
+
+def test_token_ids_outside_the_embedding_are_refused_before_weights_load(tiny_llama, questions_csv, tmp_path):
+    small = shutil.copytree(tiny_llama, tmp_path / "small")
+    save_llama(small, vocab_size=280)
+    problems = problems_of(*flags_for(small, questions_csv, tmp_path / "model"))
+    assert any("280" in problem or "279" in problem for problem in problems), problems
+    assert not (tmp_path / "model").exists()
+
+
+def test_an_eos_that_is_not_the_models_is_refused(tiny_llama, questions_csv, tmp_path):
+    other = shutil.copytree(tiny_llama, tmp_path / "other")
+    config = LlamaConfig.from_pretrained(tiny_llama)
+    config.eos_token_id = 7
+    config.save_pretrained(other)
+    assert any("EOS" in p for p in problems_of(*flags_for(other, questions_csv, tmp_path / "model")))
+
+
+# ------------------------------------------------------------------------------------------- the scripts, as a user
+
+
+@pytest.mark.slow
+def test_two_ranks_equal_one_through_torchrun(padded_run, tiny_llama, questions_csv, tmp_path):
+    reference, folder = padded_run
+    flags = flags_for(tiny_llama, questions_csv, tmp_path / "model", "--per_device_train_batch_size", "2")
+    fsdp = ["--fsdp", "full_shard auto_wrap", "--fsdp_transformer_layer_cls_to_wrap", "LlamaDecoderLayer"]
+    printed = run_script(
+        "llama_training.py", *flags, "--gradient_accumulation_steps", "2", "--packing", "False", *fsdp, processes=2
+    )
+    assert "2 CPU processes x 2 per device x 2 accumulation = 8 examples per optimizer step" in printed
+    assert printed.count("examples per optimizer step") == 1
+    assert "this run is plain DDP" in printed
+    assert printed_losses(printed)[:8] == pytest.approx(losses_of(reference), rel=2e-3)  # four printed digits
+    expected = load_file(folder / "model.safetensors")
+    for name, weight in load_file(tmp_path / "model" / "model.safetensors").items():
+        torch.testing.assert_close(weight, expected[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_xgen_script_through_torchrun(questions_csv, tmp_path):
+    base, output = tmp_path / "xgen", tmp_path / "model"
+    save_llama(base, vocab_size=51200, bos_token_id=50256, eos_token_id=50256, hidden_size=16)
+    gpt2_files = write_gpt2_files(tmp_path / "gpt2")
+    flags = flags_for(base, questions_csv, output, "--gpt2_files", str(gpt2_files), "--bf16", "True")
+    flags += ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "16", "--save_dtype", "float32"]
+    flags += ["--fsdp", "full_shard auto_wrap", "--fsdp_transformer_layer_cls_to_wrap", "LlamaDecoderLayer"]
+    printed = run_script("xgen_training.py", *flags, processes=2)
+    assert "2 CPU processes x 1 per device x 16 accumulation = 32 examples per optimizer step" in printed
+    assert "float32 weights, gradients and optimizer state, bfloat16 compute, exported as float32" in printed
+    assert len(printed_losses(printed)) >= 2
+    tokenizer, model = AutoTokenizer.from_pretrained(output), AutoModelForCausalLM.from_pretrained(output)
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id) == (50256, 50256, None)
+    assert (model.config.vocab_size, model.generation_config.eos_token_id) == (51200, 50256)
+    assert tokenizer("a  b\t\tc<fim_prefix>").input_ids[-1] == 50295
+    before = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
+    moved = (load_file(output / "model.safetensors")["model.embed_tokens.weight"] != before).any(dim=1)
+    trained = {i for row in QUESTIONS for i in tokenizer(row[0] + row[1]).input_ids} | {50256}
+    assert moved[sorted(trained)].float().mean() > 0.9
+    assert not moved[50257:].any()  # rows of tokens that no text has; weight decay is 0
+
+
+@pytest.mark.slow
+def test_two_machines(padded_run, tiny_llama, questions_csv, tmp_path):
+    """Two agents on one machine stand for two machines."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    flags = flags_for(
+        tiny_llama, questions_csv, tmp_path / "model", "--per_device_train_batch_size", "4", "--packing", "False"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_id=test"]
+    command += ["--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", str(ROOT / "llama_training.py"), *flags]
+    agents = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
+    printed = "".join(agent.communicate(timeout=300)[0] for agent in agents)
+    assert [agent.returncode for agent in agents] == [0, 0], printed
+    assert printed_losses(printed)[:8] == pytest.approx(losses_of(padded_run[0]), rel=2e-3)
+
+
+@pytest.mark.slow
+def test_a_users_mistake_is_one_message_and_exit_code_2_on_every_rank(tiny_llama, tmp_path):
+    bad = tmp_path / "bad.csv"
+    bad.write_text("prompt,response\na,b,c\n")
+    flags = flags_for(tiny_llama, bad, tmp_path / "model")
+    printed = run_script("llama_training.py", *flags, processes=2, expect=1)  # 1 is torchrun's own
+    assert printed.count(f"error: {bad}, row 2: 3 fields where the header has 2.") == 1
+    assert re.findall(r"^  exitcode *: (-?\d+)", printed, re.M) == ["2", "2"]
+    assert "Traceback" not in printed.split("error: ")[1].split("torch/distributed")[0]
+    assert not (tmp_path / "model").exists()
+    printed = run_script("llama_training.py", *flags, expect=2)
+    assert "Traceback" not in printed
