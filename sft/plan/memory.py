@@ -194,13 +194,13 @@ class Plan:
     def fits(self) -> bool:
         return self.gpu_peak <= self.gpu_usable and self.host_peak <= self.host_there
 
-    def at(self, tokens: int, several: bool) -> "Plan":
-        """The plan of the same run for micro-batches of so many tokens, several or one in a step."""
-        return add_up(self.shape, self.setting, tokens, several, self.gpu_there, self.host_there)
+    def at(self, tokens: int, micro_batches: int) -> "Plan":
+        """The plan of the same run for micro-batches of so many tokens, and so many in a step."""
+        return add_up(self.shape, self.setting, tokens, micro_batches > 1, self.gpu_there, self.host_there)
 
     def not_for_activations(self, tokens: int) -> float:
         """Bytes of PyTorch's share of the GPU that activations cannot have when a micro-batch holds so many tokens."""
-        return self.at(tokens, self.setting.step_tokens > tokens).not_activations + SPARE * self.gpu_there
+        return self.at(tokens, 1 + (self.setting.step_tokens > tokens)).not_activations + SPARE * self.gpu_there
 
     def record(self) -> dict[str, Any]:
         """The plan for run_report.json, GiB."""

@@ -103,7 +103,7 @@ def verdict(plan: Plan) -> str:
 def plan(
     model_args: Any, args: Any, shape: Shape | None, step_tokens: int | None = None, compiled: bool = False
 ) -> Plan | None:
-    """Print and return the memory plan; None (also printed) for an architecture that cannot be measured.
+    """The memory plan of a run; None, and a printed line, for an architecture that cannot be measured.
 
     Args: see `Setting`.
     """
@@ -117,12 +117,10 @@ def plan(
     elif setting.cuda:
         gpu = torch.cuda.get_device_properties(0).total_memory
     try:
-        found = make(shape, setting, gpu, host)
+        return make(shape, setting, gpu, host)
     except NotMeasured as error:
         say(f"memory plan: none, {error}")
         return None
-    say(describe(found))
-    return found
 
 
 def stop_after_plan(flags: Any) -> list[str]:
@@ -133,5 +131,7 @@ def stop_after_plan(flags: Any) -> list[str]:
         )
     except (OSError, ValueError) as error:
         return [f"{flags.model_name_or_path}: its config cannot be loaded: {str(error).strip().splitlines()[0]}"]
-    plan(flags, flags, Shape.of(config, flags.lora_target_modules))
+    found = plan(flags, flags, Shape.of(config, flags.lora_target_modules))
+    if found is not None:
+        say(describe(found))
     raise SystemExit(0)

@@ -370,7 +370,7 @@ def test_deepspeed_holds_the_gradients_that_the_plan_counts(tiny_llama, question
     assert others and all(note == {"held": 2 * larger + buckets, "sums": 4 * shape.parameters} for note in others)
     assert last == others[0] | {"held": 0}
     words = ["--deepspeed", deepspeed_file(tmp_path)]
-    several, one = (plan_of(config, *words, "--model_max_length", "64").at(1, several) for several in (True, False))
+    several, one = (plan_of(config, *words, "--model_max_length", "64").at(1, count) for count in (2, 1))
     assert several.gpu["gradients"] - one.gpu["gradients"] == 2 * larger
 
 
@@ -546,7 +546,7 @@ def test_the_sentence_says_where_the_run_was(capsys):
 
 def test_a_plan_is_printed_for_the_micro_batches_that_run():
     plan = plan_of(OPEN_LLAMA_3B, "--tokens_per_micro_batch", "2048", step_tokens=16_384)
-    other = plan.at(4000, several=False)
+    other = plan.at(4000, micro_batches=1)
     assert "micro-batches of up to 4,000 tokens (a whole step in one)" in "\n".join(other.table())
     assert other.record()["tokens_per_micro_batch"] == 4000 and other.gpu["weights"] == plan.gpu["weights"]
 
