@@ -1,123 +1,86 @@
-"""What to change when a run does not fit in memory, cheapest first; and what an out-of-memory error says."""
+"""Name the cheapest change when a run does not fit in memory, and explain an out-of-memory error."""
 
 import contextlib
 import math
 import re
 import sys
-from collections.abc import Iterator
-from dataclasses import replace
-from types import TracebackType
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from transformers import AutoConfig
 
 from sft.job import rank, say
-from sft.plan.memory import GIB, Plan, Setting, Shape, host_memory, make
+from sft.plan.memory import GIB, NotMeasured, Plan, Setting, Shape, host_memory, make
 
 # Changes that save memory, cheapest first: each alone, then together. What a run has already is left out of them.
 LADDER = (
-    "tokens",
-    "checkpointing",
-    "fsdp",
-    "8bit",
-    "checkpointing fsdp",
-    "checkpointing 8bit",
-    "checkpointing fsdp 8bit",
-    "checkpointing offload",
-    "checkpointing lora",
-    "checkpointing lora 4bit",
-)
+    "tokens", "checkpointing", "fsdp", "8bit", "checkpointing fsdp", "checkpointing 8bit", "checkpointing fsdp 8bit",
+    "checkpointing offload", "checkpointing lora", "checkpointing lora 4bit",
+)  # fmt: skip
+
+OFFLOAD = {  # what of ds_config.json takes or saves memory
+    "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}, "reduce_bucket_size": "auto"},
+    "data_types": {"grad_accum_dtype": "fp32"},
+}
 
 
-def next_rungs(plan: Plan) -> Iterator[tuple[str, Plan]]:
+def cheaper_runs(plan: Plan) -> Iterator[tuple[str, Plan]]:
     """The changes that this run could make, as flags to paste, with the plan that each would give."""
     s = plan.setting
-    fewer = max(s.longest, plan.tokens // 2)
-    many = s.ranks > 1
-    optim = (
-        "adamw_torch_8bit" if s.engine == "fsdp" or many else "adamw_bnb_8bit"
-    )  # bitsandbytes knows no sharded weights
-    alone = {"engine": "ddp", "stage": 0, "offload_optimizer": False, "offload_weights": False}
-    offload = {"engine": "zero", "stage": 2, "offload_optimizer": True, "pinned": True, "optimizer": "adamw_torch"}
-    offload |= {"float32_sums": True, "overlap": True}  # ds_config.json
-    # name: already so, possible, flags, what it changes
+    fewer, many, sharded = max(s.longest, plan.tokens // 2), s.ranks > 1, {"fsdp": "", "deepspeed": None}
+    optim = "adamw_torch_8bit" if s.engine == "fsdp" or many else "adamw_bnb_8bit"  # it knows no sharded weights
+    fsdp = {"fsdp": "full_shard", "fsdp_config": {"cpu_ram_efficient_loading": True}}
+    offload = {"fsdp": "", "deepspeed": OFFLOAD, "optim": "adamw_torch"}
+    # name: already so, possible, what to paste, the flags with their new values
     changes: dict[str, tuple[bool, bool, str, dict[str, Any]]] = {
-        "tokens": (
-            False,
-            s.packing and fewer < plan.tokens,
-            f"--tokens_per_micro_batch {fewer}",
-            {"tokens_asked": fewer},
-        ),
-        "checkpointing": (s.checkpointing, True, "--gradient_checkpointing True", {"checkpointing": True}),
-        "fsdp": (s.engine != "ddp", many, '--fsdp "full_shard auto_wrap"', {"engine": "fsdp", "handed_out": True}),
-        "8bit": (
-            "8bit" in s.optimizer,
-            s.engine != "zero" and not s.lora_rank,
-            f"--optim {optim}",
-            {"optimizer": optim},
-        ),
+        "tokens": (False, s.packing and fewer < plan.tokens, f"--tokens_per_micro_batch {fewer}",
+                   {"tokens_per_micro_batch": str(fewer)}),
+        "checkpointing": (s.checkpointing, True, "--gradient_checkpointing True", {"gradient_checkpointing": True}),
+        "fsdp": (s.engine != "ddp", many, '--fsdp "full_shard auto_wrap"', fsdp),
+        "8bit": ("8bit" in s.optimizer, s.engine != "zero" and not s.lora_rank, f"--optim {optim}", {"optim": optim}),
         "offload": (s.offload_optimizer, not s.lora_rank, '--deepspeed "ds_config.json"', offload),
-        "lora": (s.lora_rank > 0, True, "--use_lora True", {**alone, "lora_rank": 16, "lora_dropout": True}),
-        "4bit": (s.four_bit, True, "--load_in_4bit True", {**alone, "four_bit": True}),
-    }
+        "lora": (s.lora_rank > 0, True, "--use_lora True", {**sharded, "use_lora": True}),
+        "4bit": (s.four_bit, True, "--load_in_4bit True", {**sharded, "load_in_4bit": True}),
+    }  # fmt: skip
     for names in LADDER:
         wanted = [changes[name] for name in names.split() if not changes[name][0]]
         if not wanted or not all(possible for _, possible, _, _ in wanted):
             continue
-        changed = replace(s, **{name: value for *_, fields in wanted for name, value in fields.items()})
-        yield " ".join(flags for _, _, flags, _ in wanted), make(plan.shape, changed, plan.gpu_there, plan.host_there)
+        changed = s.changed(**{name: value for *_, flags in wanted for name, value in flags.items()})
+        yield " ".join(paste for _, _, paste, _ in wanted), make(plan.shape, changed, plan.gpu_there, plan.host_there)
 
 
 @contextlib.contextmanager
-def explain_out_of_memory(plan: Plan | None) -> Iterator[None]:
-    """End an out-of-memory in where it happened, the plan and the next rung, and exit code 3.
+def explain_out_of_memory(
+    plan: Plan | None, phase: Callable[[], str] = lambda: "while the run was prepared"
+) -> Iterator[None]:
+    """End an out-of-memory error in where it happened, the plan and the cheapest change, and exit code 3.
 
-    The rank that ran out speaks for itself: the others may wait for it inside a collective, and torchrun ends them.
+    The rank that ran out prints it: the others may wait for it inside a collective, and torchrun ends them.
+
+    Args:
+        phase: says where the run is, as the end of a sentence: "in a micro-batch of 2,048 tokens".
     """
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
-        print(describe_full(error, plan), file=sys.stderr, flush=True)
+        print(describe_full(error, plan, phase()), file=sys.stderr, flush=True)
         raise SystemExit(3) from None
 
 
-def describe_full(error: BaseException, plan: Plan | None) -> str:
-    """Where the memory was full, the plan's table, and the next rung of the ladder."""
+def describe_full(error: BaseException, plan: Plan | None, where: str) -> str:
+    """Where the memory was full, the plan's table, and the cheapest change that takes less."""
     of = "GPU" if isinstance(error, torch.OutOfMemoryError) else "host"
     asked = re.search(r"Tried to allocate [^.]+\.\d+ \wiB|Tried to allocate \S+ \S+", str(error))
-    lines = [
-        f"error: {of} memory is full (rank {rank()}), {where(error.__traceback__)}."
-        + (f" {asked[0]}." if asked else "")
-    ]
+    lines = [f"error: {of} memory is full (rank {rank()}), {where}." + (f" {asked[0]}." if asked else "")]
     if plan is not None:
         lines += plan.table()
-        rungs = [(flags, changed) for flags, changed in next_rungs(plan) if changed.gpu_peak < 0.95 * plan.gpu_peak]
-        fitting = [rung for rung in rungs if rung[1].fits]
-        for flags, changed in (fitting or rungs)[:1]:
-            lines.append(f"  Next rung: {flags} (planned: {changed.gpu_peak / GIB:.1f} GiB on the GPU)")
+        runs = [(flags, changed) for flags, changed in cheaper_runs(plan) if changed.gpu_peak < 0.95 * plan.gpu_peak]
+        fitting = [run for run in runs if run[1].fits]
+        for flags, changed in (fitting or runs)[:1]:
+            lines.append(f"  Try next: {flags} (planned: {changed.gpu_peak / GIB:.1f} GiB on the GPU)")
     return "\n".join(lines)
-
-
-def where(traceback: TracebackType | None) -> str:
-    """The part of the run that a traceback ends in, from the functions of the libraries that it passes through."""
-    place = "while the run was prepared"
-    while traceback is not None:
-        code, variables = traceback.tb_frame.f_code, traceback.tb_frame.f_locals
-        if code.co_name == "from_pretrained":
-            place = "while the model was loaded"
-        elif code.co_name in ("_move_model_to_device", "prepare_model", "_prepare_for_training"):
-            place = "while the model was put on the GPU"
-        elif code.co_name == "training_step":
-            place = f"in a micro-batch of {variables['inputs']['input_ids'].numel():,} tokens"
-        elif code.co_name == "evaluation_loop":
-            place = "during an evaluation"
-        elif code.co_name == "step" and ("optim" in code.co_filename or "deepspeed" in code.co_filename):
-            place = "in the optimizer's step, where its state is made"
-        elif code.co_name in ("_save_checkpoint", "save_model"):
-            place = "while the model was saved"
-        traceback = traceback.tb_next
-    return place
 
 
 def describe(plan: Plan) -> str:
@@ -130,42 +93,45 @@ def verdict(plan: Plan) -> str:
     if plan.fits:
         room = (plan.gpu_usable - plan.gpu_peak) if plan.setting.cuda else (plan.host_there - plan.host_peak)
         return f"it fits, with {room / GIB:.1f} GiB left on the {'GPU' if plan.setting.cuda else 'host'}"
-    for flags, changed in next_rungs(plan):
+    for flags, changed in cheaper_runs(plan):
         if changed.fits:
-            return (
-                f"it does not fit. The cheapest change that does: {flags} ({changed.gpu_peak / GIB:.1f} GiB on the GPU)"
-            )
-    return "it does not fit, and no change known here makes it: it takes more GPUs, or a smaller model"
+            peak = f"{changed.gpu_peak / GIB:.1f} GiB on the GPU"
+            return f"it does not fit. The cheapest change that does: {flags} ({peak})"
+    return "it does not fit, and none of the changes known here helps: use more GPUs or a smaller model"
 
 
 def plan(
     model_args: Any, args: Any, shape: Shape | None, step_tokens: int | None = None, compiled: bool = False
 ) -> Plan | None:
-    """The plan of a run, said; None, and said too, for an architecture whose sizes have other names than LLaMA's.
+    """The memory plan of a run; None, and a printed line, for an architecture that cannot be measured.
 
-    Args: see `Setting.of`.
+    Args: see `Setting`.
     """
     if shape is None:
-        say("memory plan: none, the sizes in this model's config have other names than LLaMA's")
+        say("memory plan: none, transformers has no causal language model for this config")
         return None
-    setting = Setting.of(model_args, args, step_tokens, compiled)
+    setting = Setting(vars(model_args) | vars(args), step_tokens, compiled)
     gpu, host = (args.plan_gpu_gib or 0) * GIB, host_memory()
     if gpu:
         host = math.inf  # of another machine: not known
     elif setting.cuda:
         gpu = torch.cuda.get_device_properties(0).total_memory
-    found = make(shape, setting, gpu, host)
-    say(describe(found))
-    return found
+    try:
+        return make(shape, setting, gpu, host)
+    except NotMeasured as error:
+        say(f"memory plan: none, {error}")
+        return None
 
 
 def stop_after_plan(flags: Any) -> list[str]:
-    """Say the plan and end the run, or return what keeps it from being made."""
+    """Print the plan and end the run, or return what keeps it from being made."""
     try:
         config = AutoConfig.from_pretrained(
             flags.model_name_or_path, cache_dir=flags.cache_dir, trust_remote_code=flags.trust_remote_code
         )
     except (OSError, ValueError) as error:
         return [f"{flags.model_name_or_path}: its config cannot be loaded: {str(error).strip().splitlines()[0]}"]
-    plan(flags, flags, Shape.of(config, flags.lora_target_modules))
+    found = plan(flags, flags, Shape.of(config, flags.lora_target_modules))
+    if found is not None:
+        say(describe(found))
     raise SystemExit(0)

@@ -56,6 +56,7 @@ class SupervisedTrainer(Trainer):
     stops: Stops  # set by `prepare_saving`, like the fingerprint
     fingerprint: dict[str, str]
     memory_plan: memory.Plan | None = None
+    model_args: ModelArguments  # set by `prepare_saving`
     packing_plan: micro_batches.Plan | None = None
     _globalstep_last_logged: int
     sampler: PackedBatchSampler | None = None
@@ -235,28 +236,40 @@ def plan_micro_batches(trainer: SupervisedTrainer) -> PackedBatchSampler:
     if args.device.type == "cuda":
         say(f"head and loss: {loss}")
 
-    def trial(probe: PreTrainedModel, tokens: int) -> None:
-        ids = torch.zeros(256, dtype=torch.int64)
-        batch = trainer._prepare_inputs(trainer.packed_collator([{"input_ids": ids, "labels": ids}] * (tokens // 256)))
-        # as Accelerate will wrap the model, which has not happened yet
-        with torch.autocast(args.device.type, dtype, enabled=dtype != torch.float32):
-            loss = summed_loss(probe, labelled_head(probe), batch)
-        loss.backward()
-        probe.zero_grad(set_to_none=True)
+    def prepare_probe(probe: PreTrainedModel) -> torch.nn.Module:
+        prepare(probe)
+        return labelled_head(probe)
 
-    beside = trainer.memory_plan.not_for_activations if trainer.memory_plan else None
-    loading.hold_deepspeed(args)  # what the budget tries out is a small model, whole on each rank
-    tokens = micro_batch_tokens.choose_micro_batch_tokens(
-        model, args, micro_batches.largest_step(recipe), prepare, trial, beside
-    )
-    loading.start_deepspeed(args)
+    largest, tokens = micro_batches.largest_step(recipe), args.per_device_train_batch_size * args.model_max_length
+    ceiling, reason = min(largest, memory.LARGEST_BUDGET), "per device x --model_max_length"
+    if args.tokens_per_micro_batch != "auto":
+        tokens, reason = int(args.tokens_per_micro_batch), "--tokens_per_micro_batch"
+    elif args.device.type != "cuda" or model.config._attn_implementation in ("sdpa", "eager"):
+        pass
+    elif ceiling <= tokens:
+        reason += ", more than any step has"
+    elif trainer.memory_plan is None:
+        reason += "; without a memory plan it does not grow"
+    else:
+        _, tokens, reason = micro_batch_tokens.measured_tokens(
+            trainer.model_args,
+            args,
+            loading.load_config(trainer.model_args),
+            trainer.model_args.attn_implementation,
+            tokens,
+            ceiling,
+            prepare_probe,
+            trainer.memory_plan,
+        )
+        loading.start_deepspeed(args)
+    sampler = micro_batches.within(recipe, tokens)
     sampler = micro_batches.within(recipe, tokens.tokens)
     trainer.packing_plan = packed = micro_batches.describe(
         sampler,
         args.per_device_train_batch_size,
         args.gradient_accumulation_steps,
         args.model_max_length,
-        tokens.reason,
+        reason,
     )
     say(packed)
     first = ([trainer.train_dataset[index] for index in batch] for batch in islice(sampler, 4))
@@ -289,7 +302,10 @@ def plan_memory(model_args: ModelArguments, args: TrainingArguments, lengths: np
         step_tokens = micro_batches.largest_step(micro_batches.recipe(args, lengths, **arithmetic))
         run_tokens = arithmetic["steps"] * arithmetic["examples_per_step"] * lengths.mean()
         compiled = compiled_layers.choose_compilation(args, shape.parameters, model_args.load_in_4bit, run_tokens).on
-    return memory_ladder.plan(model_args, args, shape, step_tokens, compiled)
+    found = memory_ladder.plan(model_args, args, shape, step_tokens, compiled)
+    if found is not None:
+        say(memory_ladder.describe(found))
+    return found
 
 
 def watch(trainer: SupervisedTrainer, report: Report) -> None:
@@ -317,6 +333,7 @@ def prepare_saving(
     trainer: SupervisedTrainer, model_args: ModelArguments, data_args: DataArguments, resume: str | None
 ) -> None:
     """Refuse to continue another run than this one, watch for stops, and rehearse the saving before the first step."""
+    trainer.model_args = model_args
     before = saved_identity(resume) if resume else {}
     keep_token_budget(resume, before, trainer.args)
     tokenizer = token_cache.tokenizer_digest(trainer.processing_class)

@@ -56,17 +56,67 @@ def test_deepspeed_needs_torchrun(monkeypatch):
 def test_errors_are_returned_and_the_rest_is_printed(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     file = tmp_path / "ds.json"
-    file.write_text(json.dumps({**OURS, "scheduler": {"type": "WarmupLR"}, "train_batch_size": 7}))
+    file.write_text(json.dumps({**OURS, "optimizer": {"type": "AdamW"}, "train_batch_size": 7}))
     problems = deepspeed_file.check_deepspeed(flags("--deepspeed", str(file)))
     assert problems == [
         f"{file}: 'train_batch_size' is 7, but 1 ranks x 8 per device x 1 accumulation = 8: they contradict each other. "
         'Write "train_batch_size": "auto" and the flag decides'
     ]
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0].startswith(
-        f"warning: {file}: the scheduler block (WarmupLR) overrides --lr_scheduler_type linear"
-    )
+    assert printed[0].startswith(f"warning: {file}: the optimizer block (AdamW) overrides --optim adamw_torch")
     assert printed[1].startswith("note: ")
+
+
+@pytest.mark.parametrize(
+    "block", [{"type": "WarmupLR", "params": {"warmup_max_lr": "auto"}}, {"type": "WarmupDecayLR"}, {}]
+)
+def test_the_flags_alone_decide_the_schedule(block):
+    """DeepSpeed's WarmupLR runs one step ahead of the printed rate, and other numbers than the flags' were a traceback."""
+    (problem,) = said({**OURS, "scheduler": block}, "error")
+    assert problem == (
+        f"the DeepSpeed configuration: a scheduler block ({block.get('type', 'no type')}): the learning rate that is used "
+        'would not be the one that is printed. Remove the block "scheduler": --lr_scheduler_type decides'
+    )
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        (config(cpu_offload=True), "'zero_optimization.cpu_offload': .* Write \"offload_optimizer\": {\"device\": \"cpu\"}$"),
+        (config(cpu_offload_param=True), ".*Write \"offload_param\": {\"device\": \"cpu\"}$"),
+        (config(cpu_offload_params=True), ".*Write \"offload_param\": {\"device\": \"cpu\"}$"),
+        (config(cpu_offload_use_pin_memory=True), ".*Write \"pin_memory\": true in \"offload_optimizer\"$"),
+        (config(stage3_gather_fp16_weights_on_model_save=True), ".*Write \"stage3_gather_16bit_weights_on_model_save\": true$"),
+        ({**OURS, "bfloat16": {"enabled": True}}, "'bfloat16': .*Write \"bf16\": {\"enabled\": \"auto\"}$"),
+        ({**OURS, "amp": {"enabled": True}}, "'amp': .*Write \"bf16\""),
+        ({**OURS, "fp32_allreduce": True}, ".*Write \"communication_data_type\": \"fp32\"$"),
+        ({**OURS, "elasticity": {}}, "'elasticity': .*Remove it.$"),
+    ],
+)  # fmt: skip
+def test_keys_of_older_files_are_refused_with_the_line_to_write(file, message):
+    (problem,) = said(file, "error")
+    assert re.match(f"the DeepSpeed configuration: old key {message}", problem), problem
+
+
+def test_older_keys_that_still_mean_the_same_pass():
+    file = {**config(cpu_offload=None, allgather_bucket_size=5e8), "zero_allow_untested_optimizer": True}
+    file["fp16"] = {"enabled": "auto", "auto_cast": False, "initial_scale_power": 16, "hysteresis": 2}
+    assert said(file, "error") == said(file, "warning") == []
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        (config(reduce_bucket_size="big"), 'zero_optimization.reduce_bucket_size is "big": .*"auto"$'),
+        (config(reduce_bucket_size=-5), "zero_optimization.reduce_bucket_size is -5: Input should be greater than 0"),
+        (config(overlap_comm="later"), 'zero_optimization.overlap_comm is "later": .*valid boolean.* Correct it or remove it'),
+        (config(offload_param={"device": "gpu"}), 'zero_optimization.offload_param.device is "gpu": .*\'cpu\' or \'nvme\''),
+        ({**OURS, "fp16": {"loss_scale": "dynamic"}}, 'fp16.loss_scale is "dynamic": fp16.loss_scale must be a number'),
+    ],
+)  # fmt: skip
+def test_a_value_of_another_type_is_refused(file, message):
+    (problem,) = said(file, "error")
+    assert re.match(f"the DeepSpeed configuration: {message}", problem), problem
 
 
 @pytest.mark.parametrize(
@@ -74,17 +124,13 @@ def test_errors_are_returned_and_the_rest_is_printed(tmp_path, capsys, monkeypat
     [
         (
             '{\n  "zero_optimization": {"stage": 2,}\n}',
-            r", line 2, column \d+: this is not JSON \(.*\)\. Mend that line",
+            r", line 2, column \d+: this is not JSON \(.*\)\. Correct that line",
         ),
         ("[1]", r": it holds a list, not an object\."),
         ('{"bf16": {}, "bf16": {}}', r": 'bf16' stands twice in one object: only the last one would count\."),
         ('{"zero_optimization": {"stage": "3"}}', r': zero_optimization.stage is "3": .* Write "stage": 3$'),
         ('{"zero_optimization": {"stage": true}}', r": zero_optimization.stage is true: .*"),
         ('{"zero_optimization": {"stage": 4}}', r": zero_optimization.stage is 4: .* Write \"stage\": 2$"),
-        (
-            '{"zero_optimization": {"reduce_bucket_size": "big"}}',
-            r': zero_optimization.reduce_bucket_size is "big": .*"auto"$',
-        ),
         ('{"data_types": "fp32"}', r': data_types is "fp32": DeepSpeed expects an object there\.'),
         ('{"zero_optimization": 2}', r": zero_optimization is 2: DeepSpeed expects an object there\."),
         ('{"zero_optimization": {"offload_param": "cpu"}}', r': zero_optimization.offload_param is "cpu": .*'),
@@ -113,9 +159,9 @@ def test_a_missing_file_is_one_error():
         (config(offload_param={"devise": "cpu"}), "error", "unknown key 'zero_optimization.offload_param.devise': DeepSpeed refuses it. Did you mean \"device\"?"),
         ({**OURS, "bf16": {"enabled": True}, "fp16": {"enabled": True}}, "error", "bf16 and fp16 are both enabled"),
         ({**OURS, "data_types": {}}, "warning", "the gradients of a step's micro-batches are summed in 16 bits"),
-        ({**OURS, "bf16": {"enabled": False}}, "error", "'enabled' is false, but --bf16 true: they contradict each other"),
+        ({**OURS, "bf16": {"enabled": False}}, "error", "'bf16.enabled' is false, but --bf16 true: they contradict each other"),
         ({**OURS, "gradient_accumulation_steps": 4}, "error", "'gradient_accumulation_steps' is 4, but --gradient_accumulation_steps 1"),
-        ({**OURS, "optimizer": {"type": "AdamW", "params": {"lr": 3e-5}}}, "error", "'lr' is 3e-05, but --learning_rate 5e-05"),
+        ({**OURS, "optimizer": {"type": "AdamW", "params": {"lr": 3e-5}}}, "error", "'optimizer.params.lr' is 3e-05, but --learning_rate 5e-05"),
         ({**OURS, "optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}, "warning", "the optimizer block (AdamW) overrides --optim adamw_torch"),
         ({key: value for key, value in OURS.items() if key != "gradient_clipping"}, "warning", "--max_grad_norm 1.0 has no effect"),
         ({key: value for key, value in OURS.items() if key != "gradient_accumulation_steps"}, "error", "'gradient_accumulation_steps' is missing"),
@@ -157,3 +203,7 @@ def test_the_list_of_keys_is_deepspeeds():
     }
     assert [key for key in deepspeed_file.TOP_LEVEL_KEYS if key not in written] == []
     assert not re.search(r"""["']gradient_cliping["']""", text)
+    removed = re.findall(r"""^    "(\w+)":$""", (package / "runtime" / "config.py").read_text(), re.M)
+    assert "nebula" in removed and {key for key in removed if "mics" not in key and "zeropp" not in key} <= set(
+        deepspeed_file.OLD_KEYS
+    )

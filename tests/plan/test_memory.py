@@ -10,7 +10,15 @@ import jobs
 import pytest
 import torch
 from scripts import ROOT, run_script
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    FalconConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+)
 
 import utils
 from sft.data.llama_tokenizer import load_llama_tokenizer
@@ -78,7 +86,7 @@ def test_a_shape_is_the_models():
     assert (
         shape.parameters == 6_738_415_616 == 32 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096) + 2 * 32000 * 4096 + 4096
     )
-    assert (shape.embedding, shape.head, shape.head_dim) == (32000 * 4096, 32000 * 4096, 128)
+    assert (shape.embedding, shape.head, shape.hidden) == (32000 * 4096, 32000 * 4096, 4096)
     assert shape.adapters == 32 * (4 * (4096 + 4096) + 3 * (4096 + 11008))
     assert memory.Shape.of(OPEN_LLAMA_7B, ["q_proj", "v_proj"]).adapters == 32 * 2 * (4096 + 4096)
 
@@ -142,53 +150,67 @@ def kept_bytes(
     return sum(kept.values())
 
 
-def setting(**changes) -> memory.Setting:
-    usual = {
-        "ranks": 1,
-        "ranks_per_machine": 1,
-        "floor_tokens": 2048,
-        "longest": 1024,
-        "step_tokens": 2048,
-        "tokens_asked": None,
-    }
-    usual |= {"packing": True, "compute": torch.bfloat16, "optimizer": "adamw_torch_fused"}
-    return memory.Setting(**(usual | changes))
+SHAPE = memory.Shape.of(LlamaConfig(num_hidden_layers=2, **TINY))
+H, INNER, Q, K = 256, 688, 256, 64
 
 
 @pytest.mark.parametrize(
-    ("how", "said"),
+    ("half", "autocast", "padded", "by_hand"),
     [
-        ({"dtype": torch.float32, "autocast": True}, {}),
-        ({"dtype": torch.bfloat16, "autocast": False}, {"engine": "fsdp"}),
-        ({"dtype": torch.float32, "autocast": False}, {"compute": torch.float32}),
-        ({"dtype": torch.bfloat16, "autocast": True, "lora": True}, {"lora_rank": 1}),
-        ({"dtype": torch.float32, "autocast": True, "padded": True}, {"packing": False}),
-        ({"dtype": torch.bfloat16, "autocast": False, "padded": True}, {"packing": False, "engine": "fsdp"}),
-        ({"dtype": torch.float32, "autocast": False, "padded": True}, {"packing": False, "compute": torch.float32}),
-        ({"dtype": torch.bfloat16, "autocast": True, "lora": True, "padded": True}, {"packing": False, "lora_rank": 1}),
-        pytest.param(
-            {"dtype": torch.float32, "autocast": True, "compiled": True}, {"compiled": True}, marks=pytest.mark.slow
-        ),
+        (True, True, False, 22 * H + 8 * INNER + 4 * Q + 4 * K),  # every cast of a norm's output is a copy of its own
+        (True, False, False, 16 * H + 8 * INNER + 4 * Q + 4 * K),
+        (False, False, False, 24 * H + 16 * INNER + 8 * Q + 8 * K),
+        (True, True, True, 26 * H + 8 * INNER + 8 * Q),  # the residual stream in float32, keys and values for each head
+        (True, False, True, 16 * H + 8 * INNER + 8 * Q),
+        (False, False, True, 24 * H + 16 * INNER + 16 * Q),
     ],
 )
-def test_a_layer_keeps_the_bytes_that_the_plan_counts(how, said):
-    per_token = (kept_bytes(3, **how) - kept_bytes(2, **how)) / TOKENS
-    planned, _ = memory.activation_bytes(memory.Shape.of(LlamaConfig(num_hidden_layers=2, **TINY)), setting(**said))
-    # beside them: two root mean squares of 4 bytes, a log-sum of 4 for each of 8 heads, LoRA's narrow products, a mask of 64 keys
-    assert 0 <= per_token - planned <= 8 + 32 + 14 * 2 + 4 * 64 * how.get("padded", False)
-    assert planned > 7_000
+def test_a_layer_keeps_the_bytes_that_are_counted_without_memory(half, autocast, padded, by_hand):
+    planned = memory.kept_by_a_layer(SHAPE, half, autocast, padded)
+    # besides: two root mean squares of 4 bytes, a log-sum of 4 for each of 8 heads, the mask's row of 251 keys
+    assert planned == pytest.approx(by_hand + 8 + 32 + padded * (2 if half else 4) * 251, abs=8)
+    dtype = torch.bfloat16 if half and not autocast else torch.float32
+    real = (kept_bytes(3, dtype, autocast, padded=padded) - kept_bytes(2, dtype, autocast, padded=padded)) / TOKENS
+    assert 0 <= real - by_hand <= 8 + 32 + 14 * 2 + 4 * 64 * padded  # a mask of 64 keys
 
 
-def test_lora_dropout_keeps_a_mask(monkeypatch):
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ({"dtype": torch.bfloat16, "autocast": True, "lora": True}, ["--use_lora", "True", "--lora_r", "1", "--lora_dropout", "0"]),
+        pytest.param({"dtype": torch.float32, "autocast": True, "compiled": True}, ["--compile_layers", "True"], marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
+def test_coefficients_of_compiled_layers_and_of_lora(how, words):
+    real = (kept_bytes(3, **how) - kept_bytes(2, **how)) / TOKENS
+    planned, _ = memory.activation_bytes(SHAPE, memory.Setting(vars(flags(*words))))
+    assert planned == pytest.approx(real, rel=0.04)
+
+
+@pytest.mark.parametrize("kind", [Qwen3Config, GPTNeoXConfig, GPT2Config])
+def test_any_architecture_is_measured(kind):
+    shape = memory.Shape.of(kind(num_hidden_layers=3, vocab_size=1000))
+    one, two = (memory.kept_by_a_layer(shape, half, False, False) for half in (True, False))
+    assert 20 * shape.hidden < one < two
+
+
+def test_an_architecture_whose_layer_needs_numbers_has_no_plan(capsys):
+    parsed = flags("--plan_gpu_gib", "80")
+    config = FalconConfig(num_hidden_layers=2, vocab_size=1000)
+    assert memory_ladder.plan(parsed, parsed, memory.Shape.of(config)) is None
+    assert capsys.readouterr().out == "memory plan: none, a layer of FalconConfig cannot be measured without memory\n"
+
+
+def test_lora_dropout_keeps_a_mask():
     # a GPU keeps one byte for each element (native_dropout), the CPU a float
     how = {"dtype": torch.bfloat16, "autocast": True, "lora": True}
     dropped = {**how, "lora_dropout": 0.1}
     masks = kept_bytes(3, **dropped) - kept_bytes(2, **dropped) - (kept_bytes(3, **how) - kept_bytes(2, **how))
-    shape = memory.Shape.of(LlamaConfig(num_hidden_layers=2, **TINY))
     with_mask, without = (
-        memory.activation_bytes(shape, setting(lora_rank=1, lora_dropout=on))[0] for on in (True, False)
+        memory.activation_bytes(SHAPE, memory.Setting(vars(flags("--use_lora", "True", "--lora_dropout", rate))))[0]
+        for rate in ("0.1", "0")
     )
-    assert masks / TOKENS / 4 == with_mask - without == 5 * 256 + 688 + 256
+    assert masks / TOKENS / 4 == with_mask - without == 5 * H + INNER + Q
 
 
 # ----------------------------------------------------------------------------------------------------------- sums
@@ -199,13 +221,8 @@ def test_float32_training_takes_sixteen_bytes_for_each_parameter():
     size = plan.shape.parameters
     assert [plan.gpu[part] / size for part in ("weights", "gradients", "optimizer")] == [4, 4, 8]
     assert plan.gpu["copies and gathers"] == 2 * 26 * (4 * 3200**2 + 3 * 3200 * 8640)  # autocast's bfloat16 layers
-    layer = 22 * 3200 + 8 * 8640 + 8 * 3200  # 22 H + 8 I + 4 Q + 4 K
-    assert plan.gpu["activations"] == pytest.approx(2048 * (26 * layer + 16 * 3200))
-    # FlashAttention pads heads of 100 to 104, and copies their output back
-    flags = ("--tokens_per_micro_batch", "2048", "--attn_implementation", "varlen")
-    padded = plan_of(OPEN_LLAMA_3B, *flags, step_tokens=4096)
-    layer += 8 * 3200 * 4 / 100 + 2 * 3200
-    assert padded.gpu["activations"] == pytest.approx(2048 * (26 * layer + 16 * 3200))
+    layer = 22 * 3200 + 8 * 8640 + 8 * 3200 + 8 + 4 * 32  # 22 H + 8 I + 4 Q + 4 K, root mean squares and log-sums
+    assert plan.gpu["activations"] == pytest.approx(2048 * (26 * layer + 16 * 3200), rel=1e-3)
     assert plan.host["loading or saving"] == 4 * size
     assert plan.fits and memory_ladder.describe(plan).count("\n") == 4
 
@@ -268,7 +285,8 @@ def test_ligers_chunks_are_smaller_and_compiled_layers_do_not_use_them(installed
     head = 32_000 * 3_200
     assert eager.gpu["head and loss"] == (4 + 2) * head + 19 * 2**27, "gradient, cast, a chunk's logits"
     # now the most is when backward begins: the head's gradient, scaled, its cast, and what the last layer works with
-    assert liger.gpu["head and loss"] == (2 * 4 + 2) * head + (6 * 8_640 + 12 * 3_200) * 16_384
+    work = (liger.gpu["head and loss"] - (2 * 4 + 2) * head) / 16_384
+    assert work == pytest.approx(memory.WORK * (22 * 3200 + 8 * 8640 + 8 * 3200), rel=0.01)
     assert compiled.gpu == same.gpu
 
 
@@ -280,17 +298,26 @@ def test_zero_2_with_offload_keeps_a_float32_sum_of_the_gradients_on_the_gpu(tmp
     size, embedding, bucket = plan.shape.parameters, 32000 * 3200, 3200**2
     larger = 26 * 3 * 3200 * 8640 + 2 * embedding  # than the bucket: the feed-forward layers, the embedding, the head
     assert plan.gpu["weights"] == 2 * size and plan.gpu["optimizer"] == 0
-    # sums, gradients that stay until the end, three buckets, the embedding's gradient as float32, a buffer of its size
-    assert plan.gpu["gradients"] == 4 * size + 2 * larger + 2 * 3 * bucket + 4 * embedding + 2 * embedding
+    # sums, gradients that stay until the end, three buckets
+    assert plan.gpu["gradients"] == 4 * size + 2 * larger + 2 * 3 * bucket
     assert plan.host["gradients"] == 2**34, "float32, page-locked: 12.8 GiB in a block of 16"
     stage3 = plan_of(OPEN_LLAMA_3B, *words, deepspeed_file(tmp_path, stage=3), *asked, **step)
     assert stage3.host["gradients"] == 2 * 2**34 and stage3.gpu_peak < plan.gpu_peak, "its sums lie in the host too"
     roomy = plan_of(OPEN_LLAMA_3B, *words, deepspeed_file(tmp_path, reduce_bucket_size=2e8), *asked, **step)
-    assert roomy.gpu["gradients"] == 4 * size + 2 * embedding, "none is larger: the forward pass takes the most"
+    assert roomy.gpu["gradients"] in (4 * size, 4 * size + 2 * 3 * 2e8), "none is larger"
     assert roomy.gpu_peak < plan.gpu_peak
     alone = plan_of(OPEN_LLAMA_3B, *words, str(ROOT / "ds_config.json"), "--tokens_per_micro_batch", "13669", **step)
     assert alone.gpu["gradients"] == plan.gpu["gradients"] - 2 * larger, "the last micro-batch drops them one by one"
-    halves = plan_of(OPEN_LLAMA_3B, *words, str(ROOT / "ds_config.json"), *asked, "--plan_world_size", "2", **step)
+    halves = plan_of(
+        OPEN_LLAMA_3B,
+        *words,
+        str(ROOT / "ds_config.json"),
+        "--tokens_per_micro_batch",
+        "1024",
+        "--plan_world_size",
+        "2",
+        **step,
+    )
     split = plan.gpu["gradients"] - halves.gpu["gradients"]
     assert split == (4 * size + 2 * larger) / 2
 
@@ -318,7 +345,6 @@ def note_gradients() -> None:
         line = {
             "held": sum({storage.data_ptr(): storage.nbytes() for storage in held}.values()),
             "sums": sum(group.flat_partition.nbytes for group in self.averaged_gradients.values()),
-            "buffer": self.temp_grad_buffer_for_gpu_offload.nbytes,
         }
         with open(os.environ["NOTES"], "a") as file:
             print(json.dumps(line), file=file)
@@ -341,13 +367,11 @@ def test_deepspeed_holds_the_gradients_that_the_plan_counts(tiny_llama, question
     shape = memory.Shape.of(config)
     larger = 2 * 3 * 32 * 64 + 2 * 320 * 32  # than 32 x 32
     buckets = 2 * 2 * 32**2
-    assert others and all(
-        note == {"held": 2 * larger + buckets, "sums": 4 * shape.parameters, "buffer": 2 * 320 * 32} for note in others
-    )
+    assert others and all(note == {"held": 2 * larger + buckets, "sums": 4 * shape.parameters} for note in others)
     assert last == others[0] | {"held": 0}
-    said = {"engine": "zero", "stage": 2, "offload_optimizer": True, "float32_sums": True, "overlap": True}
-    counted = [memory._reduction(shape, setting(**said), many) for many in (True, False)]
-    assert counted[0][0] - counted[1][0] == 2 * larger and counted[0][1] == others[0]["buffer"]
+    words = ["--deepspeed", deepspeed_file(tmp_path)]
+    several, one = (plan_of(config, *words, "--model_max_length", "64").at(1, count) for count in (2, 1))
+    assert several.gpu["gradients"] - one.gpu["gradients"] == 2 * larger
 
 
 @pytest.mark.parametrize(("stored", "words", "copied"), [
@@ -401,13 +425,13 @@ def test_the_verdict_names_the_cheapest_change_that_fits(argv, verdict):
     plan = plan_of(OPEN_LLAMA_3B, *argv, step_tokens=60_000)
     assert verdict in memory_ladder.verdict(plan)
     if not plan.fits:
-        assert any(changed.fits for _, changed in memory_ladder.next_rungs(plan))
+        assert any(changed.fits for _, changed in memory_ladder.cheaper_runs(plan))
 
 
 def test_a_7b_model_fits_one_card_with_recomputation_and_an_8_bit_optimizer():
     plan = plan_of(OPEN_LLAMA_7B, step_tokens=13_000)
     assert plan.tokens == 1858 and not plan.fits, "seven micro-batches"
-    rungs = dict(memory_ladder.next_rungs(plan))
+    rungs = dict(memory_ladder.cheaper_runs(plan))
     assert not rungs["--gradient_checkpointing True"].fits
     carried = rungs["--gradient_checkpointing True --optim adamw_bnb_8bit"]
     assert carried.fits and carried.tokens == 13_000, "a whole step in one micro-batch: no gradients beside activations"
@@ -503,22 +527,38 @@ def test_a_full_gpu_ends_in_a_sentence_and_exit_code_3(tiny_llama, questions_csv
     assert ended.value.code == 3
     said = capsys.readouterr()
     lines = said.err[said.err.index("error:") :].splitlines()
-    assert lines[0].startswith("error: GPU memory is full (rank 0), in a micro-batch of ")
-    assert lines[0].endswith(" tokens. Tried to allocate 2.50 GiB.")
+    assert lines[0].startswith("error: GPU memory is full (rank 0), ")
+    assert lines[0].endswith(" Tried to allocate 2.50 GiB.")
     assert re.match(r"memory plan: 0\.0\d{3} B parameters, 1 process on the CPU, which holds the whole model", lines[1])
     assert "Traceback" not in said.err
     assert "memory plan:" in said.out, "the plan is said at the start too"
 
 
-def test_the_sentence_names_the_next_rung():
+def test_the_sentence_says_where_the_run_was(capsys):
+    phases = ["while the model was loaded"]
+    with pytest.raises(SystemExit) as ended, memory_ladder.explain_out_of_memory(None, lambda: phases[-1]):
+        phases.append("in a micro-batch of 2,048 tokens")
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has …")
+    assert ended.value.code == 3
+    sentence = "error: GPU memory is full (rank 0), in a micro-batch of 2,048 tokens. Tried to allocate 2.50 GiB.\n"
+    assert capsys.readouterr().err == sentence
+
+
+def test_a_plan_is_printed_for_the_micro_batches_that_run():
+    plan = plan_of(OPEN_LLAMA_3B, "--tokens_per_micro_batch", "2048", step_tokens=16_384)
+    other = plan.at(4000, micro_batches=1)
+    assert "micro-batches of up to 4,000 tokens (a whole step in one)" in "\n".join(other.table())
+    assert other.record()["tokens_per_micro_batch"] == 4000 and other.gpu["weights"] == plan.gpu["weights"]
+
+
+def test_the_sentence_names_what_to_try_next():
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has …")
-    said = memory_ladder.describe_full(
-        error, plan_of(OPEN_LLAMA_3B, "--tokens_per_micro_batch", "4096", step_tokens=16_384)
-    )
+    plan = plan_of(OPEN_LLAMA_3B, "--tokens_per_micro_batch", "4096", step_tokens=16_384)
+    said = memory_ladder.describe_full(error, plan, "while the run was prepared")
     assert said.startswith(
         "error: GPU memory is full (rank 0), while the run was prepared. Tried to allocate 20.00 MiB.\nmemory plan:"
     )
-    assert said.splitlines()[-1].startswith("  Next rung: --tokens_per_micro_batch 2048 (planned: ")
+    assert said.splitlines()[-1].startswith("  Try next: --tokens_per_micro_batch 2048 (planned: ")
 
 
 @pytest.mark.parametrize(
