@@ -61,9 +61,10 @@ def measure(variant: str, scenario_name: str, lengths: np.ndarray, profile: str 
     rows = RandomRows(lengths, scenario.max_length, SHAPES[scenario.shape].get("vocab_size", 32000))
     if variant in OURS:
         extra = OURS[variant]
-        trainer: transformers.Trainer = our_trainer(scenario, rows, device, extra)
+        trainer: transformers.Trainer
+        trainer, settled = our_trainer(scenario, rows, device, extra)
     else:
-        trainer = trl_trainer(variant, scenario, rows, device)
+        trainer, settled = trl_trainer(variant, scenario, rows, device), None
     clock = Clock(*(scenario.slow_steps if variant in SLOW else scenario.steps), device).watch(trainer)
     flops = ModelFlops.of(trainer.model)  # type: ignore[arg-type]
     began = clock.now()
@@ -73,7 +74,7 @@ def measure(variant: str, scenario_name: str, lengths: np.ndarray, profile: str 
     if not all(np.isfinite(losses)):
         raise ArithmeticError(f"a loss is not a number: {losses}")
     counts = clock.counts()
-    plan = getattr(trainer, "memory_plan", None)  # TRL's trainers have none
+    plan = settled and settled.memory_plan
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     peak = peak_tflops(name, torch.bfloat16) if device.type == "cuda" else None
     tflops, tflops_6n = (count(counts) / clock.seconds / 1e12 for count in (flops.step, flops.step_6n))

@@ -16,8 +16,8 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import utils
 from sft.job import say
+from sft.run.prepare import Run
 
 FIRST, STEPS = 4, 2
 COLLECTIVE = ("nccl", "gloo:")
@@ -85,13 +85,14 @@ def _leaf(name: str) -> bool:
 
 def main() -> None:
     script, sys.argv = sys.argv[1], sys.argv[1:]
-    watch = utils.watch
+    build = Run.build_trainer
 
-    def watched(trainer, *arguments):
-        watch(trainer, *arguments)
+    def build_and_profile(*arguments):
+        trainer = build(*arguments)
         trainer.add_callback(Profile())
+        return trainer
 
-    utils.watch = watched
+    Run.build_trainer = build_and_profile  # type: ignore[method-assign]
     runpy.run_path(script, run_name="__main__")
 
 

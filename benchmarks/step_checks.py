@@ -66,14 +66,14 @@ def check_budget(lengths: np.ndarray, free_gib: float) -> list[str]:
         if holder.stdout.readline() != "held\n":
             raise RuntimeError(f"no process could take the card's memory but {free_gib} GiB")
         for way, flags in {"padded": ["--packing", "False"], "packed": ["--compile_layers", "False"]}.items():
-            trainer = our_trainer(scenario, rows, device, flags)
+            trainer, settled = our_trainer(scenario, rows, device, flags)
             Clock(0, 2, device).watch(trainer)
             torch.cuda.reset_peak_memory_stats()
             trainer.train()
             peak = torch.cuda.max_memory_allocated() / 2**30
             said.append(f"{free_gib:.0f} GiB free, {way}: peak {peak:.1f} GiB")
-            if trainer.packing_plan:
-                said[-1] += f"; {trainer.packing_plan}"
+            if settled.packing:
+                said[-1] += f"; {settled.packing}"
             del trainer
             gc.collect()
             torch.cuda.empty_cache()
@@ -89,25 +89,22 @@ def gradients_of(scenario, rows, device, flags: list[str], leak: bool = False) -
             found.update({name: weight.grad.float().clone() for name, weight in model.named_parameters()})
             control.should_training_stop = True
 
-    trainer = our_trainer(scenario, rows, device, ["--max_grad_norm", "0", *flags])
+    trainer, _ = our_trainer(scenario, rows, device, ["--max_grad_norm", "0", *flags])
     trainer.add_callback(Catch())
     if leak:
-        collate = trainer.data_collator
-
-        def leaking(examples: list[dict]) -> dict:
-            batch = collate(examples)
-            whole = torch.tensor([0, batch["input_ids"].numel()], dtype=torch.int32)
-            return (
-                batch
-                | {"cu_seq_lens_q": whole, "cu_seq_lens_k": whole}
-                | dict.fromkeys(("max_length_q", "max_length_k"), int(whole[1]))
-            )
-
-        trainer.data_collator = leaking
+        trainer.model.register_forward_pre_hook(leaking, with_kwargs=True)
     trainer.train()
     del trainer
     gc.collect()
     return found
+
+
+def leaking(module: torch.nn.Module, args: tuple, inputs: dict) -> tuple[tuple, dict]:
+    """Let the examples of a packed row see each other."""
+    tokens = inputs["input_ids"].numel()
+    whole = torch.tensor([0, tokens], dtype=torch.int32, device=inputs["input_ids"].device)
+    edges = {"cu_seq_lens_q": whole, "cu_seq_lens_k": whole, "max_length_q": tokens, "max_length_k": tokens}
+    return args, inputs | edges
 
 
 def relative_error(found: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> float:

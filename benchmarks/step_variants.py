@@ -17,8 +17,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import utils
 from sft.data.llama_tokenizer import load_llama_tokenizer
 from sft.flags import parse
-from sft.report.record import Report
-from sft.run.stop_requests import Stops
+from sft.plan.settle import Settled, prepare_step, settle
+from sft.run.prepare import Run
+from sft.run.trainer import SupervisedTrainer
 from sft.step import attention
 from sft.step.counts import TokenCounts
 from sft.step.packed_rows import in_common
@@ -160,8 +161,8 @@ def make_model(shape: str, device: torch.device, kernel: str | None) -> LlamaFor
 
 def our_trainer(
     scenario: Scenario, rows: RandomRows, device: torch.device, extra: list[str]
-) -> utils.SupervisedTrainer:
-    """The Trainer of a run with the original command's flags, as `utils.train` sets it up."""
+) -> tuple[SupervisedTrainer, Settled]:
+    """The Trainer of a run with the original command's flags, by the calls of `utils.train`, and what was settled for it."""
     folder = tempfile.mkdtemp()
     shape = make_model(scenario.shape, torch.device("meta"), None).config
     shape.save_pretrained(folder)
@@ -172,24 +173,14 @@ def our_trainer(
     flags += f"--model_max_length {scenario.max_length} --per_device_train_batch_size {scenario.per_device} "
     flags += f"--gradient_accumulation_steps {scenario.accumulation} --output_dir {tempfile.mkdtemp()}"
     bf16 = ["--bf16", str(device.type == "cuda")]
-    model_args, data_args, training_args = parse([*flags.split(), *bf16, *extra])
-    kernel = None
-    if training_args.packing:
-        model_args.model_name_or_path = folder
-        utils.choose_attention(model_args, training_args)
-        kernel = model_args.attn_implementation
-    memory_plan = utils.plan_memory(model_args, training_args, rows.lengths)
-    trainer = utils.SupervisedTrainer(
-        model=make_model(scenario.shape, device, kernel),
-        args=training_args,
-        train_dataset=rows,
-        data_collator=utils.DataCollatorForSupervisedDataset(any_tokenizer()),
-    )
-    trainer.memory_plan = memory_plan
-    trainer.stops = Stops()
-    trainer.add_callback(trainer.stops)
-    utils.watch(trainer, Report(model_args, data_args, training_args, lambda *_: None))
-    return trainer
+    model_args, data_args, args = parse([*flags.split(), "--save_rehearsal", "False", *bf16, *extra])
+    run = Run(model_args, data_args, args)
+    settled = settle(model_args, args, rows)
+    model = make_model(scenario.shape, device, settled.attention.value)
+    tokenizer = any_tokenizer()
+    collator = utils.DataCollatorForSupervisedDataset(tokenizer)
+    data_module = {"train_dataset": rows, "eval_dataset": None, "data_collator": collator}
+    return run.build_trainer(model, prepare_step(model, settled), settled, tokenizer, data_module), settled
 
 
 def any_tokenizer() -> transformers.PreTrainedTokenizerFast:
@@ -257,21 +248,21 @@ class Clock(transformers.TrainerCallback):
     def __init__(self, warm_up: int, steps: int, device: torch.device):
         self.warm_up, self.steps, self.device = warm_up, steps, device
         self.seconds = self.began = self.first = 0.0
+        self.measuring = False
         self.batches: list[dict] = []  # of the measured steps; counted afterwards, when it costs no time
 
     def watch(self, trainer: transformers.Trainer) -> "Clock":
-        stock = trainer.get_batch_samples
-
-        def get_batch_samples(*args: Any) -> Any:
-            found = stock(*args)
-            if self.warm_up <= trainer.state.global_step < self.warm_up + self.steps:
-                names = ("labels", "attention_mask", "cu_seq_lens_q", "prefix_lengths")
-                self.batches += [{name: batch[name] for name in names if name in batch} for batch in found[0]]
-            return found
-
-        trainer.get_batch_samples = get_batch_samples  # type: ignore[method-assign, assignment]
+        trainer.model.register_forward_pre_hook(self._look, with_kwargs=True)
         trainer.add_callback(self)
         return self
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.measuring = self.warm_up <= state.global_step < self.warm_up + self.steps
+
+    def _look(self, module: torch.nn.Module, args: tuple, inputs: dict) -> None:
+        if self.measuring:
+            names = ("input_ids", "labels", "attention_mask", "cu_seq_lens_q", "prefix_lengths", "label_positions")
+            self.batches.append({name: inputs[name] for name in names if name in inputs})
 
     def now(self) -> float:
         if self.device.type == "cuda":
@@ -291,16 +282,18 @@ class Clock(transformers.TrainerCallback):
         """What the measured steps held."""
         total = TokenCounts()
         for batch in self.batches:
-            labels = batch["labels"]
-            shared = batch.get("prefix_lengths", labels.new_zeros(2)).long()[:-1]
+            ids = batch["input_ids"]
+            shared = batch.get("prefix_lengths", ids.new_zeros(2)).long()[:-1]
             if "attention_mask" in batch:
                 lengths = batch["attention_mask"].sum(dim=1).long()
             else:
                 lengths = batch["cu_seq_lens_q"].diff().long() + shared
+            packed = "label_positions" in batch
+            trained = len(batch["label_positions"]) if packed else int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
             total += TokenCounts(
                 real=int(lengths.sum()),
-                trained=int((labels[:, 1:] != IGNORE_INDEX).sum()),
-                computed=labels.numel(),
+                trained=trained,
+                computed=ids.numel(),
                 squared=int((lengths**2).sum() - (shared**2).sum()),
                 shared=int(shared.sum()),
             )

@@ -2,7 +2,8 @@
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 
 from sft.flags import ModelArguments, TrainingArguments
 from sft.job import all_ranks_or_none, rank, say, world_size
+from sft.model.safe_loads import safe_loads
 
 
 def model_problems(flags) -> tuple[list[str], PreTrainedConfig | None]:
@@ -59,6 +61,13 @@ def hold_deepspeed(training_args: TrainingArguments) -> None:
         unset_hf_deepspeed_config()
 
 
+@contextmanager
+def whole_models(args: TrainingArguments) -> Iterator[None]:
+    """Inside, models that are made are whole: ZeRO-3 would split these too."""
+    hold_deepspeed(args)
+    yield
+
+
 def start_deepspeed(training_args: TrainingArguments) -> None:
     """Tell DeepSpeed about the ranks before the model loads: ZeRO-3 splits the weights while they are read.
 
@@ -81,6 +90,29 @@ def is_handed_out(model_args: ModelArguments, training_args: TrainingArguments) 
     plugin = training_args.fsdp_plugin_args or {}
     handed_out = plugin.get("fsdp_version") == 2 and plugin["cpu_ram_efficient_loading"]
     return bool(handed_out and world_size() > 1 and not model_args.load_in_4bit)
+
+
+def load_weights(
+    model_args: ModelArguments, args: TrainingArguments, config: PreTrainedConfig, **options: Any
+) -> PreTrainedModel:
+    """Load the weights; with FSDP on rank 0 alone, from where Accelerate gives each rank its shards.
+
+    Args:
+        options: of `from_pretrained`.
+    """
+    start_deepspeed(args)
+
+    def load() -> PreTrainedModel:
+        with safe_loads(model_args.model_name_or_path, deepspeed=False):
+            return AutoModelForCausalLM.from_pretrained(
+                model_args.model_name_or_path,
+                config=config,
+                cache_dir=model_args.cache_dir,
+                trust_remote_code=model_args.trust_remote_code,
+                **options,
+            )
+
+    return load_on_rank_0(load) if is_handed_out(model_args, args) else load()
 
 
 def load_on_rank_0(load: Callable[[], PreTrainedModel]) -> PreTrainedModel:

@@ -26,7 +26,6 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, AutoMo
 
 from sft.job import world_size
 from sft.step.compiled_layers import keep_residual_in_compute_type
-from sft.step.weight_copies import keeps_casts
 
 GIB = 2**30
 
@@ -133,7 +132,6 @@ class Setting:
         self.half = self.compute.itemsize == 2
         self.optimizer = getattr(given.optim, "value", given.optim)
         self.checkpointing = bool(given.gradient_checkpointing or fsdp.get("activation_checkpointing"))
-        self.keeps_casts = keeps_casts(given)  # 16-bit copies of the weights outlive a micro-batch
         # Liger computes the losses where layers are not compiled
         self.liger = self.cuda and importlib.util.find_spec("liger_kernel") is not None and not self.compiled
         self.stage = zero.get("stage", 0)
@@ -356,8 +354,8 @@ def add_up(shape: Shape, s: Setting, tokens: int, several: bool, gpu_there: floa
     weights = (frozen_bytes + 4 * trained) / sharded
     if s.engine == "zero":
         weights = (frozen_bytes + compute * trained) / (s.ranks if s.stage == 3 else 1)
-    # Each linear weight has a copy in the compute type. Some runs keep them (sft/step/weight_copies.py); autocast until
-    # their layer's backward pass, or with recomputation until the forward pass ends.
+    # Autocast keeps a copy of each linear weight in the compute type until its layer's backward pass, or with recomputation until
+    # the forward pass ends.
     copies, cast = (compute * shape.linear, compute * head_weights) if full_copies else (0, 0)
     if s.engine == "fsdp":  # the layer at work and the next one, each with the buffer it arrives in
         gathered += compute * (4 * layer + head_weights)
@@ -400,12 +398,11 @@ def add_up(shape: Shape, s: Setting, tokens: int, several: bool, gpu_there: floa
     per_logit = (compute if s.liger else 6 if s.compiled else 19) if s.packing else 16  # Liger writes over the logits
     logits = tokens * shape.vocabulary
     chunk = per_logit * (min(logits, LOSS_CHUNK) if s.packing else logits)
-    head = max(head_gradient + cast + chunk, 2 * head_gradient + cast * s.keeps_casts + work * tokens)
+    head = max(head_gradient + cast + chunk, 2 * head_gradient + work * tokens)
 
     names = "gradients", "activations", "head and loss", "copies and gathers"
     forward = before + buffers, token_bytes * tokens, head, copies + gathered
-    kept_casts = cast * s.keeps_casts, copies * s.keeps_casts
-    backward = after + buffers, (kept + work) * tokens, head_gradient + kept_casts[0], kept_casts[1] + gathered
+    backward = after + buffers, (kept + work) * tokens, head_gradient, gathered
     peak = forward if s.offload_optimizer and s.engine == "fsdp" else max(forward, backward, key=sum)
     gpu = {
         "weights": 0.0 if s.offload_weights else weights,

@@ -6,15 +6,14 @@ import importlib.util
 import inspect
 import os
 import shutil
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig
 
-from sft.job import UserError
+from sft.job import Choice, UserError, swapped
 
 # The keywords changed between torch 2.10 and 2.13: causal attention was `is_causal=True`, grouped heads needed no word.
 VARLEN_WORDS = frozenset(inspect.signature(varlen_attn).parameters)
@@ -39,16 +38,6 @@ SHARE_PREFIXES = (TRITON, PER_EXAMPLE)
 
 
 TRITON_HEADS = (16, 32, 64, 128)  # other sizes, padded, are slower than in FlashAttention (benchmarks/LOG.md)
-
-
-class Choice(NamedTuple):
-    """A kernel for transformers' `attn_implementation`, and why it was chosen."""
-
-    name: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"attention: {self.name} ({self.reason})"
 
 
 def _one_row(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> list[torch.Tensor]:
@@ -188,7 +177,7 @@ def choose_attention(
                 f"--attn_implementation {requested} cannot be used with packing: {problem} "
                 "Leave the flag out to have a kernel chosen, or train padded with --packing False."
             )
-        return Choice(requested, f"--attn_implementation; keeps examples apart; {where}")
+        return Choice("attention", requested, f"--attn_implementation; keeps examples apart; {where}")
     name, reason = requested, "--attn_implementation; "
     if requested is None:
         name, reason = TRITON if can_varlen else PER_EXAMPLE, ""
@@ -199,7 +188,7 @@ def choose_attention(
             f"the model attends over a sliding window of {window} tokens, which packed rows support with triton and varlen attention "
             f"only (CUDA, bf16 or fp16); here it is {where}. Train padded with --packing False."
         )
-    return Choice(name, reason + where)
+    return Choice("attention", name, reason + where)
 
 
 def triton_problem(head_dim: int) -> str | None:
@@ -265,13 +254,6 @@ def isolation_problem(
     return None if moved < 3e-2 else f"examples joined in a row see each other (logits move by {moved:.0%})."
 
 
-@contextlib.contextmanager
-def stock_attention(model: torch.nn.Module) -> Iterator[None]:
+def stock_attention(model: torch.nn.Module) -> contextlib.AbstractContextManager:
     """Give a model, wrapped or not, stock attention for a while: padded batches and generation have no `cu_seq_lens`."""
-    config: Any = model.config
-    before = config._attn_implementation
-    config._attn_implementation = "sdpa"  # what each layer looks up when it is called
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
+    return swapped(model.config, _attn_implementation="sdpa")  # what each layer looks up when it is called

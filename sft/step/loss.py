@@ -1,15 +1,15 @@
 """The loss at labelled positions only: logits of all tokens x vocabulary never exist."""
 
-import contextlib
 import importlib.util
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 
 from sft import IGNORE_INDEX
+from sft.job import Choice, swapped
 
 CHUNK_BYTES = 2**29  # float32 logits of one chunk at most: large enough for full matrix products, small beside a model
 
@@ -29,24 +29,22 @@ def losses_and_gradient(logits: torch.Tensor, targets: torch.Tensor) -> tuple[to
 class SummedLoss(torch.autograd.Function):
     """Sum of the cross-entropies of `hidden @ weight.T`, one chunk of positions at a time, float32, ().
 
-    Of (positions, hidden), (vocabulary, hidden), its `copy` in the compute type or None, and targets, (positions,).
+    Of (positions, hidden), (vocabulary, hidden), targets, (positions,), and a `loss_kernel`.
     The gradient is taken in forward, while a chunk's logits exist, so nothing is computed twice. No host synchronisation.
     """
-
-    fused = staticmethod(losses_and_gradient)  # see choose_loss
 
     @staticmethod
     def forward(
         ctx: Any,
         hidden: torch.Tensor,
         weight: torch.Tensor,
-        copy: torch.Tensor | None,
         targets: torch.Tensor,
+        kernel: Callable,
         train: bool,
     ) -> torch.Tensor:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        rows, head = hidden.to(dtype), weight.to(dtype) if copy is None or copy.dtype != dtype else copy
+        rows, head = hidden.to(dtype), weight.to(dtype)
         # Equal chunks: a rest of any length would need another of cuBLAS's kernels in most steps, and loading one stops the GPU.
         chunks = max(1, math.ceil(rows.shape[0] * 4 * weight.shape[0] / CHUNK_BYTES))
         chunk = max(1, math.ceil(rows.shape[0] / chunks))
@@ -57,7 +55,7 @@ class SummedLoss(torch.autograd.Function):
             for start in range(0, rows.shape[0], chunk):
                 part = slice(start, start + chunk)
                 # A copy: compiled for a view of all targets, the graph would hold for one number of chunks.
-                losses, gradient = SummedLoss.fused(rows[part] @ head.T, targets[part].clone())
+                losses, gradient = kernel(rows[part] @ head.T, targets[part].clone())
                 total += losses.sum()
                 if hidden_gradient is not None:
                     torch.mm(gradient, head, out=hidden_gradient[part])
@@ -101,33 +99,24 @@ def with_liger(kernel: Any, logits: torch.Tensor, targets: torch.Tensor) -> tupl
     return losses, logits
 
 
-def choose_loss(device: torch.device, compiled: bool) -> str:
-    """Set what computes the losses, and return what it is and why. No choice changes a loss or gradient beyond rounding.
+def loss_kernel(device: torch.device, compiled: bool) -> tuple[Callable, Choice]:
+    """What computes losses and their gradient from a chunk of logits, and why. No choice changes more than rounding.
 
     Args:
         device: of the run.
         compiled: the decoder layers are.
     """
-    SummedLoss.fused = staticmethod(losses_and_gradient)
-    if compiled:
-        SummedLoss.fused = staticmethod(torch.compile(losses_and_gradient, dynamic=True))  # one kernel of many passes
-        return "compiled, as the layers are"
+    if compiled:  # one kernel of many passes
+        return torch.compile(losses_and_gradient, dynamic=True), Choice(
+            "head and loss", "compiled", "as the layers are"
+        )
     if device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
         from liger_kernel.ops.cross_entropy import liger_cross_entropy_kernel
 
-        SummedLoss.fused = staticmethod(partial(with_liger, liger_cross_entropy_kernel))
-        return "Liger's kernel, which is installed (layers are not compiled)"
-    return "PyTorch's operations (layers are not compiled; with liger-kernel installed less memory)"
-
-
-@contextlib.contextmanager
-def loss_at(head: torch.nn.Module, positions: torch.Tensor, targets: torch.Tensor) -> Iterator[None]:
-    """While inside, the model's `logits` are the summed loss at these positions against these targets, (trained tokens,) each."""
-    head.positions, head.targets = positions, targets
-    try:
-        yield
-    finally:
-        head.positions = head.targets = None
+        why = "liger-kernel is installed and layers are not compiled"
+        return partial(with_liger, liger_cross_entropy_kernel), Choice("head and loss", "Liger's kernel", why)
+    why = "layers are not compiled; with liger-kernel installed less memory"
+    return losses_and_gradient, Choice("head and loss", "PyTorch's operations", why)
 
 
 def summed_loss(model: torch.nn.Module, head: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
@@ -135,9 +124,9 @@ def summed_loss(model: torch.nn.Module, head: torch.nn.Module, batch: dict[str, 
 
     Args:
         model: as the Trainer wraps it.
-        head: from `labelled_head`.
+        head: from `modules.exchange`.
         batch: from `PackedCollator`.
     """
     inputs = {key: value for key, value in batch.items() if key not in ("labels", "label_targets")}
-    with loss_at(head, batch["label_positions"], batch["label_targets"]):
+    with swapped(head, positions=batch["label_positions"], targets=batch["label_targets"]):
         return model(**inputs, use_cache=False).logits

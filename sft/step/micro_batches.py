@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from transformers.trainer_pt_utils import BatchRebalanceSampler
+from torch.utils.data import Sampler
 
 from sft.job import UserError
 
@@ -68,14 +68,11 @@ def fits(lengths: np.ndarray, bins: int, max_tokens: int) -> bool:
     return len(doubtful) == 0 or int(balance(doubtful, bins)[1].max()) <= max_tokens
 
 
-class PackedBatchSampler(BatchRebalanceSampler):
+class PackedBatchSampler(Sampler[list[int]]):
     """One rank's micro-batches, as lists of example indices; an empty list where a step has nothing left for this rank.
 
     With `padded` it gives the padded run's own micro-batches, and is used for it too: the stock chain of samplers repeats
     examples to fill an epoch's last step on several ranks, and forgets the epoch when it resumes there (accelerate 1.15).
-
-    It is a `BatchRebalanceSampler` in name alone: that is the class which the Trainer (transformers 5.17 to 5.23) hands to
-    the data loader as a batch sampler that needs no sharding.
 
     Args:
         lengths: tokens of each example.
@@ -102,14 +99,14 @@ class PackedBatchSampler(BatchRebalanceSampler):
         examples_per_step: int,
         world_size: int,
         rank: int,
-        max_tokens: int,
         seed: int,
+        max_tokens: int = 0,
         epochs: int = 1,
         shuffle: bool = True,
         drop_last: bool = False,
         padded: int | None = None,
     ):
-        self.lengths: np.ndarray = np.asarray(lengths, dtype=np.int64)  # type: ignore[assignment]  # a list in the parent
+        self.lengths = np.asarray(lengths, dtype=np.int64)
         self.examples_per_step = examples_per_step
         self.world_size, self.rank = world_size, rank
         self.max_tokens = max_tokens
@@ -130,6 +127,35 @@ class PackedBatchSampler(BatchRebalanceSampler):
                 self.micro_batches = max(self.micro_batches, enough)
                 while not fits(lengths_of, world_size * self.micro_batches, max_tokens):
                     self.micro_batches += 1
+
+    @classmethod
+    def of(
+        cls, args: transformers.TrainingArguments, lengths: np.ndarray, arithmetic: dict[str, int], **size: int
+    ) -> "PackedBatchSampler":
+        """The sampler of a run: what the padded recipe fixes, and `max_tokens` or `padded`.
+
+        Raises:
+            UserError: an example is longer than the budget, or this process sees several GPUs.
+        """
+        if args.n_gpu > 1:
+            raise UserError(
+                f"this process sees {args.n_gpu} GPUs. Start it with torchrun --nproc_per_node={args.n_gpu}."
+            )
+        if "padded" not in size and lengths.max() > size["max_tokens"]:
+            raise UserError(
+                f"--tokens_per_micro_batch {size['max_tokens']}: the longest example has {lengths.max()} tokens and cannot be split. "
+                "Give at least that, auto, or a smaller --model_max_length."
+            )
+        return cls(
+            lengths,
+            examples_per_step=arithmetic["examples_per_step"],
+            world_size=args.world_size,
+            rank=args.process_index,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            epochs=-(-arithmetic["steps"] // arithmetic["steps_per_epoch"]),
+            drop_last=args.dataloader_drop_last,
+            **size,
+        )
 
     def _blocks(self, epoch: int) -> Iterator[np.ndarray]:
         """Example indices, (steps, examples per step): the whole steps of an epoch, then the last partial one."""
@@ -177,7 +203,7 @@ class PackedBatchSampler(BatchRebalanceSampler):
 
 
 @dataclass
-class Plan:
+class Packing:
     """What packing makes of a padded recipe. Padding is counted over the first epoch."""
 
     per_device: int
@@ -192,14 +218,13 @@ class Plan:
 
     def __str__(self) -> str:
         return (
-            f"packing: asked {self.accumulation} micro-batch{'es' * (self.accumulation > 1)} of "
-            f"{self.per_device} x {self.max_length:,} tokens per device and step; "
-            f"runs {self.micro_batches} of at most {self.fullest:,} (budget {self.max_tokens:,}, {self.reason}), "
+            f"packing: {self.micro_batches} micro-batch{'es' * (self.micro_batches > 1)} of up to {self.fullest:,} tokens per step and "
+            f"device (padded: {self.accumulation} of {self.per_device} x {self.max_length:,}; budget {self.max_tokens:,}, {self.reason}), "
             f"{self.fill:.0%} full; padding saved: {self.padding_saved:.0%} of the padded run's tokens"
         )
 
 
-def describe(sampler: PackedBatchSampler, per_device: int, accumulation: int, max_length: int, reason: str) -> Plan:
+def describe(sampler: PackedBatchSampler, per_device: int, accumulation: int, max_length: int, reason: str) -> Packing:
     """Measure a sampler's first epoch against the padded run of the same recipe."""
     bins = sampler.world_size * sampler.micro_batches
     tokens = padded = 0
@@ -214,47 +239,9 @@ def describe(sampler: PackedBatchSampler, per_device: int, accumulation: int, ma
             padded += int(micro_batch.max(axis=1).sum()) * micro_batch.shape[1]
     fill = tokens / (sampler.steps * bins * fullest) if tokens else 0.0
     saved = 1 - tokens / padded if padded else 0.0
-    return Plan(
+    return Packing(
         per_device, accumulation, max_length, sampler.max_tokens, sampler.micro_batches, fullest, fill, saved, reason
     )
-
-
-def recipe(
-    args: transformers.TrainingArguments,
-    lengths: np.ndarray,
-    examples_per_step: int,
-    steps: int,
-    steps_per_epoch: int,
-    **_: int,
-) -> dict[str, Any]:
-    """What the padded run fixes: the arguments of `PackedBatchSampler` without its budget."""
-    if args.n_gpu > 1:
-        raise UserError(f"this process sees {args.n_gpu} GPUs. Start it with torchrun --nproc_per_node={args.n_gpu}.")
-    return {
-        "lengths": lengths,
-        "examples_per_step": examples_per_step,
-        "world_size": args.world_size,
-        "rank": args.process_index,
-        "seed": args.seed if args.data_seed is None else args.data_seed,
-        "epochs": -(-steps // steps_per_epoch),
-        "drop_last": args.dataloader_drop_last,
-    }
-
-
-def largest_step(recipe: dict[str, Any]) -> int:
-    """Tokens of one rank in the fullest step, when a step is one micro-batch."""
-    return PackedBatchSampler(**recipe, max_tokens=int(recipe["lengths"].sum(dtype=np.int64))).fullest()
-
-
-def within(recipe: dict[str, Any], max_tokens: int) -> PackedBatchSampler:
-    """The run's sampler. Raises UserError where an example is longer than the budget."""
-    longest = recipe["lengths"].max()
-    if longest > max_tokens:
-        raise UserError(
-            f"--tokens_per_micro_batch {max_tokens}: the longest example has {longest} tokens and cannot be split. "
-            "Give at least that, auto, or a smaller --model_max_length."
-        )
-    return PackedBatchSampler(**recipe, max_tokens=max_tokens)
 
 
 def set_accumulation(args: transformers.TrainingArguments, sampler: PackedBatchSampler) -> None:

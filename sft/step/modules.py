@@ -1,19 +1,58 @@
-"""The modules that a packed run exchanges for its own: output layer, last decoder layer, linear layers."""
+"""The modules that a packed run exchanges for its own, all in one place: output layer, last decoder layer, norms.
 
+A module keeps its parameters, hooks, ties and names, and gets a class derived from its own. `exchange` is the only function that does so.
+"""
+
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
 from sft import IGNORE_INDEX
-from sft.step.loss import SummedLoss
+from sft.step.loss import SummedLoss, losses_and_gradient
 
 
-class LabelledHead(torch.nn.Module):
-    """Mixed into the class of a model's output layer: while `targets` is set, its output is the sum of the losses.
+def exchange(model: PreTrainedModel, kernel: Callable = losses_and_gradient, fused_norms: bool = False) -> "LossHead":
+    """Give a model's modules what packed rows need. Modules of other classes than LLaMA's stay as they are.
+
+    Args:
+        kernel: computes losses and their gradient from logits (`loss.loss_kernel`).
+        fused_norms: a norm's backward pass is one Triton kernel.
+
+    Returns: the output layer, whose output is the loss while `loss.summed_loss` runs.
+    """
+    head = model.get_output_embeddings()
+    if not isinstance(head, LossHead):
+        head.plain = type(head) is torch.nn.Linear
+        _become(head, LossHead)
+    head.kernel = kernel
+    last = [None, *(module for module in model.modules() if isinstance(module, LlamaDecoderLayer))][-1]
+    if type(last) is LlamaDecoderLayer:  # a class derived from it may have another forward
+        _become(last, LabelledLayer)
+    for module in model.modules():
+        if fused_norms and type(module) is LlamaRMSNorm:
+            from sft.step.norm_kernel import FusedNorm  # it needs Triton
+
+            _become(module, FusedNorm)
+    return head
+
+
+def _become(module: torch.nn.Module, kind: type) -> None:
+    module.__class__ = _joined(kind, type(module))
+
+
+@functools.cache  # layers of one class share one compiled graph
+def _joined(kind: type, base: type) -> type:
+    return type(base.__name__, (kind, base), {})  # FSDP finds layers by that name
+
+
+class LossHead(torch.nn.Module):
+    """An output layer that gives the sum of the losses while `targets` is set.
 
     The loss is computed inside the layer's own call, so the hooks by which FSDP, ZeRO-3 and adapters bring in the layer's weights run.
     """
@@ -21,7 +60,7 @@ class LabelledHead(torch.nn.Module):
     positions: torch.Tensor | None = None
     targets: torch.Tensor | None = None
     plain = False  # an `nn.Linear` and nothing more: its weight may be used directly
-    copy: torch.Tensor | None = None  # of its weight in the compute type: sft/step/weight_copies.py
+    kernel: Callable
 
     def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.targets is None:
@@ -30,7 +69,7 @@ class LabelledHead(torch.nn.Module):
             hidden = hidden[:, self.positions]
         rows = hidden.reshape(-1, hidden.shape[-1])
         if self.plain and self.bias is None:
-            return SummedLoss.apply(rows, self.weight, self.copy, self.targets, torch.is_grad_enabled())
+            return SummedLoss.apply(rows, self.weight, self.targets, self.kernel, torch.is_grad_enabled())
         # An adapter on the head, or a head of another kind: its own forward, recomputed in backward.
         logits_of = super().forward
         return sum(
@@ -43,17 +82,8 @@ class LabelledHead(torch.nn.Module):
         return F.cross_entropy(logits_of(hidden).float(), targets, reduction="sum", ignore_index=IGNORE_INDEX)
 
 
-def labelled_head(model: PreTrainedModel) -> LabelledHead:
-    """Teach the model's output layer to give the loss; its parameters and their names stay as they are."""
-    head = model.get_output_embeddings()
-    if not isinstance(head, LabelledHead):
-        kind = type(head)
-        head.__class__ = type(kind.__name__, (LabelledHead, kind), {"plain": kind is torch.nn.Linear})
-    return head
-
-
-class LabelledLayer(LlamaDecoderLayer):
-    """A last decoder layer that gives the `label_positions` of a packed row alone: (1, tokens, hidden) -> (1, trained tokens, hidden).
+class LabelledLayer(torch.nn.Module):
+    """LLaMA's last decoder layer, which gives the `label_positions` of a packed row alone: (1, tokens, hidden) -> (1, trained tokens, hidden).
 
     Attention needs every position; the additions, norm and MLP after it do not: 37 % of an MLP's work on instructions.
     """
@@ -66,38 +96,3 @@ class LabelledLayer(LlamaDecoderLayer):
         attended, _ = self.self_attn(self.input_layernorm(hidden_states), *args, **kwargs)
         rows = (hidden_states + attended)[:, label_positions]
         return rows + self.mlp(self.post_attention_layernorm(rows))
-
-
-def labelled_layer(model: PreTrainedModel) -> None:
-    """Teach the model's last layer to stop at labelled positions, where it is LLaMA's."""
-    last = [None, *(module for module in model.modules() if isinstance(module, LlamaDecoderLayer))][-1]
-    if type(last) is LlamaDecoderLayer:  # a class derived from it may have another forward
-        last.__class__ = type(LlamaDecoderLayer.__name__, (LabelledLayer,), {})  # FSDP finds layers by that name
-
-
-class Product(torch.autograd.Function):
-    """`rows @ weight.T` by a copy of the weight in the rows' type: (..., in) -> (..., out)."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, weight: torch.Tensor, copy: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(rows, copy)
-        return F.linear(rows, copy)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-        rows, copy = ctx.saved_tensors
-        factors = gradient.flatten(0, -2).T, rows.flatten(0, -2)
-        if rows.is_cuda:  # summed in float32 anyway: no rounding, and no cast behind
-            return gradient @ copy, torch.mm(*factors, out_dtype=torch.float32), None
-        return gradient @ copy, torch.mm(*factors).float(), None
-
-
-class CastLinear(torch.nn.Linear):
-    """A linear layer without bias that under autocast multiplies with `copy`, of its float32 weight."""
-
-    copy: torch.Tensor | None = None
-
-    def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        if self.copy is None or not torch.is_autocast_enabled(rows.device.type):
-            return super().forward(rows)
-        return Product.apply(rows.to(self.copy.dtype), self.weight, self.copy)

@@ -9,8 +9,6 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from transformers import PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 MOST = 3  # gradients that the kernel adds up: of query, key and value
 
@@ -100,15 +98,8 @@ class Norm(torch.autograd.Function):
         return d_hidden, d_weight.to(weight.dtype), None
 
 
-class FusedNorm(LlamaRMSNorm):
+class FusedNorm(torch.nn.Module):
     """LLaMA's norm with the backward pass of this file."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return Norm.apply(hidden_states, self.weight, self.variance_epsilon)
-
-
-def fuse_norms(model: PreTrainedModel) -> None:
-    """Give LLaMA's norms this backward pass; another family's stay as they are."""
-    for module in model.modules():
-        if type(module) is LlamaRMSNorm:
-            module.__class__ = FusedNorm

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from sft import IGNORE_INDEX
+from sft.job import Choice
 
 # A micro-batch for a rank that has no example; two or more, so that compiled layers see no size 1.
 PLACEHOLDER_TOKENS = 8
@@ -88,16 +89,6 @@ LEAST = 8  # tokens in common that are worth the bookkeeping
 GROUP = 1024  # tokens of a leader and its followers: the gradient of what they share is the work of one block, over all of them
 
 
-class Choice(NamedTuple):
-    """Whether prefixes are shared, and why."""
-
-    on: bool
-    reason: str
-
-    def __str__(self) -> str:
-        return f"shared prefixes: {'on' if self.on else 'off'} ({self.reason})"
-
-
 class Sharing(NamedTuple):
     """How the examples lie in a row: by place, the first place is 0."""
 
@@ -106,36 +97,35 @@ class Sharing(NamedTuple):
     lengths: list[int]  # tokens that its leader holds for it
 
 
-def choose_prefixes(args: Any, model: Any, kernels: Sequence[str]) -> Choice:
+def choose_prefixes(args: Any, config: Any, kernel: str, kernels: Sequence[str], noisy: bool) -> Choice:
     """Decide whether a run shares prefixes: where it changes nothing but rounding.
 
     Args:
         args: the run's TrainingArguments.
-        model: to be trained.
-        kernels: names of the attention implementations that can let a token see two places of a row.
+        kernel: name of the run's attention implementation.
+        kernels: those that can let a token see two places of a row.
+        noisy: the model draws dropout.
     """
-    kernel, config = model.config._attn_implementation, model.config
-    if not args.share_prefixes:
-        return Choice(False, "--share_prefixes")
-    if kernel not in kernels:
-        return Choice(False, f"{kernel} attention cannot; {' and '.join(kernels)} can")
-    if getattr(config, "sliding_window", None):
-        return Choice(False, f"attention over a sliding window of {config.sliding_window} tokens")
-    dropout = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules())
-    if dropout or getattr(config, "attention_dropout", 0.0) > 0 or args.neftune_noise_alpha:
-        return Choice(False, "dropout or noise is drawn for each example")
-    return Choice(True, "what prompts of a micro-batch begin with alike is computed once")
+    window = getattr(config, "sliding_window", None)
+    on, why = False, "--share_prefixes"
+    if args.share_prefixes and kernel not in kernels:
+        why = f"{kernel} attention cannot; {' and '.join(kernels)} can"
+    elif args.share_prefixes and window:
+        why = f"attention over a sliding window of {window} tokens"
+    elif args.share_prefixes and (noisy or args.neftune_noise_alpha):
+        why = "dropout or noise is drawn for each example"
+    elif args.share_prefixes:
+        on, why = True, "what prompts of a micro-batch begin with alike is computed once"
+    return Choice("shared prefixes", on, why)
 
 
-def with_measured_share(choice: Choice, micro_batches: Iterable[list[dict[str, Any]]]) -> Choice:
-    """The same, with how many of these micro-batches' tokens need not be computed."""
-    if not choice.on:
-        return choice
+def measured_share(micro_batches: Iterable[list[dict[str, Any]]]) -> str:
+    """How many of these micro-batches' tokens need not be computed, in words."""
     shared = tokens = 0
     for examples in micro_batches:
         shared += sum(group_by_prefix(examples).lengths)
         tokens += sum(len(example["input_ids"]) for example in examples)
-    return choice._replace(reason=f"{choice.reason}: {shared / max(tokens, 1):.0%} of the first {tokens:,} tokens")
+    return f"{shared / max(tokens, 1):.0%} of the first {tokens:,} tokens"
 
 
 def sharable(example: dict[str, Any]) -> np.ndarray:

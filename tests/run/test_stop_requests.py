@@ -20,7 +20,8 @@ from saved_runs import choose, flags_for, losses, same_weights, train
 from scripts import QUESTIONS, ROOT
 
 from sft.job import UserError
-from sft.run import stop_requests
+from sft.run import finite_check, stop_requests
+from sft.run.step_message import StepMessage
 from sft.saving import export
 from utils import DataCollatorForSupervisedDataset
 
@@ -40,10 +41,10 @@ class Rows:
 
 def test_rows_are_found_by_their_tokens_packed_and_padded():
     packed = {"input_ids": torch.tensor([[1, 8, 1, 5, 6]]), "cu_seq_lens_q": torch.tensor([0, 2, 5])}
-    assert stop_requests.rows_of(packed, Rows()) == [2, 9]
+    assert finite_check.rows_of(packed, Rows()) == [2, 9]
     examples = [{"input_ids": Rows.ids[i], "labels": Rows.ids[i]} for i in (0, 1)]
     padded = DataCollatorForSupervisedDataset(type("T", (), {"pad_token_id": 1}))(examples)
-    assert stop_requests.rows_of(padded, Rows()) == [2, 3, 5]
+    assert finite_check.rows_of(padded, Rows()) == [2, 3, 5]
 
 
 # ---- spikes
@@ -51,12 +52,12 @@ def test_rows_are_found_by_their_tokens_packed_and_padded():
 
 def test_a_spike_is_a_loss_outside_the_band_of_those_before_it():
     calm = [2.0, 2.1, 1.9, 2.05, 1.95, 2.0, 2.1, 1.9, 2.0, 2.05]
-    assert stop_requests.is_spike(3.0, calm)
-    assert stop_requests.is_spike(3.0, [*calm, 9.0])  # one spike does not hide the next
-    assert not stop_requests.is_spike(2.3, calm)  # inside the band
-    assert not stop_requests.is_spike(1.0, calm)
-    assert not stop_requests.is_spike(3.0, calm[:9])  # too little to compare with
-    assert not stop_requests.is_spike(2.1, deque([2.0] * 50))  # a band of no width still allows 20 %
+    assert finite_check.is_spike(3.0, calm)
+    assert finite_check.is_spike(3.0, [*calm, 9.0])  # one spike does not hide the next
+    assert not finite_check.is_spike(2.3, calm)  # inside the band
+    assert not finite_check.is_spike(1.0, calm)
+    assert not finite_check.is_spike(3.0, calm[:9])  # too little to compare with
+    assert not finite_check.is_spike(2.1, deque([2.0] * 50))  # a band of no width still allows 20 %
 
 
 # ---- what to type next
@@ -128,12 +129,13 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(poisoned
 def test_a_gradient_that_is_not_finite_stops_with_the_rows_of_the_step(
     tiny_llama, questions_csv, tmp_path, monkeypatch
 ):
-    real = stop_requests.Stops.ask
+    real, sent = StepMessage.send, []
 
-    def infinite_at_step_2(self, trainer, grad_norm, counts):
-        real(self, trainer, torch.tensor(float("inf")) if trainer.state.global_step == 1 else grad_norm, counts)
+    def infinite_at_step_2(self, grad_norm, *others):
+        sent.append(grad_norm)
+        real(self, torch.tensor(float("inf")) if len(sent) == 2 else grad_norm, *others)
 
-    monkeypatch.setattr(stop_requests.Stops, "ask", infinite_at_step_2)
+    monkeypatch.setattr(StepMessage, "send", infinite_at_step_2)
     with pytest.raises(UserError) as stopped:
         train(*flags_for(tiny_llama, questions_csv, tmp_path / "out"))
     message = str(stopped.value)
@@ -211,9 +213,9 @@ def test_torchrun_passes_a_signal_on_and_waits_for_the_checkpoint(tiny_llama, qu
 
 
 def never_finish_a_step_after_the_third() -> None:
-    import utils
+    from sft.run.trainer import SupervisedTrainer
 
-    real = utils.SupervisedTrainer.training_step
+    real = SupervisedTrainer.training_step
 
     def training_step(self, *args, **kwargs):
         if self.state.global_step == 3:
@@ -221,7 +223,7 @@ def never_finish_a_step_after_the_third() -> None:
             time.sleep(60)
         return real(self, *args, **kwargs)
 
-    utils.SupervisedTrainer.training_step = training_step
+    SupervisedTrainer.training_step = training_step
 
 
 @pytest.mark.slow

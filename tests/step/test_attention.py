@@ -25,7 +25,7 @@ def test_the_choice_says_why():
 
 @pytest.mark.parametrize("name", ["sdpa", "eager"])
 def test_a_kernel_that_isolates_is_accepted(name):
-    assert choose_attention(config(), CPU, torch.float32, name).name == name
+    assert choose_attention(config(), CPU, torch.float32, name).value == name
 
 
 CUDA = torch.device("cuda")
@@ -41,14 +41,14 @@ def an_ampere_card(monkeypatch):
 def test_on_a_card_the_kernel_is_tritons(an_ampere_card):
     where = "cuda, bfloat16, head_dim 64"
     small = config(head_dim=64)
-    assert choose_attention(small, CUDA, torch.bfloat16) == ("triton", where)
-    assert choose_attention(small, CUDA, torch.bfloat16, "triton") == ("triton", f"--attn_implementation; {where}")
-    assert choose_attention(small, CUDA, torch.float32).name == "per_example"
+    assert choose_attention(small, CUDA, torch.bfloat16)[1:] == ("triton", where)
+    assert choose_attention(small, CUDA, torch.bfloat16, "triton")[1:] == ("triton", f"--attn_implementation; {where}")
+    assert choose_attention(small, CUDA, torch.float32).value == "per_example"
 
 
 def test_without_triton_varlen_is_chosen_and_why_is_said(an_ampere_card, monkeypatch):
     reason = "not triton: heads of 100, where it has 16, 32, 64, 128; cuda, bfloat16, head_dim 100"
-    assert choose_attention(config(head_dim=100), CUDA, torch.bfloat16) == ("varlen", reason)
+    assert choose_attention(config(head_dim=100), CUDA, torch.bfloat16)[1:] == ("varlen", reason)
     small = config(head_dim=64)
     monkeypatch.setattr("shutil.which", lambda name: None)
     assert choose_attention(small, CUDA, torch.bfloat16).reason.startswith("not triton: Triton needs a C compiler")
@@ -157,7 +157,7 @@ def test_the_summed_loss_and_its_gradients(monkeypatch, dtype, error):
     expected = F.cross_entropy(hidden @ weight.T, targets, reduction="sum")
     wanted = torch.autograd.grad(expected / 7, (hidden, weight))
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-        found = loss.SummedLoss.apply(hidden, weight, None, targets, True)
+        found = loss.SummedLoss.apply(hidden, weight, targets, loss.losses_and_gradient, True)
     got = torch.autograd.grad(found / 7, (hidden, weight))
     assert found.dtype == torch.float32 and [g.dtype for g in got] == [torch.float32] * 2
     assert abs(found - expected) / expected < error
@@ -174,7 +174,7 @@ def test_a_head_of_another_kind_gives_the_same(monkeypatch):
         [{"input_ids": ids[:20], "labels": ids[:20].clone()}, {"input_ids": ids[20:], "labels": ids[20:].clone()}]
     )
     model.set_attn_implementation("per_example")
-    head = modules.labelled_head(model)
+    head = modules.exchange(model)
     expected = loss.summed_loss(model, head, batch)
     expected.backward()
     wanted = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
@@ -191,22 +191,22 @@ def test_a_head_of_another_kind_gives_the_same(monkeypatch):
 def test_the_head_keeps_its_names_and_gives_logits_again():
     model = LlamaForCausalLM(config())
     names = list(model.state_dict())
-    head = modules.labelled_head(model)
-    assert modules.labelled_head(model) is head and list(model.state_dict()) == names
+    head = modules.exchange(model)
+    assert modules.exchange(model) is head and list(model.state_dict()) == names
     assert model(input_ids=torch.arange(5)[None]).logits.shape == (1, 5, 64)
 
 
-def test_logits_exist_at_labelled_positions_only(monkeypatch):
+def test_logits_exist_at_labelled_positions_only():
     """A row of 2,000 tokens with 3 trained ones asks the head for 3 rows."""
     seen = []
     model = LlamaForCausalLM(config(max_position_embeddings=4096))
     model.set_attn_implementation("per_example")
-    head = modules.labelled_head(model)
-    monkeypatch.setattr(
-        loss.SummedLoss,
-        "fused",
-        staticmethod(lambda logits, targets: (seen.append(logits.shape), loss.losses_and_gradient(logits, targets))[1]),
-    )
+
+    def kernel(logits, targets):
+        seen.append(logits.shape)
+        return loss.losses_and_gradient(logits, targets)
+
+    head = modules.exchange(model, kernel)
     labels = torch.full((2000,), -100)
     labels[1500:1503] = 5
     loss.summed_loss(

@@ -1,63 +1,19 @@
-"""Compiled layers give the gradients of eager ones, and what `LayerPass` changes in their graphs."""
+"""Compiled layers give the gradients of eager ones, and what `NormPass` changes in their graphs."""
 
 import operator
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
 from torch.fx import Graph
-from torch.utils.checkpoint import CheckpointPolicy
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sft.step import compiled_layers
 from sft.step.loss import summed_loss
-from sft.step.modules import labelled_head, labelled_layer
+from sft.step.modules import exchange
 from sft.step.packed_rows import PackedCollator
 
-ATEN, CAST = torch.ops.aten, torch.ops.prims.convert_element_type.default
-
-
-def graph_of(device: str) -> tuple[Graph, dict]:
-    """(input + a) and a product that is cast, both as in a layer; and what adds in the backward pass."""
-    graph, nodes = Graph(), {}
-    for name in ("primals_1", "primals_2", "tangents_1"):
-        nodes[name] = graph.placeholder(name)
-    stream, other, tangent = nodes.values()
-    nodes["residual"] = graph.call_function(ATEN.add.Tensor, (stream, other))
-    nodes["inner"] = graph.call_function(ATEN.add.Tensor, (nodes["residual"], other))
-    nodes["backward"] = graph.call_function(ATEN.add.Tensor, (tangent, other))
-    nodes["product"] = graph.call_function(ATEN.mm.default, (stream, other))
-    nodes["product"].meta["val"] = SimpleNamespace(device=torch.device(device))
-    nodes["widened"] = graph.call_function(CAST, (nodes["product"], torch.float32))
-    graph.output((nodes["inner"], nodes["backward"], nodes["widened"]))
-    return graph, nodes
-
-
-@pytest.mark.parametrize(("device", "products"), [("cuda", [ATEN.mm.dtype]), ("cpu", [ATEN.mm.default])])
-def test_the_residual_stream_is_kept_and_a_weights_gradient_comes_in_float32(device, products):
-    graph, nodes = graph_of(device)
-    compiled_layers.LayerPass()(graph)
-    kept = [name for name, node in nodes.items() if node.meta.get("recompute") == CheckpointPolicy.MUST_SAVE]
-    assert kept == ["residual"]
-    assert [node.target for node in graph.nodes if "mm" in str(node.target)] == products
-    assert (CAST in [node.target for node in graph.nodes]) == (device == "cpu")
-    graph.lint()
-
-
-def test_gradient_checkpointing_keeps_nothing_more():
-    graph, nodes = graph_of("cuda")
-    nodes["residual"].meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
-    compiled_layers.LayerPass()(graph)
-    assert nodes["residual"].meta["recompute"] == CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def test_a_product_that_someone_else_needs_stays():
-    graph, nodes = graph_of("cuda")
-    with graph.inserting_after(nodes["product"]):
-        graph.call_function(ATEN.neg.default, (nodes["product"],))
-    compiled_layers.LayerPass()(graph)
-    assert [node.target for node in graph.nodes if "mm" in str(node.target)] == [ATEN.mm.default]
+ATEN = torch.ops.aten
 
 
 def norm_graph(terms: int, residual_first: bool) -> Graph:
@@ -84,7 +40,7 @@ def norm_graph(terms: int, residual_first: bool) -> Graph:
     result = call(operator.getitem, norm, 0)
     stream = stream or call(ATEN.neg.default, hidden)
     graph.output((call(ATEN.add.Tensor, stream, result), call(operator.getitem, norm, 1)))
-    compiled_layers.LayerPass()(graph)
+    compiled_layers.NormPass()(graph)
     graph.lint()
     return graph
 
@@ -104,8 +60,7 @@ def test_compiled_layers_give_the_eager_gradients():
     shape = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 12, "num_attention_heads": 4}
     model = LlamaForCausalLM(LlamaConfig(num_key_value_heads=2, vocab_size=100, **shape))
     model.config._attn_implementation = "sdpa"  # per_example asks for its lengths, which no graph can hold
-    head = labelled_head(model)
-    labelled_layer(model)
+    head = exchange(model)
     compiled_layers.keep_residual_in_compute_type(model)
     batches = []
     for lengths in ([5, 9, 30], [7, 8], [4, 4, 4, 41]):

@@ -14,7 +14,7 @@ def compare(frozen: bool) -> None:
     """A model's loss and gradients by Liger and by our own chunks; of other targets they differ."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from sft import attention, loss  # noqa: F401  attention registers its kernels
+    from sft.step import attention, loss, modules  # noqa: F401  attention registers its kernels
     from sft.step.packed_rows import PackedCollator
 
     torch.manual_seed(0)
@@ -22,8 +22,7 @@ def compare(frozen: bool) -> None:
     model = LlamaForCausalLM(LlamaConfig(vocab_size=100, attn_implementation="per_example", **shape))
     model.lm_head.weight.data *= 20  # at the usual scale all losses are log(100)
     model.lm_head.requires_grad_(not frozen)
-    head = loss.labelled_head(model)
-    loss.labelled_layer(model)
+    head = modules.exchange(model)
     loss.CHUNK_BYTES = 8_000  # two chunks and more
     ids = torch.randint(0, 100, (44,))
     batch = PackedCollator()([{"input_ids": part, "labels": part.clone()} for part in ids.split([5, 9, 30])])
@@ -35,13 +34,12 @@ def compare(frozen: bool) -> None:
 
     batch["label_targets"][7] = -100  # as in a placeholder's row
     ours, other = found(batch), found({**batch, "label_targets": batch["label_targets"].flip(0)})
-    assert loss.choose_loss(torch.device("cuda"), compiled=False).startswith("Liger's")
-    assert loss.SummedLoss.fused is not loss.losses_and_gradient
+    head.kernel, choice = loss.loss_kernel(torch.device("cuda"), compiled=False)
+    assert choice.value == "Liger's kernel" and head.kernel is not loss.losses_and_gradient
     error, wrong = ((vector - ours).norm() / ours.norm() for vector in (found(batch), other))
     assert error < 1e-6 and wrong > 1e-2, (frozen, error, wrong)
     with torch.no_grad():
         assert abs(loss.summed_loss(model, head, batch) - ours[0]) < 1e-5 * ours[0]
-    loss.choose_loss(torch.device("cpu"), compiled=False)
 
 
 @pytest.mark.slow
@@ -50,18 +48,17 @@ def test_liger_interpreted():
     assert run_interpreted(__file__) == "alike\n"
 
 
-def test_the_choice_is_said_with_its_reason(monkeypatch):
-    from sft.step.loss import SummedLoss, choose_loss, losses_and_gradient
+def test_the_kernel_is_chosen_with_its_reason(monkeypatch):
+    from sft.step.loss import loss_kernel, losses_and_gradient
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert choose_loss(torch.device("cuda"), True) == "compiled, as the layers are"
-    assert SummedLoss.fused is not losses_and_gradient
-    assert choose_loss(torch.device("cuda"), False).startswith(
-        "PyTorch's operations (layers are not compiled; with liger"
-    )
+    kernel, choice = loss_kernel(torch.device("cuda"), True)
+    assert str(choice) == "head and loss: compiled (as the layers are)" and kernel is not losses_and_gradient
+    kernel, choice = loss_kernel(torch.device("cuda"), False)
+    assert choice.value == "PyTorch's operations" and "liger-kernel" in choice.reason
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    assert choose_loss(torch.device("cpu"), False).startswith("PyTorch's operations")
-    assert SummedLoss.fused is losses_and_gradient, "as before, for the tests that follow"
+    kernel, choice = loss_kernel(torch.device("cpu"), False)
+    assert choice.value == "PyTorch's operations" and kernel is losses_and_gradient
 
 
 if __name__ == "__main__":

@@ -24,10 +24,11 @@ import utils
 from sft import IGNORE_INDEX
 from sft.data.llama_tokenizer import load_llama_tokenizer
 from sft.job import UserError
+from sft.run.trainer import SupervisedTrainer
 from sft.step import micro_batches, packed_rows
 from sft.step.loss import summed_loss
 from sft.step.micro_batches import PackedBatchSampler, balance, describe, permutation
-from sft.step.modules import LabelledLayer, labelled_head, labelled_layer
+from sft.step.modules import LabelledLayer, exchange
 from sft.step.packed_rows import PackedCollator
 
 
@@ -157,7 +158,7 @@ def test_a_million_rows_are_planned_in_two_seconds():
 def test_the_plan_line():
     sampler = PackedBatchSampler([10, 30, 20, 20], 4, 1, 0, max_tokens=80, seed=0, shuffle=False)
     assert str(describe(sampler, per_device=2, accumulation=2, max_length=40, reason="auto")) == (
-        "packing: asked 2 micro-batches of 2 x 40 tokens per device and step; runs 1 of at most 80 (budget 80, auto), 100% full; "
+        "packing: 1 micro-batch of up to 80 tokens per step and device (padded: 2 of 2 x 40; budget 80, auto), 100% full; "
         "padding saved: 20% of the padded run's tokens"
     )
 
@@ -167,8 +168,7 @@ def test_the_plan_line():
 
 def packed_step(model, micro_batches: list[list[dict]]):
     model.zero_grad()
-    head = labelled_head(model)
-    labelled_layer(model)
+    head = exchange(model)
     batches = [PackedCollator()(examples) for examples in micro_batches]
     tokens = sum((batch["labels"][:, 1:] != IGNORE_INDEX).sum() for batch in batches)
     loss = torch.zeros(())
@@ -217,15 +217,21 @@ def test_tied_embeddings_and_one_head_group():
     assert float(found_loss) == pytest.approx(float(loss), rel=2e-6) and largest_error(found, expected) < 5e-6
 
 
+def loss_at_every_position(model, batch: dict) -> torch.Tensor:
+    """The summed loss by the stock modules, from the logits of the whole row."""
+    inputs = {name: value for name, value in batch.items() if not name.startswith("label")}
+    logits = model(**inputs, use_cache=False).logits[0, batch["label_positions"]]
+    return torch.nn.functional.cross_entropy(logits, batch["label_targets"], reduction="sum")
+
+
 def test_the_last_mlp_works_at_labelled_positions_alone():
     model = small_llama(attn_implementation="per_example")
     batch = PackedCollator()(rows(4))
     widths = []
     for layer in model.model.layers:
         layer.mlp.register_forward_hook(lambda module, inputs, output: widths.append(output.shape[1]))
-    head = labelled_head(model)
-    everywhere = summed_loss(model, head, batch)
-    labelled_layer(model)
+    everywhere = loss_at_every_position(model, batch)
+    head = exchange(model)
     labelled = summed_loss(model, head, batch)
     tokens, trained = batch["input_ids"].shape[1], len(batch["label_positions"])
     assert trained < 0.8 * tokens and widths == [tokens] * 5 + [trained]
@@ -239,10 +245,9 @@ def test_a_model_of_which_few_layers_run(layers):
     """As the automatic budget's trials run it: the last of them may be the model's last, and may not."""
     model = small_llama(attn_implementation="per_example")
     model.config.num_hidden_layers = layers
-    batch, head = PackedCollator()(rows(4)), labelled_head(model)
-    everywhere = summed_loss(model, head, batch)
-    labelled_layer(model)
-    assert summed_loss(model, head, batch).item() == pytest.approx(everywhere.item(), rel=1e-6)
+    batch = PackedCollator()(rows(4))
+    everywhere = loss_at_every_position(model, batch)
+    assert summed_loss(model, exchange(model), batch).item() == pytest.approx(everywhere.item(), rel=1e-6)
 
 
 def test_another_familys_last_layer_and_a_derived_one_stay_as_they_are():
@@ -251,7 +256,7 @@ def test_another_familys_last_layer_and_a_derived_one_stay_as_they_are():
     shape = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
     other = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(vocab_size=211, **shape))
     for left in (model, other):
-        labelled_layer(left)
+        exchange(left)
         assert not any(isinstance(module, LabelledLayer) for module in left.modules())
 
 
@@ -286,8 +291,7 @@ def test_a_placeholder_trains_nothing_and_reaches_every_parameter():
     model = small_llama(attn_implementation="per_example")
     batch = PackedCollator()([])
     assert (batch["labels"] == IGNORE_INDEX).all()
-    labelled_layer(model)
-    loss = summed_loss(model, labelled_head(model), batch)
+    loss = summed_loss(model, exchange(model), batch)
     loss.backward()
     assert loss.item() == 0.0
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())
@@ -308,10 +312,10 @@ def test_the_next_steps_micro_batches_are_fetched_while_this_ones_are_worked_on(
     monkeypatch.setattr(transformers.Trainer, "get_batch_samples", get_batch_samples)
     monkeypatch.setattr(transformers.Trainer, "training_step", lambda *_: torch.zeros(()))
     monkeypatch.setattr("sft.run.trainer.take_counts", lambda batches: 0)
-    trainer = utils.SupervisedTrainer.__new__(utils.SupervisedTrainer)
+    trainer = SupervisedTrainer.__new__(SupervisedTrainer)
     trainer.accelerator = SimpleNamespace(sync_gradients=False)
-    trainer.stops = SimpleNamespace(saw=lambda *_: None)
-    trainer.meter = SimpleNamespace(add_step=lambda _: None, flops=SimpleNamespace(step=lambda _: 0))
+    trainer.message = SimpleNamespace(add=lambda *_: None)
+    trainer.ahead, trainer.meter = (None, None), None
     trainer.current_flos = 0
     seen = []
     for numbers in ([1, 2, 3, 4, 5], [6, 7, 8, 9, 10]):

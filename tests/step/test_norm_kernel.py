@@ -11,6 +11,7 @@ import copy
 import pytest
 import torch
 from interpreted import relative_error, run_interpreted
+from packed_models import small_llama
 
 SHAPES = [(44, 48), (3, 300), (70, 64)]  # tokens, width
 
@@ -49,7 +50,7 @@ def compare_in_compiled_layers() -> None:
 
     from sft.step import attention, compiled_layers, norm_kernel  # noqa: F401  attention registers its kernels
     from sft.step.loss import summed_loss
-    from sft.step.modules import labelled_head, labelled_layer
+    from sft.step.modules import exchange
     from sft.step.packed_rows import PackedCollator
 
     torch.manual_seed(0)
@@ -59,9 +60,8 @@ def compare_in_compiled_layers() -> None:
         if weight.dim() == 1:  # norms whose weights are all one would hide half of it
             weight.data += 0.3 * torch.randn_like(weight)
     model = copy.deepcopy(stock)
-    norm_kernel.fuse_norms(model)
-    labelled_layer(model)
-    compiled_layers.compile_layers(model)
+    exchange(model, fused_norms=True)
+    compiled_layers.compile_layers(model, fused_norms=True)
     kernel, launched = norm_kernel._backward, []
 
     class Recorded:
@@ -78,7 +78,7 @@ def compare_in_compiled_layers() -> None:
         batch = PackedCollator()([{"input_ids": ids, "labels": ids.clone()} for ids in examples])
         found = []
         for each in (model, stock):
-            loss = summed_loss(each, labelled_head(each), batch)
+            loss = summed_loss(each, exchange(each), batch)
             gradients = torch.autograd.grad(loss, [*each.parameters()])
             found.append(torch.cat([gradient.flatten() for gradient in gradients]))
         assert relative_error(*found) < 1e-6, (lengths, relative_error(*found))
@@ -96,13 +96,17 @@ def test_only_llamas_norm_is_taken():
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
     from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
-    from sft.step.norm_kernel import FusedNorm, fuse_norms
+    from sft.step.modules import exchange
+    from sft.step.norm_kernel import FusedNorm
 
-    model = torch.nn.ModuleList([LlamaRMSNorm(4), Qwen2RMSNorm(4), torch.nn.RMSNorm(4)])
-    fuse_norms(model)
-    assert [type(norm) for norm in model] == [FusedNorm, Qwen2RMSNorm, torch.nn.RMSNorm]
-    hidden = torch.randn(3, 4)
-    assert torch.equal(model[0](hidden), LlamaRMSNorm(4)(hidden)), "forward is the stock one, to the bit"
+    model = small_llama()
+    model.model.layers[0].input_layernorm = Qwen2RMSNorm(48)
+    stock = copy.deepcopy(model.model.norm)
+    exchange(model, fused_norms=True)
+    assert isinstance(model.model.norm, FusedNorm) and isinstance(model.model.norm, LlamaRMSNorm)
+    assert type(model.model.layers[0].input_layernorm) is Qwen2RMSNorm
+    hidden = torch.randn(3, 48)
+    assert torch.equal(model.model.norm(hidden), stock(hidden)), "forward is the stock one, to the bit"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="compiled Triton needs a GPU")

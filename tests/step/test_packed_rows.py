@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from packed_models import gradients, largest_error, padded_step, small_llama
 
 from sft import IGNORE_INDEX
-from sft.run import stop_requests
+from sft.run import finite_check
 from sft.step import attention, packed_rows
 from sft.step.counts import CountingCollator
 from sft.step.loss import summed_loss
-from sft.step.modules import labelled_head, labelled_layer
+from sft.step.modules import exchange
 from sft.step.packed_rows import GROUP, LEAST, PackedCollator, group_by_prefix
 
 
@@ -116,8 +116,7 @@ def templated_rows(count: int) -> list[dict]:
 def shared_step(model, micro_batches: list[list[dict]], change=lambda row: row):
     """As `packed_step` with shared prefixes; also the tokens computed."""
     model.zero_grad()
-    head = labelled_head(model)
-    labelled_layer(model)
+    head = exchange(model)
     rows = [change(PackedCollator(group_by_prefix)(examples)) for examples in micro_batches]
     tokens = sum(len(row["label_targets"]) for row in rows)
     losses = [summed_loss(model, head, row) / tokens for row in rows]
@@ -169,24 +168,27 @@ def test_a_wrong_prefix_is_seen(fault):
     [
         ({}, "on (what prompts"),
         ({"share_prefixes": False}, "off (--share_prefixes)"),
-        ({"_attn_implementation": "varlen"}, "off (varlen attention cannot; triton and per_example can)"),
+        ({"kernel": "varlen"}, "off (varlen attention cannot; triton and per_example can)"),
         ({"sliding_window": 64}, "off (attention over a sliding window of 64 tokens)"),
-        ({"attention_dropout": 0.1}, "off (dropout or noise is drawn for each example)"),
         ({"neftune_noise_alpha": 5.0}, "off (dropout or noise is drawn for each example)"),
-        ({"dropout": 0.1}, "off (dropout or noise is drawn for each example)"),
+        ({"noisy": True}, "off (dropout or noise is drawn for each example)"),
     ],
 )
 def test_the_choice_says_why(changed, why):
-    args = SimpleNamespace(share_prefixes=True, neftune_noise_alpha=None)
-    model = torch.nn.Sequential(torch.nn.Dropout(changed.get("dropout", 0.0)))
-    model.config = SimpleNamespace(_attn_implementation="per_example", sliding_window=None, attention_dropout=0.0)
-    for name, value in changed.items():
-        setattr(args if hasattr(args, name) else model.config, name, value)
-    assert f"shared prefixes: {why}" in str(packed_rows.choose_prefixes(args, model, attention.SHARE_PREFIXES))
+    run = {
+        "share_prefixes": True,
+        "neftune_noise_alpha": None,
+        "sliding_window": None,
+        "kernel": "per_example",
+        "noisy": False,
+    }
+    given = SimpleNamespace(**(run | changed))
+    choice = packed_rows.choose_prefixes(given, given, given.kernel, attention.SHARE_PREFIXES, given.noisy)
+    assert f"shared prefixes: {why}" in str(choice)
 
 
 class Rows:
-    """What `stop_requests.rows_of` needs of a dataset."""
+    """What `finite_check.rows_of` needs of a dataset."""
 
     def __init__(self, data: list[dict]):
         self.data = data
@@ -209,4 +211,4 @@ def test_what_is_saved_is_said():
 
 def test_rows_are_found_by_their_tokens():
     data = templated_rows(6)
-    assert stop_requests.rows_of(PackedCollator(group_by_prefix)(data[1:5]), Rows(data)) == [11, 12, 13, 14]
+    assert finite_check.rows_of(PackedCollator(group_by_prefix)(data[1:5]), Rows(data)) == [11, 12, 13, 14]

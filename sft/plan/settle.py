@@ -1,0 +1,187 @@
+"""Every choice of a run, made once, before a weight is loaded, printed with its reason, and handed to whoever needs it."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from sft.arithmetic import compute_dtype, describe_plan, plan, precision
+from sft.flags import ModelArguments, TrainingArguments
+from sft.job import Choice, say
+from sft.model import loading
+from sft.plan import memory, memory_ladder
+from sft.plan.micro_batch_tokens import measured_tokens
+from sft.step import attention
+from sft.step.compiled_layers import choose_compilation, compile_layers, keep_residual_in_compute_type
+from sft.step.loss import loss_kernel
+from sft.step.micro_batches import PackedBatchSampler, Packing, describe
+from sft.step.modules import LossHead, exchange
+from sft.step.packed_rows import choose_prefixes, measured_share
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What a run does, and why."""
+
+    config: PreTrainedConfig
+    device: torch.device
+    arithmetic: dict[str, int]  # examples and steps
+    precision: dict[str, str]  # number type of each part
+    attention: Choice
+    compilation: Choice  # of the decoder layers
+    kernel: Callable  # computes the losses: sft/step/loss.py
+    prefixes: Choice
+    sampler: PackedBatchSampler | None  # the run's micro-batches; None with --train_sampling_strategy
+    packing: Packing | None  # what they hold; None in a padded run
+    memory_plan: memory.Plan | None  # for these micro-batches
+
+    def record(self) -> dict[str, dict[str, Any]]:
+        """The sections of run_report.json that tell it."""
+        sections: dict[str, dict[str, Any]] = {"batch": self.arithmetic, "precision": self.precision}
+        sections["attention"] = {"name": self.attention.value, "reason": self.attention.reason}
+        if self.packing:
+            lines = {"line": str(self.packing), "shared_prefixes": str(self.prefixes)}
+            sections["packing"] = asdict(self.packing) | lines
+        if self.memory_plan:
+            sections["memory_plan"] = self.memory_plan.record()
+        return sections
+
+
+def engine(args: TrainingArguments) -> str:
+    """What divides a run among its ranks: DDP (also one process alone), FSDP, or DeepSpeed with its stage."""
+    if args.deepspeed:
+        return f"DeepSpeed ZeRO {args.hf_deepspeed_config.get_value('zero_optimization.stage', 0)}"
+    return "FSDP" if args.fsdp else "DDP"
+
+
+def settle(model_args: ModelArguments, args: TrainingArguments, dataset: Any) -> Settled:
+    """Make every choice of a run and print each with its reason. All ranks call it together.
+
+    Nothing is loaded. On a GPU `--tokens_per_micro_batch auto` is measured here, on a small model of the same shape.
+
+    Args:
+        dataset: the SupervisedDataset to train on.
+    """
+    config, lengths = loading.load_config(model_args), dataset.lengths
+    arithmetic = plan(args, len(dataset))
+    say(describe_plan(model_args, args, len(dataset)))
+    with loading.whole_models(args), torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=model_args.trust_remote_code)
+    run_tokens = arithmetic["steps"] * arithmetic["examples_per_step"] * lengths.mean()
+
+    kernel_of_attention = choose_attention(model_args, args, config)
+    say(kernel_of_attention)
+    compilation = Choice("compiled layers", False, "--packing False")
+    if args.packing:
+        compilation = choose_compilation(args, skeleton.num_parameters(), model_args.load_in_4bit, run_tokens)
+        say(compilation)
+    kernel, loss = loss_kernel(args.device, compilation.value)
+    if args.packing and args.device.type == "cuda":
+        say(loss)
+    dropout = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in skeleton.modules())
+    dropout |= getattr(config, "attention_dropout", 0.0) > 0 or (model_args.use_lora and model_args.lora_dropout != 0)
+    prefixes = choose_prefixes(args, config, kernel_of_attention.value, attention.SHARE_PREFIXES, dropout)
+
+    def prepare(probe: PreTrainedModel) -> LossHead:
+        return _prepare(probe, args.device, kernel, compilation)
+
+    def sampler_within(tokens: int) -> PackedBatchSampler:
+        return PackedBatchSampler.of(args, lengths, arithmetic, max_tokens=tokens)
+
+    shape = memory.Shape.of(config, model_args.lora_target_modules)
+    if not args.packing:
+        sampler, packing = None, None
+        if args.train_sampling_strategy == "random":
+            padded = args.per_device_train_batch_size
+            sampler = PackedBatchSampler.of(args, lengths, arithmetic, padded=padded)
+        memory_plan = memory_ladder.plan(model_args, args, shape)
+    else:
+        step_tokens = sampler_within(int(lengths.sum(dtype="int64"))).fullest()
+        asked = memory_ladder.plan(model_args, args, shape, step_tokens, compilation.value)
+        budget = _token_budget(model_args, args, config, kernel_of_attention.value, step_tokens, prepare, asked)
+        sampler = sampler_within(budget.value)
+        packing = describe(
+            sampler,
+            args.per_device_train_batch_size,
+            args.gradient_accumulation_steps,
+            args.model_max_length,
+            budget.reason,
+        )
+        memory_plan = asked and asked.at(packing.fullest, packing.micro_batches)
+    if memory_plan:
+        say(memory_ladder.describe(memory_plan))
+    if packing:
+        say(packing)
+        if prefixes.value:
+            first = ([dataset[index] for index in batch] for batch in islice(sampler, 4))
+            prefixes = prefixes._replace(reason=f"{prefixes.reason}: {measured_share(first)}")
+        say(prefixes)
+    return Settled(
+        config=config,
+        device=args.device,
+        arithmetic=arithmetic,
+        precision=precision(model_args, args),
+        attention=kernel_of_attention,
+        compilation=compilation,
+        kernel=kernel,
+        prefixes=prefixes,
+        sampler=sampler,
+        packing=packing,
+        memory_plan=memory_plan,
+    )
+
+
+def choose_attention(model_args: ModelArguments, args: TrainingArguments, config: PreTrainedConfig) -> Choice:
+    """The kernel for packed rows; padded batches have transformers' own choice, or the user's."""
+    asked = model_args.attn_implementation
+    if not args.packing:
+        reason = "--attn_implementation" if asked else "transformers' choice for padded batches"
+        return Choice("attention", asked, reason)
+    choice = attention.choose_attention(config, args.device, compute_dtype(args), asked)
+    if choice.value == attention.TRITON:
+        from sft.step import attention_kernel  # noqa: F401  its operator; a CPU's PyTorch comes without Triton
+    return choice
+
+
+def _token_budget(
+    model_args: ModelArguments,
+    args: TrainingArguments,
+    config: PreTrainedConfig,
+    kernel_of_attention: str,
+    largest_step: int,
+    prepare: Callable[[PreTrainedModel], LossHead],
+    memory_plan: memory.Plan | None,
+) -> Choice:
+    """Most tokens of a micro-batch: asked for, the padded run's number, or on a GPU as many as memory has room for."""
+    what, floor = "tokens per micro-batch", args.per_device_train_batch_size * args.model_max_length
+    ceiling = min(largest_step, memory.LARGEST_BUDGET)
+    if args.tokens_per_micro_batch != "auto":
+        return Choice(what, int(args.tokens_per_micro_batch), "--tokens_per_micro_batch")
+    if args.device.type != "cuda" or kernel_of_attention in ("sdpa", "eager"):
+        return Choice(what, floor, "per device x --model_max_length")
+    if ceiling <= floor:
+        return Choice(what, floor, "per device x --model_max_length, more than any step has")
+    if memory_plan is None:
+        return Choice(what, floor, "per device x --model_max_length; without a memory plan it does not grow")
+    return measured_tokens(model_args, args, config, kernel_of_attention, floor, ceiling, prepare, memory_plan)
+
+
+def prepare_step(model: PreTrainedModel, settled: Settled) -> LossHead | None:
+    """Exchange modules and compile layers as settled, for packed rows.
+
+    Returns: the output layer, which gives the loss; None in a padded run.
+    """
+    return _prepare(model, settled.device, settled.kernel, settled.compilation) if settled.packing else None
+
+
+def _prepare(model: PreTrainedModel, device: torch.device, kernel: Callable, compilation: Choice) -> LossHead:
+    cuda = device.type == "cuda"
+    head = exchange(model, kernel, fused_norms=compilation.value and cuda)
+    if cuda:
+        keep_residual_in_compute_type(model)
+    if compilation.value:
+        compile_layers(model, fused_norms=cuda)
+    return head

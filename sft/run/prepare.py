@@ -1,0 +1,186 @@
+"""One run from outside: what is attached to its Trainer, and what happens around the training.
+
+The recipe knows none of it. Here the record is kept, checkpoints and the export are written and proved, and errors become sentences.
+"""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+from sft.arithmetic import compute_dtype, export_dtype
+from sft.data.template import load_template
+from sft.data.token_cache import tokenizer_digest
+from sft.flags import DataArguments, ModelArguments, TrainingArguments
+from sft.job import rank, say
+from sft.model import loading, lora, safe_loads
+from sft.plan.deepspeed_file import check_deepspeed, read_for_plan
+from sft.plan.memory_ladder import explain_out_of_memory, stop_after_plan
+from sft.plan.settle import Settled, engine
+from sft.report.progress import ReportCallback, tracker_problems
+from sft.report.record import Report
+from sft.report.speed import Meter, ModelFlops, device_name
+from sft.run.evaluation import AnswersCallback, EarlyStop, evaluation_problems
+from sft.run.finite_check import LossSpikes
+from sft.run.stop_requests import command_to_continue
+from sft.run.trainer import SupervisedTrainer
+from sft.saving import checkpoint, export, resume
+from sft.saving.model_card import write_card
+from sft.saving.rehearsal import rehearse
+from sft.step import attention, compiled_layers
+from sft.step.modules import LossHead
+from sft.step.packed_rows import PackedCollator, group_by_prefix
+
+
+def plan_only(flags) -> list[str]:
+    """With --plan_only print the memory plan and end the run, or return what keeps it from being made."""
+    return (read_for_plan(flags) or stop_after_plan(flags)) if flags.plan_only else []
+
+
+def model_problems(flags) -> list[str]:
+    """What is wrong with the model, and with what the flags would do to it, known from its config alone."""
+    problems, config = loading.model_problems(flags)
+    return problems + (lora.target_problems(config, flags.lora_target_modules) if config else [])
+
+
+CHECKS = (  # what can be known from the flags alone; all problems are raised together
+    plan_only,
+    data_problems,
+    model_problems,
+    resume.output_dir_problems,
+    check_deepspeed,
+    lora.lora_problems,
+    evaluation_problems,
+    tracker_problems,
+)
+
+
+class Run:
+    """One run's flags and record, from the parsed command line to the exported model.
+
+    Raises:
+        SystemExit: 0, if --resume_from_checkpoint finds a finished model and nothing is left to do.
+    """
+
+    def __init__(self, model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments):
+        self.model_args, self.data_args, self.args = model_args, data_args, args
+        if export.is_already_finished(args):
+            raise SystemExit(0)
+        if rank() != 0:  # transformers' warnings come from rank 0 alone, and its progress bars go to a terminal only
+            transformers.utils.logging.set_verbosity_error()
+        if rank() != 0 or not sys.stderr.isatty():
+            transformers.utils.logging.disable_progress_bar()
+        self.report = Report(model_args, data_args, args)
+        self.template = load_template(data_args.prompt_template)
+        self.memory_plan = None
+        self.identity: dict[str, str] = {}
+        self.resume: str | None = None
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time a part of the run for its record, and end an out-of-memory in a sentence."""
+        with self.report.phase(name), explain_out_of_memory(self.memory_plan):
+            yield
+
+    def stop_after_audit(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """With --check_data: audit the rows in place of training and end the run."""
+        if self.data_args.check_data:
+            raise SystemExit(
+                audit.check_data(tokenizer, self.data_args, self.args, loading.load_config(self.model_args))
+            )
+
+    def resume_from(self, data_module: dict[str, Any]) -> str | None:
+        """The checkpoint that this run continues from, if any, after it was compared with what made it. All ranks together."""
+        dataset, tokenizer = data_module["train_dataset"], data_module["data_collator"].tokenizer
+        self.resume = resume.choose_checkpoint(self.args)
+        before = resume.saved_identity(self.resume) if self.resume else {}
+        resume.keep_token_budget(self.resume, before, self.args)
+        config, digest = loading.load_config(self.model_args), tokenizer_digest(tokenizer)
+        self.identity = resume.run_identity(
+            self.args, self.model_args, dataset, config, engine(self.args), self.template, digest
+        )
+        if self.resume:
+            resume.refuse_changes(self.resume, before, self.identity, self.args.resume_with_changes)
+        return self.resume
+
+    def build_trainer(
+        self,
+        model: PreTrainedModel,
+        head: LossHead | None,
+        settled: Settled,
+        tokenizer: PreTrainedTokenizerBase,
+        data_module: dict[str, Any],
+    ) -> SupervisedTrainer:
+        """The run's Trainer, with its record, evaluation, stops, checkpoints and rehearsal. Benchmarks call it too.
+
+        Args:
+            head: of `settle.prepare_step`.
+        """
+        args, report = self.args, self.report
+        meter = Meter(ModelFlops.of(model), args.device, device_name(args.device), compute_dtype(args))
+        callbacks: list[TrainerCallback] = []
+        if data_module["eval_dataset"] is not None and args.eval_samples:
+            generating = attention.stock_attention if args.packing else contextlib.nullcontext
+            keep = report.record["samples"].append
+            callbacks.append(AnswersCallback(data_module["eval_dataset"], args.eval_samples, keep, generating))
+        if args.early_stopping_patience:
+            callbacks.append(EarlyStop(args.early_stopping_patience))
+        callbacks += [ReportCallback(report), meter, LossSpikes()]
+        if args.packing:
+            share = group_by_prefix if settled.prefixes.value else None
+            data_module = data_module | {"data_collator": PackedCollator(share)}
+        self.memory_plan = settled.memory_plan
+        trainer = SupervisedTrainer(
+            model=model,
+            args=args,
+            processing_class=tokenizer,
+            sampler=settled.sampler,
+            head=head,
+            meter=meter,
+            write_checkpoint=self._write_checkpoint,
+            before_first_step=self._rehearse if args.save_rehearsal else None,
+            callbacks=callbacks,
+            **data_module,
+        )
+        return trainer
+
+    def _write_checkpoint(self, trainer: SupervisedTrainer, write) -> None:
+        identity = self.identity
+        if self.args.packing:
+            identity = identity | {"tokens_per_micro_batch": str(trainer.sampler.max_tokens)}
+        with self.report.phase("checkpoints"):
+            checkpoint.save_whole(trainer, identity, write)
+
+    def _rehearse(self, trainer: SupervisedTrainer) -> None:
+        with self.report.phase("rehearsal"):
+            say(rehearse(trainer, export_dtype(self.args)))
+
+    def training(self, trainer: SupervisedTrainer, settled: Settled) -> contextlib.ExitStack:
+        """The phase in which the model is trained: what a checkpoint holds is loaded without running code."""
+        self.report.note_facts(trainer, self.template, settled.record())
+        stack = contextlib.ExitStack()
+        stack.enter_context(self.phase("train"))
+        stack.enter_context(safe_loads.safe_loads(self.resume, bool(self.args.deepspeed)))
+        if settled.compilation.value:
+            stack.enter_context(compiled_layers.more_graphs())
+        return stack
+
+    def finish(self, trainer: SupervisedTrainer) -> None:
+        """Export and prove the trained model, or say how to continue a run that was stopped; all ranks together."""
+        if trainer.stops.ended_early(trainer.state):
+            self.report.finish(trainer.meter.summary())
+            step, steps = trainer.state.global_step, trainer.state.max_steps
+            say(f"stopped at step {step:,} of {steps:,}. To continue:\n  {command_to_continue()}")
+        else:
+            proved = self._export(trainer)
+            self.report.finish(trainer.meter.summary())
+            if rank() == 0:
+                write_card(Path(self.args.output_dir), self.args.hub_model_id)
+                export.complete(self.args.output_dir, trainer.state.global_step, proved)
+        # a rank that leaves while another still merges or writes aborts now and then (gloo's threads, torch 2.13)
+        trainer.accelerator.wait_for_everyone()
+        trainer.accelerator.end_training()
