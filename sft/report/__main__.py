@@ -1,4 +1,4 @@
-"""Compare runs that have been recorded, or say what a field of run_report.json means.
+"""Compare recorded runs, or print what the fields of run_report.json mean.
 
 python -m sft.report RUN_A RUN_B --output compare.png
 python -m sft.report --fields
@@ -6,38 +6,35 @@ python -m sft.report --fields
 
 import argparse
 import json
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sft.job import UserError, one_message_for_user_errors
+from sft.job import UserError, one_message_for_user_errors, say
 from sft.report.picture import draw, number
-from sft.report.record import FIELDS, REPORT_NAME
+from sft.report.record import REPORT_NAME
+
+FIELDS_PAGE = Path(__file__).resolve().parents[2] / "docs" / "run_report.md"
 
 
 def load_runs(folders: list[str]) -> dict[str, dict]:
-    """Read the reports of runs: name -> record.
-
-    Raises:
-        UserError: with a message for each folder that has no report, or one in which no step was logged.
-    """
+    """Read the reports of runs: name -> record. Raises a UserError that names every folder without one to draw."""
     runs, problems = {}, []
     short = [Path(folder).resolve().name for folder in folders]
     for folder, name in zip(folders, short):
         path = Path(folder) / REPORT_NAME
-        if not path.is_file():
-            problems.append(f"{folder}: there is no {REPORT_NAME} in it. Give the --output_dir of a run that trained.")
-            continue
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
+        except OSError:
+            problems.append(f"{folder}: there is no {REPORT_NAME} in it. Give the --output_dir of a run that trained.")
         except ValueError as error:
             problems.append(f"{path}: not a report of a run ({error}).")
-            continue
-        if not isinstance(record, dict) or record.get("format") != 1:
-            problems.append(f"{path}: not a report that this version reads (format 1).")
-        elif not record["log"]:
-            problems.append(f"{path}: the run is {record['status']} and logged no step: there is nothing to draw.")
         else:
+            if not isinstance(record, dict) or record.get("format") != 1:
+                problems.append(f"{path}: not a report that this version reads (format 1).")
+            elif not record["log"]:
+                problems.append(f"{path}: the run is {record['status']} and logged no step: there is nothing to draw.")
             runs[name if short.count(name) == 1 else folder] = record
     if problems:
         raise UserError(problems)
@@ -62,8 +59,7 @@ def comparison(runs: dict[str, dict]) -> str:
     first, *others = runs
     for other in others:
         a, b = ({entry["step"]: number(entry["loss"]) for entry in runs[name]["log"]} for name in (first, other))
-        shared = [step for step in a if step in b]
-        if shared:
+        if shared := [step for step in a if step in b]:
             worst = max(shared, key=lambda step: abs(a[step] - b[step]))
             lines.append(
                 f"\n{first} and {other}: {len(shared)} steps in both logs, losses differ by at most "
@@ -73,12 +69,10 @@ def comparison(runs: dict[str, dict]) -> str:
 
 
 def _median(record: dict, name: str) -> float:
-    values = sorted(entry[name] for entry in record["log"])
-    return values[len(values) // 2]
+    return statistics.median_high(entry[name] for entry in record["log"])
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command: draw and compare runs."""
     parser = argparse.ArgumentParser(prog="python -m sft.report", description="Draw training runs on one figure.")
     parser.add_argument("runs", nargs="*", metavar="RUN", help="the --output_dir of a run")
     parser.add_argument("--output", default="compare.png", help="picture to write (default: compare.png)")
@@ -86,14 +80,15 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     with one_message_for_user_errors():
         if arguments.fields:
-            print("\n".join(f"{name}: {meaning}" for name, meaning in FIELDS.items()))
+            say(
+                "\n".join(line for line in FIELDS_PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("|"))
+            )
             return
         if not arguments.runs:
             raise UserError("no run is given: python -m sft.report RUN_A RUN_B")
         runs = load_runs(arguments.runs)
         draw(runs, Path(arguments.output))
-        print(comparison(runs))
-        print(f"picture: {arguments.output}")
+        say(f"{comparison(runs)}\npicture: {arguments.output}")
 
 
 if __name__ == "__main__":

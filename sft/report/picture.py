@@ -1,4 +1,4 @@
-"""The picture of runs: loss, evaluation loss, learning rate and tokens per second over the optimizer steps."""
+"""Draw runs: loss, evaluation loss, learning rate and tokens per second over the optimizer steps."""
 
 import math
 import os
@@ -10,21 +10,12 @@ import numpy as np
 from sft.job import UserError
 
 COLOURS = ("#1f5fa8", "#d1572b", "#2c8a57", "#8b4fa8", "#9a7a1c", "#4a4a4a")
-
-
 EVALUATION_COLOUR = COLOURS[1]  # of a run that is drawn alone
-
-
 SMOOTHED_FROM = 40  # logged values; fewer are drawn as they are
 
 
 def draw(runs: dict[str, dict], path: Path) -> None:
-    """Draw the loss, the learning rate and the tokens per second of runs on one figure (PNG).
-
-    Args:
-        runs: name -> record of the run, as in run_report.json.
-        path: the file; it is replaced in one go.
-    """
+    """Draw runs, name -> record (run_report.json), on one figure and write it to a PNG file, which is replaced in one go."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -39,7 +30,7 @@ def draw(runs: dict[str, dict], path: Path) -> None:
 
     for index, ((name, record), colour) in enumerate(zip(runs.items(), COLOURS * len(runs))):
         label = f"{name}: " if len(runs) > 1 else ""
-        width = 2 + 2.5 * (len(runs) - 1 - index)  # curves that lie on each other are all seen
+        width = 2 + 2.5 * (len(runs) - 1 - index)  # so that curves on top of each other can all be seen
         steps = [entry["step"] for entry in record["log"]]
         draw_noisy(loss, steps, [number(entry["loss"]) for entry in record["log"]], colour, width, f"{label}train")
         evaluation_colour = colour if label else EVALUATION_COLOUR
@@ -62,9 +53,9 @@ def draw(runs: dict[str, dict], path: Path) -> None:
     for axes in (rate, speed):
         axes.set_ylim(bottom=0)
     loss.legend(frameon=False)
-    beside = path.with_name(f".{path.name}.tmp")
-    figure.savefig(beside, format="png")
-    os.replace(beside, path)
+    unfinished = path.with_name(f".{path.name}.tmp")
+    figure.savefig(unfinished, format="png")
+    os.replace(unfinished, path)
 
 
 def describe(name: str, record: dict) -> str:
@@ -79,20 +70,16 @@ def describe(name: str, record: dict) -> str:
 def draw_noisy(
     axes: Any, steps: list[int], values: list[float], colour: str, width: float, label: str | None = None
 ) -> None:
-    """Draw values, faintly when there are many, and then their running mean over a twentieth of them."""
-    if len(values) < SMOOTHED_FROM:
-        axes.plot(steps, values, color=colour, linewidth=width, label=label)
-        return
-    window = len(values) // 20
-    # a label that starts with an underscore is not in the legend
-    axes.plot(steps, values, color=colour, alpha=0.3, linewidth=0.8, label="_" if label is None else label)
-    smooth = running_mean(values, window)
-    meaning = "_" if label is None else f"{label}, mean of {window} logged values"
-    axes.plot(steps, smooth, color=colour, linewidth=width, label=meaning)
+    """Draw values; if there are many, draw them faintly, with their running mean over a twentieth of them."""
+    if len(values) >= SMOOTHED_FROM:
+        axes.plot(steps, values, color=colour, alpha=0.3, linewidth=0.8, label=label)
+        window = len(values) // 20
+        values, label = running_mean(values, window), label and f"{label}, mean of {window} logged values"
+    axes.plot(steps, values, color=colour, linewidth=width, label=label)
 
 
 def draw_evaluations(axes: Any, evaluations: list[dict], colour: str, width: float, label: str) -> None:
-    """Draw evaluation losses, with the first and the lowest as numbers beside them."""
+    """Draw evaluation losses, and write the first and the lowest as numbers."""
     known = [(entry["step"], entry["eval_loss"]) for entry in evaluations if entry["eval_loss"] is not None]
     if not known:
         return

@@ -1,6 +1,6 @@
-"""What is printed while a run trains: a line at each log, one for each evaluation, and a progress bar in a terminal.
+"""Print a line at each log and each evaluation, and a progress bar in a terminal.
 
-The trackers of --report_to receive the same numbers under the names that run_report.json documents.
+The trackers of --report_to get the same numbers, under the names that docs/run_report.md explains.
 """
 
 import sys
@@ -11,20 +11,18 @@ import transformers
 from tqdm import tqdm
 
 from sft.job import say
+from sft.report.record import Report
 
 
 class ReportCallback(transformers.TrainerCallback):
-    """Prints the live line, and fills and writes the record. Replaces the Trainer's own printer and progress bar.
+    """Print the live line, and fill and write the record. Replaces the Trainer's own printer and progress bar.
 
-    In a terminal a progress bar stands under the lines; in a file there are lines alone.
-
-    Args:
-        report: a `record.Report`.
+    A terminal gets a progress bar below the lines, a file the lines alone.
     """
 
-    def __init__(self, report: Any):
+    def __init__(self, report: Report):
         self.report = report
-        self.bar: tqdm | None = None
+        self.bar = tqdm(disable=True)
         self.first: tuple[float, int] | None = None  # when and at which step the first line was printed
         self.evaluated = 0.0  # when the loss of the last evaluation was known
         self.recorded = 0  # entries of the Trainer's log that are in the record
@@ -32,22 +30,21 @@ class ReportCallback(transformers.TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if state.global_step:  # resumed: the numbers are in the Trainer's state, the samples in the record alone
             self.report.keep_samples_until(state.global_step)
-        if state.is_world_process_zero and sys.stderr.isatty() and not args.disable_tqdm:
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, dynamic_ncols=True, unit="step")
+        hidden = args.disable_tqdm or not (state.is_world_process_zero and sys.stderr.isatty())
+        count = {"total": state.max_steps, "initial": state.global_step, "unit": "step"}
+        self.bar = tqdm(**count, dynamic_ncols=True, disable=hidden)
         self._record_numbers(state)
         self.report.write()
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.bar is not None:
-            self.bar.update(state.global_step - self.bar.n)
+        self.bar.update(state.global_step - self.bar.n)
         if state.global_step >= state.max_steps and args.logging_strategy != "no":
-            # else steps after the last full --logging_steps are never shown, and the final mean takes them from rank 0
-            # alone (transformers 5.23)
+            # without it the steps after the last full --logging_steps are not shown, and the final mean takes them
+            # from rank 0 alone (transformers 5.23)
             control.should_log = True
 
     def on_prediction_step(self, args, state, control, **kwargs):
-        if self.bar is not None:
-            self.bar.set_postfix_str("evaluating")
+        self.bar.set_postfix_str("evaluating")
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         began = time.perf_counter()
@@ -68,14 +65,11 @@ class ReportCallback(transformers.TrainerCallback):
         self.report.add_seconds("report", time.perf_counter() - began)
 
     def on_evaluate(self, args, state, control, **kwargs):
-        self.report.add_seconds("evaluate", time.perf_counter() - self.evaluated)  # the samples, answered before
-        if self.bar is not None:
-            self.bar.set_postfix_str("")
+        self.report.add_seconds("evaluate", time.perf_counter() - self.evaluated)  # the samples were answered meanwhile
+        self.bar.set_postfix_str("")
 
     def on_train_end(self, args, state, control, **kwargs):
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
+        self.bar.close()
         exported = self.report.record["evaluations"][-1:]
         if args.load_best_model_at_end and state.best_global_step is not None:
             self.report.note("final", best_step=state.best_global_step)
@@ -95,18 +89,14 @@ class ReportCallback(transformers.TrainerCallback):
 
     def _seconds_left(self, now: float, state: transformers.TrainerState, logs: dict[str, float]) -> float:
         remaining = state.max_steps - state.global_step
-        if self.first is None:
-            self.first = (now, state.global_step)
+        self.first = self.first or (now, state.global_step)
         when, step = self.first
         if state.global_step == step:
             return remaining * logs["step_time_s"]
         return remaining * (now - when) / (state.global_step - step)  # evaluations and saves at their share so far
 
     def _print(self, line: str) -> None:
-        if self.bar is not None:
-            self.bar.write(line)
-        else:
-            say(line)
+        (say if self.bar.disable else self.bar.write)(line)
 
 
 def replace_progress(trainer: transformers.Trainer, *callbacks: transformers.TrainerCallback) -> None:
@@ -152,21 +142,11 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio", "mlflow": "mlflow"}
-
-
 def tracker_problems(flags: Any) -> list[str]:
-    """Problems of --report_to that can be known from the flags: a tracker that does not exist or is not installed."""
-    asked = [flags.report_to] if isinstance(flags.report_to, str) else list(flags.report_to or [])
-    known = transformers.integrations.integration_utils.INTEGRATION_TO_CALLBACK
-    present = transformers.integrations.get_available_reporting_integrations()
-    problems = []
-    for name in asked:
-        if name in ("none", "all") or name in present:
-            continue
-        if name not in known:
-            problems.append(f"--report_to {name}: no such tracker. Known: {', '.join(sorted(known))}, all, none.")
-        else:
-            cure = f"Install it (pip install {TRACKERS.get(name, name)}) or remove the flag."
-            problems.append(f"--report_to {name}: the package is not installed. {cure}")
-    return problems
+    """Trackers of --report_to that cannot be used; transformers would say so after the model has loaded."""
+    usable = [*transformers.integrations.get_available_reporting_integrations(), "all", "none"]
+    return [
+        f"--report_to {name}: no such tracker, or its package is not installed. Usable here: {', '.join(usable)}."
+        for name in ([flags.report_to] if isinstance(flags.report_to, str) else flags.report_to or [])
+        if name not in usable
+    ]

@@ -1,11 +1,10 @@
-"""Tokens per second, model FLOPs, MFU, padding and memory of a run, counted without asking the GPU anything."""
+"""Count tokens per second, model FLOPs, MFU, padding and memory of a run, without waiting for the GPU."""
 
 import re
 import resource
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -14,39 +13,29 @@ import transformers
 from sft.step.counts import TokenCounts
 
 # Dense 16-bit tensor-core peaks with float32 accumulation, TFLOP/s: NVIDIA's and AMD's data sheets (the printed figure
-# halved where the sheet gives the 2:4-sparse rate). The first name found in the device's name counts.
+# halved where the sheet gives the 2:4-sparse rate). The longest name found in the device's name counts.
 PEAK_TFLOPS = {
-    "B200": 2250,
-    "GH200": 989,
-    "H200 NVL": 835,
-    "H200": 989,
-    "H100 PCIe": 756,
-    "H100 NVL": 835,
-    "H100": 989,
-    "H800": 989,
-    "H20": 148,
-    "A100": 312,
-    "A800": 312,
-    "A40": 150,
-    "A30": 165,
-    "A10G": 70,
-    "A10": 125,
-    "L40S": 362,
-    "L40": 181,
-    "L4": 121,
-    "RTX 6000 Ada": 364,
-    "RTX A6000": 155,
-    "RTX 5090": 210,
-    "RTX 4090": 165,
-    "RTX 4080": 97,
-    "RTX 3090": 71,
-    "V100": 125,
-    "T4": 65,
-    "MI300X": 1307,
-    "MI325X": 1307,
+    2250: ("B200",),
+    1307: ("MI300X", "MI325X"),
+    989: ("GH200", "H200", "H100", "H800"),
+    835: ("H200 NVL", "H100 NVL"),
+    756: ("H100 PCIe",),
+    364: ("RTX 6000 Ada",),
+    362: ("L40S",),
+    312: ("A100", "A800"),
+    210: ("RTX 5090",),
+    181: ("L40",),
+    165: ("A30", "RTX 4090"),
+    155: ("RTX A6000",),
+    150: ("A40",),
+    148: ("H20",),
+    125: ("A10", "V100"),
+    121: ("L4",),
+    97: ("RTX 4080",),
+    71: ("RTX 3090",),
+    70: ("A10G",),
+    65: ("T4",),
 }
-
-
 # Cut-down or partitioned devices carry the full device's name and reach less.
 OTHER_DEVICES = re.compile(r"MIG|Laptop|Max-Q|SUPER|RTX 4090 D")
 
@@ -55,25 +44,27 @@ def peak_tflops(device_name: str, compute_dtype: torch.dtype) -> float | None:
     """The device's dense 16-bit peak in TFLOP/s; None for an unknown device, or for a run that computes in float32."""
     if compute_dtype not in (torch.bfloat16, torch.float16) or OTHER_DEVICES.search(device_name):
         return None
-    return next((peak for name, peak in PEAK_TFLOPS.items() if re.search(rf"\b{name}\b", device_name)), None)
+    names = {name: peak for peak, names in PEAK_TFLOPS.items() for name in names}
+    found = [name for name in names if re.search(rf"\b{name}\b", device_name)]
+    return names[max(found, key=len)] if found else None
 
 
 @dataclass(frozen=True)
 class ModelFlops:
     """Floating-point operations that a training step must do, by the model's shape.
 
-    A weight costs 2 in the forward pass for each token and 4 in the backward pass (2 where the weight is frozen: only
-    the gradient of its input is needed). Attention costs 12 x layers x heads x head_dim x sum of len^2, scores and
-    values, forward and backward; a causal model needs half of it. Recomputed activations are not counted (MFU, not HFU).
+    A weight costs 2 in the forward pass for each token and 4 in the backward pass (2 if the weight is frozen: only the
+    gradient of its input is needed). Attention costs 12 x layers x heads x head_dim x sum of len^2, scores and values,
+    forward and backward; a causal model needs half of it. Recomputed activations are not counted (MFU, not HFU).
 
     Two conventions. `step` counts what the recipe needs: the causal half, and the output head only on the positions
-    that are trained, since nobody asks for the others. `step_6n` is the usual formula of PaLM and its followers: 6 for
-    each weight (the input embedding left out, the head counted for every token) and the whole of len^2. It gives the
-    higher number, and the one to compare with other programs. Neither counts a shared prefix more than once.
+    that are trained. `step_6n` is the usual formula of PaLM and its followers: 6 for each weight (without the input
+    embedding, with the head for every token) and the whole of len^2. It gives the higher number, and the one to compare
+    with other programs. Neither counts a shared prefix more than once.
     """
 
-    layer_weights: int  # elements of the matrices in the layers (and of LoRA's, where there are any)
-    trained_layer_weights: int  # those of them that are trained
+    layer_weights: int  # elements of the matrices in the layers, LoRA's included
+    trained_layer_weights: int
     head_weights: int  # elements of the output head
     trained_head_weights: int
     attention_width: int  # layers x heads x head_dim
@@ -81,34 +72,28 @@ class ModelFlops:
     @classmethod
     def of(cls, model: Any) -> "ModelFlops":
         """Count from the shapes of the linear layers: right for sharded (ZeRO-3), quantized and LoRA weights as well."""
-        head = model.get_output_embeddings()
-        weights = dict.fromkeys(("layer", "trained_layer", "head", "trained_head"), 0)
+        config, head = model.config, model.get_output_embeddings()
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        sizes = {"attention_width": config.num_hidden_layers * config.num_attention_heads * head_dim}
+        sizes |= dict.fromkeys(("layer_weights", "trained_layer_weights", "head_weights", "trained_head_weights"), 0)
         for name, module in model.named_modules():
-            # peft keeps the untrained copy of a fully trained module beside it, and wraps a layer under `base_layer`
+            # peft keeps the untrained copy of a fully trained module next to it, and wraps a layer under `base_layer`
             if not isinstance(module, torch.nn.Linear) or ".original_module" in name:
                 continue
             size = module.in_features * module.out_features
             kind = "head" if module is head or name.split(".base_layer")[0].endswith("lm_head") else "layer"
-            weights[kind] += size
-            weights[f"trained_{kind}"] += size if module.weight.requires_grad else 0
-        config = model.config
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return cls(
-            layer_weights=weights["layer"],
-            trained_layer_weights=weights["trained_layer"],
-            head_weights=weights["head"],
-            trained_head_weights=weights["trained_head"],
-            attention_width=config.num_hidden_layers * config.num_attention_heads * head_dim,
-        )
+            sizes[f"{kind}_weights"] += size
+            sizes[f"trained_{kind}_weights"] += size if module.weight.requires_grad else 0
+        return cls(**sizes)
 
     def step(self, counts: TokenCounts) -> int:
-        """FLOPs that these examples need: causal attention, head on trained positions. What `mfu` is made of."""
+        """FLOPs that these examples need: causal attention, head on trained positions. `mfu` is made of them."""
         layers = (4 * self.layer_weights + 2 * self.trained_layer_weights) * (counts.real - counts.shared)
         head = (4 * self.head_weights + 2 * self.trained_head_weights) * counts.trained
         return layers + head + 6 * self.attention_width * counts.squared
 
     def step_6n(self, counts: TokenCounts) -> int:
-        """FLOPs by the usual formula, 6 N tokens + 12 layers heads head_dim len^2. What `mfu_6n` is made of."""
+        """FLOPs by the usual formula, 6 N tokens + 12 layers heads head_dim len^2. `mfu_6n` is made of them."""
         weights = self.layer_weights + self.head_weights
         trained = self.trained_layer_weights + self.trained_head_weights
         return (4 * weights + 2 * trained) * (counts.real - counts.shared) + 12 * self.attention_width * counts.squared
@@ -129,53 +114,42 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 class Meter(transformers.TrainerCallback):
-    """A stopwatch over training steps, and the tokens that went by.
+    """A stopwatch over training steps, and a count of their tokens.
 
     It runs only while steps run: `pause()` before an evaluation or a save, `resume()` after it. As the Trainer's last
-    callback it does so by itself. `read()` gives the numbers since the last reading, of the whole job: every rank must
-    call it. Names and units are in `sft/report/record.py`'s table of fields.
+    callback it does so by itself. docs/run_report.md has the names and units of its numbers.
 
     Args:
         flops: the model's, before it is wrapped.
         device: this rank's.
         device_name, compute_dtype: decide the peak that MFU refers to.
-        gather: (numbers,) -> (ranks, numbers), every rank's; default for a run of one process.
     """
 
-    convention = MFU_CONVENTION
-
-    def __init__(
-        self,
-        flops: ModelFlops,
-        device: torch.device,
-        device_name: str,
-        compute_dtype: torch.dtype,
-        gather: Callable[[torch.Tensor], torch.Tensor] = lambda numbers: numbers[None],
-    ):
-        self.flops = flops
-        self.device = device
+    def __init__(self, flops: ModelFlops, device: torch.device, device_name: str, compute_dtype: torch.dtype):
+        self.flops, self.device = flops, device
         self.peak_tflops = peak_tflops(device_name, compute_dtype)
-        self.gather = gather
-        self.counts = TokenCounts()
-        self.steps = 0
-        self.total = TokenCounts()  # of the job, whole run
-        self.total_seconds = 0.0
-        self.total_flops = 0
-        self.total_flops_6n = 0
+        self.counts, self.steps = TokenCounts(), 0  # of this rank, since the last reading
+        self.total, self.total_seconds = TokenCounts(), 0.0  # of the job, in this process's life
         self.peak_memory_gib = 0.0
         self._seconds = 0.0
         self._since: float | None = None
         self._ranks = 1
 
-    def add_step(self, counts: TokenCounts) -> None:
-        """Count one optimizer step's micro-batches of this rank. The clock starts with the first step."""
+    def facts(self) -> dict[str, Any]:
+        """What MFU means here: the record's section `throughput`."""
+        peak = {} if self.peak_tflops is None else {"peak_tflops": self.peak_tflops}
+        return {"mfu_convention": MFU_CONVENTION, **peak}
+
+    def add_step(self, counts: TokenCounts) -> int:
+        """Count one optimizer step's micro-batches of this rank; the first step starts the clock. Returns its FLOPs."""
         if self._since is None:
             self.resume()
         self.counts += counts
         self.steps += 1
+        return self.flops.step(counts)
 
     def pause(self) -> None:
-        """Stop the clock when the device has finished what it was given."""
+        """Stop the clock when the device has finished its work."""
         if self._since is not None:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
@@ -190,41 +164,35 @@ class Meter(transformers.TrainerCallback):
         if control.should_evaluate or control.should_save:
             self.pause()
 
-    def on_epoch_end(self, args, state, control, **kwargs):
-        if control.should_evaluate or control.should_save:
-            self.pause()
+    on_epoch_end = on_step_end
 
     def on_evaluate(self, args, state, control, **kwargs):
         self.resume()
 
-    def on_save(self, args, state, control, **kwargs):
-        self.resume()
+    on_save = on_evaluate
 
     def own(self) -> list[float]:
-        """This rank's counts since the last reading, and its peak memory in GiB: what `gather` gives of every rank."""
-        counts = self.counts
-        return [*asdict(counts).values(), peak_memory_gib(self.device)]
+        """This rank's counts since the last reading and its peak memory in GiB, to be gathered for `read`."""
+        return [*astuple(self.counts), peak_memory_gib(self.device)]
 
-    def read(self) -> dict[str, float]:
-        """The rates since the last reading. Call it at one and the same point of each step: where the host has its gradient norm."""
+    def read(self, every: torch.Tensor) -> dict[str, float]:
+        """The job's rates since the last reading. Call it at one point of each step: once the host has the gradient norm.
+
+        Args:
+            every: (ranks, numbers), what `own` gave on each rank in this step.
+        """
         now = time.perf_counter()
-        running = self._since is not None
         seconds = self._seconds + (now - self._since if self._since is not None else 0.0)
-        self._seconds, self._since = 0.0, now if running else None
-        own, steps = torch.tensor(self.own(), dtype=torch.float64), self.steps
-        self.counts, self.steps = TokenCounts(), 0
-        every = self.gather(own)
-        ranks = len(every)
+        self._seconds, self._since = 0.0, None if self._since is None else now
         job = TokenCounts(*(int(total) for total in every[:, :-1].sum(dim=0)))
-        # `every` was asked for before this step's update; the first update is when the optimizer takes its memory
-        self.peak_memory_gib = max(float(every[:, -1].max()), float(own[-1]))
-        flops, flops_6n = self.flops.step(job), self.flops.step_6n(job)
-        self._ranks = ranks
+        self._ranks = len(every)
+        # `every` is from before this step's update; the optimizer takes its memory in the first update
+        self.peak_memory_gib = max(float(every[:, -1].max()), peak_memory_gib(self.device))
+        step_time = seconds / max(self.steps, 1)
+        self.counts, self.steps = TokenCounts(), 0
         self.total += job
         self.total_seconds += seconds
-        self.total_flops += flops
-        self.total_flops_6n += flops_6n
-        return {"step_time_s": seconds / max(steps, 1), **self._rates(job, seconds, flops, flops_6n)}
+        return {"step_time_s": step_time, **self._rates(job, seconds)}
 
     def summary(self) -> dict[str, float]:
         """The same rates over all readings of this process, and the sums."""
@@ -232,23 +200,23 @@ class Meter(transformers.TrainerCallback):
             "train_steps_s": self.total_seconds,
             "tokens": self.total.real,
             "trained_tokens": self.total.trained,
-            "model_flops": self.total_flops,
-            **self._rates(self.total, self.total_seconds, self.total_flops, self.total_flops_6n),
+            "model_flops": self.flops.step(self.total),
+            **self._rates(self.total, self.total_seconds),
         }
 
-    def _rates(self, counts: TokenCounts, seconds: float, flops: int, flops_6n: int) -> dict[str, float]:
+    def _rates(self, counts: TokenCounts, seconds: float) -> dict[str, float]:
         per_gpu = 1 / (max(seconds, 1e-9) * self._ranks)
         rates = {
             "tokens_per_s_per_gpu": counts.real * per_gpu,
             "trained_tokens_per_s_per_gpu": counts.trained * per_gpu,
             "padding_share": counts.padding_share(),
             "shared_share": counts.shared / counts.real if counts.real else 0.0,
-            "tflops_per_gpu": flops * per_gpu / 1e12,
+            "tflops_per_gpu": self.flops.step(counts) * per_gpu / 1e12,
             "peak_memory_gib": self.peak_memory_gib,
         }
         if self.peak_tflops is not None:
             rates["mfu"] = rates["tflops_per_gpu"] / self.peak_tflops
-            rates["mfu_6n"] = flops_6n * per_gpu / 1e12 / self.peak_tflops
+            rates["mfu_6n"] = self.flops.step_6n(counts) * per_gpu / 1e12 / self.peak_tflops
         return rates
 
 

@@ -133,18 +133,24 @@ def meter(**changes):
     return Meter(**(arguments | changes))
 
 
+def read(watch):
+    """A reading in a job of one process."""
+    return watch.read(torch.tensor([watch.own()], dtype=torch.float64))
+
+
 def test_rates_against_a_clock(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     watch = meter()
-    watch.add_step(TokenCounts(real=100, trained=40, computed=125, squared=1000))  # the clock starts here
+    flops = watch.add_step(TokenCounts(real=100, trained=40, computed=125, squared=1000))  # the clock starts here
+    assert flops == 6 * 960 * 100 + 6 * 400 * 40 + 6 * 16 * 1000
     now[0] += 2
     watch.add_step(TokenCounts(real=300, trained=60, computed=375, squared=3000))
     now[0] += 3
     watch.pause()
     now[0] += 1000  # an evaluation and a save
     watch.resume()
-    numbers = watch.read()
+    numbers = read(watch)
     assert numbers["step_time_s"] == 2.5
     assert numbers["tokens_per_s_per_gpu"] == pytest.approx(400 / 5)
     assert numbers["trained_tokens_per_s_per_gpu"] == pytest.approx(100 / 5)
@@ -155,26 +161,24 @@ def test_rates_against_a_clock(monkeypatch):
 
     now[0] += 1
     watch.add_step(TokenCounts(real=50, trained=10, computed=50, squared=500))
-    assert watch.read()["tokens_per_s_per_gpu"] == pytest.approx(50)  # since the last reading, not since the start
+    assert read(watch)["tokens_per_s_per_gpu"] == pytest.approx(50)  # since the last reading, not since the start
     assert watch.summary()["tokens_per_s_per_gpu"] == pytest.approx(450 / 6)
     assert watch.summary()["tokens"] == 450
+    assert watch.summary()["model_flops"] == by_hand + 6 * 960 * 50 + 6 * 400 * 10 + 6 * 16 * 500
+    assert watch.facts() == {"mfu_convention": speed.MFU_CONVENTION, "peak_tflops": 312}
 
 
-def test_rates_are_of_all_ranks():
+def test_rates_are_of_all_ranks(monkeypatch):
     """Rank 1 did three times the work and holds more memory: the mean per GPU, and the highest memory."""
-
-    def gather(own):
-        other = own.clone()
-        other[:-1] *= 3
-        other[-1] = 77.0
-        return torch.stack([own, other])
-
-    watch = meter(gather=gather, device_name="an unknown device")
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    watch = meter(device_name="an unknown device")
     watch.add_step(TokenCounts(real=100, trained=40, computed=100, squared=1000))
-    time.sleep(0.05)
-    numbers = watch.read()
-    assert watch.total.real == 400
-    assert 400 / 2 / 0.06 < numbers["tokens_per_s_per_gpu"] < 400 / 2 / 0.05
+    now[0] += 4
+    *counts, _ = own = watch.own()
+    numbers = watch.read(torch.tensor([own, [*(3 * count for count in counts), 77.0]], dtype=torch.float64))
+    assert watch.total.real == 400 and "peak_tflops" not in watch.facts()
+    assert numbers["tokens_per_s_per_gpu"] == 400 / 2 / 4
     assert numbers["peak_memory_gib"] == 77.0
     assert "mfu" not in numbers
 
@@ -200,14 +204,14 @@ def test_memory_is_what_the_allocator_says(tiny_llama, questions_csv, tmp_path, 
             torch.empty(ballast, dtype=torch.uint8, device="cuda")
         return result
 
-    def read_beside_the_allocator(self):
-        numbers = read(self)
+    def read_and_ask_the_allocator(self, every):
+        numbers = read(self, every)
         expected.append(torch.cuda.memory_stats()["allocated_bytes.all.peak"] / 2**30)
         reserved.append(torch.cuda.memory_reserved() / 2**30)
         return numbers
 
     monkeypatch.setattr(utils.SupervisedTrainer, "training_step", step_with_ballast)
-    monkeypatch.setattr(Meter, "read", read_beside_the_allocator)
+    monkeypatch.setattr(Meter, "read", read_and_ask_the_allocator)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     flags = ("--bf16 True", "--per_device_train_batch_size 8", "--max_steps 6")
