@@ -1,6 +1,7 @@
-"""The pretrained model around the loading of its weights: its config, what must be ready before, what is mended after."""
+"""Load the pretrained model: what is checked before, how ranks share the reading, what is fixed after."""
 
 import copy
+import functools
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,49 +17,68 @@ from sft.job import all_ranks_or_none, rank, say, world_size
 from sft.model.safe_loads import safe_loads
 
 
-def model_problems(flags) -> tuple[list[str], PreTrainedConfig | None]:
-    """What is wrong with --model_name_or_path and the class to wrap, and the config from which that is known."""
+def model_problems(flags) -> list[str]:
+    """Check --model_name_or_path, the class to wrap and the layers to add to, with the config alone."""
     name = flags.model_name_or_path
     if not name:
-        return [], None
+        return []
     folder = Path(name)
     if folder.exists() or name.startswith((".", "/", "~")):
         if not (folder / "config.json").is_file():
-            here = f"{name}: no config.json there. --model_name_or_path takes a model's folder or a hub repository."
-            return [here], None
+            return [f"{name}: no config.json there. --model_name_or_path takes a model's folder or a hub repository."]
         if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
-            return [f"{name}: a config.json but no weights (model.safetensors). Download the model completely."], None
+            return [f"{name}: a config.json but no weights (model.safetensors). Download the model completely."]
     try:
         config = load_config(flags)
     except (OSError, ValueError) as error:
-        return [f"{name}: its config cannot be loaded: {str(error).strip().splitlines()[0]}"], None
-    wrap_classes = (flags.fsdp_config or {}).get("transformer_layer_cls_to_wrap", [])
+        return [f"{name}: its config cannot be loaded: {str(error).strip().splitlines()[0]}"]
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=flags.trust_remote_code)
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=flags.trust_remote_code)
     present = {type(module).__name__ for module in model.modules()}
     problems = [
         f"{name} has no layer of class {wrap_class}, which FSDP should wrap. "
         f"Its decoder layer: {', '.join(sorted(c for c in present if 'Layer' in c))}."
-        for wrap_class in wrap_classes
+        for wrap_class in (flags.fsdp_config or {}).get("transformer_layer_cls_to_wrap", [])
         if wrap_class not in present
     ]
-    return problems, config
+    return problems + target_problems(model, flags.lora_target_modules)
 
 
-def load_config(model_args):
-    """The model's config; a few kB, also from the hub."""
-    return AutoConfig.from_pretrained(
-        model_args.model_name_or_path, cache_dir=model_args.cache_dir, trust_remote_code=model_args.trust_remote_code
-    )
+def target_problems(model: torch.nn.Module, target_modules: list[str] | None) -> list[str]:
+    """Check that each name in --lora_target_modules matches a linear layer; peft ignores a wrong one among several."""
+    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    candidates = sorted({name.rsplit(".", 1)[-1] for name in linear})
+    return [
+        f"--lora_target_modules {target}: no linear layer of this model has that name. It has {', '.join(candidates)}."
+        for target in target_modules or []
+        if target_modules != ["all-linear"] and not any(f".{name}".endswith(f".{target}") for name in linear)
+    ]
 
 
-def hold_deepspeed(training_args: TrainingArguments) -> None:
-    """Until `start_deepspeed`, and after the training, models that are made are whole: ZeRO-3 would split these too.
+def load_config(model_args: ModelArguments) -> PreTrainedConfig:
+    """Read the model's config, once in a process. Every caller gets the same object: copy it before changing it."""
+    return _read_config(model_args.model_name_or_path, model_args.cache_dir, model_args.trust_remote_code)
 
-    TrainingArguments announces ZeRO-3 to `from_config` and `from_pretrained` as soon as it exists (transformers 5.23).
+
+@functools.cache
+def _read_config(name: str, cache_dir: str | None, trust_remote_code: bool) -> PreTrainedConfig:
+    return AutoConfig.from_pretrained(name, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
+
+
+@contextmanager
+def whole_models(training_args: TrainingArguments) -> Iterator[None]:
+    """Models made inside are whole on each rank.
+
+    TrainingArguments announces ZeRO-3 to `from_config` and `from_pretrained` as soon as it exists (transformers 5.23):
+    outside they split a model among the ranks.
     """
     if training_args.deepspeed:
         unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if training_args.deepspeed:
+            set_hf_deepspeed_config(training_args.hf_deepspeed_config)
 
 
 @contextmanager
@@ -72,24 +92,22 @@ def start_deepspeed(training_args: TrainingArguments) -> None:
     """Tell DeepSpeed about the ranks before the model loads: ZeRO-3 splits the weights while they are read.
 
     Accelerate does this on a GPU. On the CPU it starts torch.distributed alone (1.15, state.py), and DeepSpeed would
-    believe in a world of one.
+    assume world size 1.
     """
-    if not training_args.deepspeed:
-        return
-    set_hf_deepspeed_config(training_args.hf_deepspeed_config)
-    # deepspeed 0.19.8 on torch 2.13: hundreds of lines about the new names of two collectives
-    warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)
-    if training_args.device.type == "cpu":
-        import deepspeed
+    if training_args.deepspeed:
+        # deepspeed 0.19.8 on torch 2.13: hundreds of lines about the new names of two collectives
+        warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)
+        if training_args.device.type == "cpu":
+            import deepspeed
 
-        deepspeed.init_distributed(dist_backend="gloo")
+            deepspeed.init_distributed(dist_backend="gloo")
 
 
-def is_handed_out(model_args: ModelArguments, training_args: TrainingArguments) -> bool:
+def rank_0_reads(model_args: ModelArguments, training_args: TrainingArguments) -> bool:
     """Whether Accelerate will give each rank its shards from the weights of rank 0 (1.15, fsdp_utils.py: not 4-bit ones)."""
     plugin = training_args.fsdp_plugin_args or {}
-    handed_out = plugin.get("fsdp_version") == 2 and plugin["cpu_ram_efficient_loading"]
-    return bool(handed_out and world_size() > 1 and not model_args.load_in_4bit)
+    from_rank_0 = plugin.get("fsdp_version") == 2 and plugin["cpu_ram_efficient_loading"]
+    return bool(from_rank_0 and world_size() > 1 and not model_args.load_in_4bit)
 
 
 def load_weights(
@@ -118,27 +136,32 @@ def load_weights(
 def load_on_rank_0(load: Callable[[], PreTrainedModel]) -> PreTrainedModel:
     """Load on rank 0 of the job; the other ranks get the same model with one zero in the place of each weight.
 
-    They would all read the whole checkpoint (transformers 5.23, whatever `cpu_ram_efficient_loading` says), and drop it when
-    Accelerate hands out the shards. The zeros are not on the meta device because Accelerate tells the optimizer's parameters apart by
-    their addresses, which are all 0 there (1.15, accelerator.py, _prepare_fsdp2).
+    They would all read the whole checkpoint (transformers 5.23, whatever `cpu_ram_efficient_loading` says), and drop it
+    when Accelerate hands out the shards. The zeros are not on the meta device because Accelerate recognises the
+    optimizer's parameters by their addresses, which are all 0 there (1.15, accelerator.py, _prepare_fsdp2).
     """
     with all_ranks_or_none():
         model = load() if rank() == 0 else None
     handed: list[Any] = [None]
     if model is not None:
-        zeros = {
-            id(weight): torch.nn.Parameter(
-                torch.zeros((), dtype=weight.dtype).expand(weight.shape), weight.requires_grad
-            )
-            for weight in model.parameters()
-        }
-        handed = [copy.deepcopy(model, zeros)]  # config, ties and buffers are those of rank 0
+
+        def zero(weight: torch.nn.Parameter) -> torch.nn.Parameter:
+            return torch.nn.Parameter(weight.new_zeros(()).expand(weight.shape), weight.requires_grad)
+
+        # config, ties and buffers are those of rank 0
+        handed = [copy.deepcopy(model, {id(weight): zero(weight) for weight in model.parameters()})]
     torch.distributed.broadcast_object_list(handed)
     return handed[0] if model is None else model
 
 
+def numel(parameter: torch.Tensor) -> int:
+    """Elements of a whole weight: ZeRO-3 leaves an empty tensor on each rank, and 4-bit weights are packed."""
+    state = getattr(parameter, "quant_state", None)
+    return state.shape.numel() if state is not None else getattr(parameter, "ds_numel", parameter.numel())
+
+
 def make_generation_config_valid(model: PreTrainedModel) -> None:
-    """A generation config that names sampling settings without sampling is refused by save_pretrained: after training."""
+    """Mend a generation config that save_pretrained would refuse after training: sampling settings without sampling."""
     try:
         model.generation_config.validate(strict=True)
     except ValueError as error:

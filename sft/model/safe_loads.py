@@ -1,7 +1,7 @@
-"""Nothing that a run loads executes code, and nothing that it saves holds a secret.
+"""Load files without running code that is in them.
 
-Torch's files are pickles, and a pickle runs what it names. Models come as safetensors, or through torch's weights-only loader;
-this file sees to the states of a resumed checkpoint, which several libraries load, each in its own way.
+Torch's files are pickles, and a pickle runs what it names. Models come as safetensors, or through torch's weights-only
+loader; this file handles the states of a resumed checkpoint, which several libraries load, each in its own way.
 """
 
 import os
@@ -15,10 +15,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from sft.job import UserError
 
+SWITCH = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 DCP = "torch.distributed.checkpoint."
-
-
-METADATA_NAMES = {  # what such a file names: classes without code that runs when they are built
+METADATA_NAMES = {  # what `.metadata` names: classes without code that runs when they are built
     *((DCP + "metadata", name) for name in ("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties")),
     *((DCP + "metadata", kind + "StorageMetadata") for kind in ("Tensor", "Bytes", "Chunk")),
     (DCP + "metadata", "_MEM_FORMAT_ENCODING"),
@@ -41,10 +40,7 @@ class _MetadataOnly(pickle.Unpickler):
 
 
 def check_metadata(checkpoint: Path) -> None:
-    """Refuse a sharded checkpoint whose `.metadata` could run code: torch reads it with a plain `pickle.load`.
-
-    That is in torch 2.13, checkpoint/filesystem.py, read_metadata.
-    """
+    """Refuse a sharded checkpoint whose `.metadata` could run code: torch 2.13 reads it with a plain `pickle.load`."""
     for path in sorted(checkpoint.rglob(".metadata")):
         try:
             with open(path, "rb") as file:
@@ -55,13 +51,13 @@ def check_metadata(checkpoint: Path) -> None:
 
 @contextmanager
 def safe_loads(source: str | None, deepspeed: bool) -> Iterator[None]:
-    """While it lasts, torch.load executes nothing from any file, whichever library calls it.
+    """Inside, torch.load runs no code from any file, whichever library calls it.
 
-    DeepSpeed (0.19) and torch's sharded checkpoints (2.13) load with weights_only=False; torch's own switch overrules that.
-    What DeepSpeed stores beside tensors is allowed by name.
+    DeepSpeed (0.19) and torch's sharded checkpoints (2.13) load with weights_only=False; torch's own switch overrules
+    that. What DeepSpeed stores besides tensors is allowed by name.
 
     Args:
-        source: the model, or the checkpoint to resume from; None where nothing will be loaded.
+        source: the model, or the checkpoint to resume from; None if nothing will be loaded.
         deepspeed: DeepSpeed will read it.
     """
     allowed = []
@@ -73,24 +69,23 @@ def safe_loads(source: str | None, deepspeed: bool) -> Iterator[None]:
         allowed = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
     if source:
         check_metadata(Path(source))
-    before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
-    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    before = {SWITCH: os.environ[SWITCH]} if SWITCH in os.environ else {}
+    os.environ[SWITCH] = "1"
     try:
         with torch.serialization.safe_globals(allowed):
             yield
     except (pickle.UnpicklingError, CheckpointException) as error:
-        found = (
+        errors = (
             [failure for failure, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
         )
-        reason = next((str(failure) for failure in found if isinstance(failure, pickle.UnpicklingError)), None)
-        if reason is None:
+        refused = [str(failure) for failure in errors if isinstance(failure, pickle.UnpicklingError)]
+        if not refused:
             raise
-        reason = reason.rsplit("WeightsUnpickler error:", 1)[-1].strip().splitlines()[0]
+        reason = refused[0].rsplit("WeightsUnpickler error:", 1)[-1].strip().splitlines()[0]
         raise UserError(f"{source}: one of its files was not loaded, because it could run code. {reason}") from error
     finally:
-        del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
-        if before is not None:
-            os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = before
+        del os.environ[SWITCH]
+        os.environ.update(before)
 
 
 @contextmanager

@@ -13,7 +13,8 @@ import torch
 import transformers
 from transformers.trainer_utils import EvalLoopOutput
 
-from sft.job import say, world_size
+from sft.job import say
+from sft.model.answer import greedy_answers
 
 ANSWER_TOKENS = 128  # longest answer to an evaluation prompt
 
@@ -182,58 +183,25 @@ class AnswersCallback(transformers.TrainerCallback):
         self.generating = generating
         rows = [index * len(dataset) // count for index in range(min(count, len(dataset)))]
         self.keep = keep
-        self.prompts = [dataset[row]["input_ids"][: int(dataset.prompt_lengths[row])] for row in rows]
+        self.prompts = [dataset[row]["input_ids"][: int(dataset.prompt_lengths[row])].tolist() for row in rows]
         self.references = [dataset[row]["input_ids"][int(dataset.prompt_lengths[row]) :] for row in rows]
 
     def on_evaluate(self, args, state, control, model=None, processing_class=None, **kwargs):
-        with self.generating(model):
-            answers = greedy_answers(model, processing_class, self.prompts, args.device)
+        # layers compiled for training would be compiled again for each length of the cache
+        with self.generating(model), torch.compiler.set_stance("force_eager"):
+            answers = greedy_answers(model, processing_class, self.prompts, args.device, ANSWER_TOKENS)
         if not state.is_world_process_zero:
             return
-        for prompt, reference, answer in zip(self.prompts, self.references, answers, strict=True):
+        for prompt, reference, (answer, cut) in zip(self.prompts, self.references, answers, strict=True):
             sample = {
                 "step": state.global_step,
                 "prompt": processing_class.decode(prompt, skip_special_tokens=True),
                 "reference": processing_class.decode(reference, skip_special_tokens=True),
                 "answer": processing_class.decode(answer, skip_special_tokens=True),
-                "cut": processing_class.eos_token_id not in answer,
+                "cut": cut,
             }
             self.keep(sample)
             say(f"  answer: {shorten(sample['answer'])}   (data: {shorten(sample['reference'])})")
-
-
-def greedy_answers(
-    model: Any,
-    tokenizer: transformers.PreTrainedTokenizerBase,
-    prompts: list[torch.Tensor],
-    device: torch.device,
-) -> list[torch.Tensor]:
-    """Generate greedily from prompts of token ids, all in one batch, to EOS or `ANSWER_TOKENS` tokens. A collective."""
-    width = max(len(prompt) for prompt in prompts)
-    input_ids = torch.full((len(prompts), width), tokenizer.pad_token_id)  # (prompts, width), padded on the left
-    attention_mask = torch.zeros_like(input_ids)
-    for index, prompt in enumerate(prompts):
-        input_ids[index, width - len(prompt) :] = prompt
-        attention_mask[index, width - len(prompt) :] = 1
-    settings = transformers.GenerationConfig(
-        max_new_tokens=ANSWER_TOKENS,
-        do_sample=False,
-        use_cache=True,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    was_training = model.training
-    model.eval()
-    # Layers compiled for training would be compiled again for each length of the cache.
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        output = model.generate(
-            input_ids=input_ids.to(device),
-            attention_mask=attention_mask.to(device),
-            generation_config=settings,
-            synced_gpus=world_size() > 1,  # no rank stops while another one still needs its shards
-        )
-    model.train(was_training)
-    return list(output[:, width:].cpu())
 
 
 def shorten(text: str, width: int = 60) -> str:

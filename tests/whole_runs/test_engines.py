@@ -227,7 +227,7 @@ def test_weights_are_handed_out_where_accelerate_does_so(monkeypatch):
 
     def handed_out(plugin: dict | None, load_in_4bit: bool = False) -> bool:
         flags = SimpleNamespace(fsdp_plugin_args=plugin)
-        return loading.is_handed_out(SimpleNamespace(load_in_4bit=load_in_4bit), flags)
+        return loading.rank_0_reads(SimpleNamespace(load_in_4bit=load_in_4bit), flags)
 
     assert handed_out(fsdp2)
     assert not handed_out(fsdp2, load_in_4bit=True)
