@@ -2,17 +2,19 @@
 
     python -m sft.generate --model DIR --instruction "What is the capital of France?"
     python -m sft.generate --model DIR                                           # a chat of single turns
-    python -m sft.generate --model DIR --base MODEL --instruction "..."          # the base model's answer beside it
+    python -m sft.generate --model DIR --base MODEL --instruction "..."          # the base model's answer next to it
     python -m sft.generate --model DIR --data_path in.csv --output_path out.csv  # one answer for each row
 
 Answers go to stdout, everything else to stderr.
 """
 
+import argparse
 import contextlib
 import csv
+import difflib
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,42 +29,20 @@ from sft.data.csv_rows import header_problems, read_csv
 from sft.data.encode import check_vocabulary, encode_prompts
 from sft.data.llama_tokenizer import load_llama_tokenizer
 from sft.data.template import TEMPLATE_FILE, load_template
-from sft.flags import ModelArguments, Parser, unknown_flags
-from sft.job import UserError, one_message_for_user_errors
+from sft.job import UserError, one_message_for_user_errors, printable
+from sft.model.answer import greedy_answers
 
-DESCRIPTION = "Ask a tuned model, with the prompt template it was trained with."
-
-
-@dataclass
-class GenerateArguments:
-    """What to ask, and whom."""
-
-    model: str = field(default="", metadata={"help": "The tuned model: its folder, or a hub repository."})
-    instruction: str | None = field(
-        default=None, metadata={"help": "One instruction. Without it and without --data_path: a chat of single turns."}
-    )
-    base: str | None = field(
-        default=None,
-        metadata={"help": "A model whose answer to the same prompt is shown beside it. Both are held in memory."},
-    )
-    prompt_template: str | None = field(
-        default=None,
-        metadata={
-            "help": "'none', 'alpaca' or a text file with one {instruction} in it. Default: the template in the model's folder."
-        },
-    )
-    max_new_tokens: int = field(
-        default=512, metadata={"help": "Longest answer in tokens. Answers that are cut are counted."}
-    )
-    data_path: str = field(default="", metadata={"help": "CSV file with an instruction in each row."})
-    source: str = field(default="prompt", metadata={"help": "Column that holds the instructions."})
-    output_path: str = field(
-        default="",
-        metadata={"help": "CSV file to write: the same rows with a column `answer`, and `base_answer` with --base."},
-    )
-    batch_size: int = field(
-        default=16, metadata={"help": "With --data_path: answers made at once. More is faster and takes more memory."}
-    )
+FLAGS: list[tuple[str, Any, str]] = [  # name, default, help
+    ("model", "", "The tuned model: its folder, or a hub repository."),
+    ("instruction", None, "One instruction. Without it and without --data_path: a chat of single turns."),
+    ("base", None, "A model whose answer to the same prompt is shown next to it. Both are held in memory."),
+    ("prompt_template", None, "'none', 'alpaca' or a text file with {instruction}. Default: the model folder's own."),
+    ("max_new_tokens", 512, "Longest answer in tokens. Answers that are cut are counted."),
+    ("data_path", "", "CSV file with an instruction in each row."),
+    ("source", "prompt", "Column that holds the instructions."),
+    ("output_path", "", "CSV file to write: the same rows with a column `answer`, and `base_answer` with --base."),
+    ("batch_size", 16, "With --data_path: answers made at once. More is faster and takes more memory."),
+]
 
 
 @dataclass
@@ -78,12 +58,12 @@ class TunedModel:
         texts = [self.template.replace("{instruction}", text) for text in instructions]
         return [ids.tolist() for ids in encode_prompts(self.tokenizer, texts)]
 
+    def answer(self, prompts: list[list[int]], longest: int, streamer: Any = None) -> list[tuple[list[int], bool]]:
+        return greedy_answers(self.model, self.tokenizer, prompts, self.model.device, longest, streamer)
+
 
 def load(name: str, prompt_template: str | None = None) -> TunedModel:
-    """Load a tuned model, or a LoRA adapter on its base, from a folder or the hub.
-
-    Args:
-        prompt_template: 'none', 'alpaca' or a text file, instead of the template saved beside the model.
+    """Load a tuned model, or a LoRA adapter on its base, with `prompt_template` or the template saved with it.
 
     Raises:
         UserError: no model there, no template, an adapter without its base, peft not installed.
@@ -94,19 +74,17 @@ def load(name: str, prompt_template: str | None = None) -> TunedModel:
         inside = f" It holds {', '.join(checkpoints)}: the run did not finish; resume it." if checkpoints else ""
         raise UserError(f"--model {name}: no model there (config.json or adapter_config.json).{inside}")
     template = load_template(prompt_template) if prompt_template else saved_template(name)
-    with contextlib.redirect_stdout(sys.stderr):  # what the loaders say is no answer
-        tokenizer = load_llama_tokenizer(
-            ModelArguments(model_name_or_path=name), SimpleNamespace(model_max_length=int(1e30))
-        )
+    with contextlib.redirect_stdout(sys.stderr):  # what the loaders print is no answer
+        # not sft.flags: its TrainingArguments imports peft, and peft bitsandbytes, which warns on some CPUs
+        source = SimpleNamespace(model_name_or_path=name, cache_dir=None, trust_remote_code=False)
+        tokenizer = load_llama_tokenizer(source, SimpleNamespace(model_max_length=int(1e30)))
         model = load_adapter(name) if adapter else load_weights(name)
-    model.generation_config = GenerationConfig(  # greedy; sampling settings that the base model came with are dropped
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
+    model.generation_config = GenerationConfig()  # sampling settings that the base model came with are dropped
     return TunedModel(model.eval(), tokenizer, template)
 
 
 def find_file(name: str, file: str) -> str | None:
-    """Local path of a file of the model (downloaded when the model is a hub repository), None if it has no such file."""
+    """Local path of a file of the model, downloaded if the model is a hub repository; None if it has no such file."""
     if Path(name).is_dir():
         return str(Path(name, file)) if Path(name, file).is_file() else None
     if name.startswith((".", "/", "~")):
@@ -155,44 +133,25 @@ def load_adapter(name: str) -> Any:
 def answer_batches(
     tuned: TunedModel, instructions: list[str], batch_size: int, max_new_tokens: int
 ) -> Iterator[tuple[int, str, bool]]:
-    """Yield (index, answer, cut) for every instruction, the longest prompts first: what does not fit shows at once.
-
-    Prompts are padded on the left, so that every answer starts in the same column. `cut`: the answer did not end
-    within `max_new_tokens`.
-    """
+    """Yield (index, answer, cut) for every instruction, the longest prompts first: what does not fit fails at once."""
     prompts = tuned.prompts(instructions)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
-    pad, eos = tuned.tokenizer.pad_token_id, tuned.tokenizer.eos_token_id
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        width = len(prompts[batch[0]])
-        input_ids = torch.tensor([[pad] * (width - len(prompts[index])) + prompts[index] for index in batch])
-        real = torch.tensor([[0] * (width - len(prompts[index])) + [1] * len(prompts[index]) for index in batch])
-        device = tuned.model.device
-        output = tuned.model.generate(
-            input_ids=input_ids.to(device), attention_mask=real.to(device), max_new_tokens=max_new_tokens
-        )
-        for index, row in zip(batch, output[:, width:].tolist(), strict=True):
-            ended = eos in row
-            yield index, str(tuned.tokenizer.decode(row[: row.index(eos)] if ended else row)), not ended
+        answers = tuned.answer([prompts[index] for index in batch], max_new_tokens)
+        for index, (ids, cut) in zip(batch, answers, strict=True):
+            yield index, str(tuned.tokenizer.decode(ids)), cut
 
 
-def stream(tuned: TunedModel, instruction: str, max_new_tokens: int) -> None:
-    """Print one answer while it is made."""
-    input_ids = torch.tensor(tuned.prompts([instruction]), device=tuned.model.device)
-    streamer = TextStreamer(tuned.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    output = tuned.model.generate(
-        input_ids=input_ids,
-        attention_mask=torch.ones_like(input_ids),
-        max_new_tokens=max_new_tokens,
-        streamer=streamer,
-    )
-    if output[0, -1] != tuned.tokenizer.eos_token_id:
-        note(f"(cut after {max_new_tokens} tokens, --max_new_tokens)")
+class Stream(TextStreamer):
+    """Print an answer while it is made."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        print(printable(text), flush=True, end="\n" if stream_end else "")
 
 
 def note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 def answer(models: dict[str, TunedModel], instruction: str, max_new_tokens: int) -> None:
@@ -200,7 +159,10 @@ def answer(models: dict[str, TunedModel], instruction: str, max_new_tokens: int)
     for name, tuned in models.items():
         if len(models) > 1:
             print(f"{name}:", flush=True)
-        stream(tuned, instruction, max_new_tokens)
+        streamer = Stream(tuned.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        ((_, cut),) = tuned.answer(tuned.prompts([instruction]), max_new_tokens, streamer)
+        if cut:
+            note(f"(cut after {max_new_tokens} tokens, --max_new_tokens)")
 
 
 def chat(models: dict[str, TunedModel], max_new_tokens: int) -> None:
@@ -214,8 +176,8 @@ def chat(models: dict[str, TunedModel], max_new_tokens: int) -> None:
             return
 
 
-def answer_csv(models: dict[str, TunedModel], args: GenerateArguments) -> None:
-    """Write the input's rows with a column more for each model: `answer`, and `base_answer` with --base."""
+def answer_csv(models: dict[str, TunedModel], args: argparse.Namespace) -> None:
+    """Write the input's rows with one more column for each model: `answer`, and `base_answer` with --base."""
     instructions = [cell for _, cell, _ in read_csv(args.data_path, args.source, None)]
     with open(args.data_path, encoding="utf-8-sig", newline="") as file:
         header, *rows = csv.reader(file, strict=True)
@@ -223,12 +185,10 @@ def answer_csv(models: dict[str, TunedModel], args: GenerateArguments) -> None:
     if taken := [columns[name] for name in models if columns[name] in header]:
         raise UserError(f"{args.data_path}: it has a column {taken[0]!r} already. Rename or remove it.")
     asked = [index for index, text in enumerate(instructions) if text.strip()]
-    if len(asked) < len(instructions):
-        empty = len(instructions) - len(asked)
+    if empty := len(instructions) - len(asked):
         note(f"{args.data_path}: {empty} of {len(instructions)} rows have an empty {args.source!r} and get no answer")
     for name, tuned in models.items():
-        answers = [""] * len(rows)
-        cut = 0
+        answers, cut = [""] * len(rows), 0
         batches = answer_batches(tuned, [instructions[i] for i in asked], args.batch_size, args.max_new_tokens)
         for position, text, was_cut in tqdm(batches, total=len(asked), desc=f"{name}: answers", disable=None):
             answers[asked[position]] = text
@@ -242,30 +202,38 @@ def answer_csv(models: dict[str, TunedModel], args: GenerateArguments) -> None:
     note(f"{args.output_path}: {len(asked)} answers")
 
 
-def parse(argv: list[str] | None = None) -> GenerateArguments:
-    parser = Parser((GenerateArguments,), prog="python -m sft.generate", description=DESCRIPTION, allow_abbrev=False)  # type: ignore[arg-type]
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser("python -m sft.generate", allow_abbrev=False, formatter_class=formatter)
+    parser.description = "Ask a tuned model, with the prompt template it was trained with."
+    for name, default, help_text in FLAGS:
+        spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
+        parser.add_argument(*spellings, type=type(default or ""), default=default, metavar="VALUE", help=help_text)
     flags, unknown = parser.parse_known_args(argv)
-    problems = unknown_flags(parser, unknown)
-    if not flags.model:
-        problems.append("--model is missing: the tuned model, its folder or a hub repository.")
-    if bool(flags.data_path) != bool(flags.output_path):
-        problems.append("--data_path and --output_path go together: a CSV in, a CSV out.")
+    problems = []
+    for word in [word for word in unknown if word.startswith("-")] or unknown:
+        near = difflib.get_close_matches(word.split("=")[0].lstrip("-"), vars(flags), n=1)
+        advice = (
+            f"Did you mean --{near[0]}?" if near else "A value with spaces needs quotes; `--help` lists every flag."
+        )
+        problems.append(f"unknown flag {word}. {advice}")
+    asked, given = flags.instruction is not None, flags.output_path
+    mistakes = [
+        (not flags.model, "--model is missing: the tuned model, its folder or a hub repository."),
+        (bool(flags.data_path) != bool(given), "--data_path and --output_path go together: a CSV in, a CSV out."),
+        (flags.data_path and asked, "--instruction and --data_path are two kinds of questions. Give one of them."),
+        (asked and not flags.instruction.strip(), "--instruction is empty. Leave the flag out for a chat."),
+        (given and Path(given).exists(), f"--output_path {given}: it exists. Name another file, or remove it."),
+        (not Path(given).resolve().parent.is_dir(), f"--output_path {given}: no such folder. Make it first."),
+        (flags.max_new_tokens < 1, f"--max_new_tokens {flags.max_new_tokens}: it must be at least 1."),
+        (flags.batch_size < 1, f"--batch_size {flags.batch_size}: it must be at least 1."),
+    ]
+    problems += [message for wrong, message in mistakes if wrong]
     if flags.data_path:
         problems += header_problems(flags.data_path, flags.source, None)
-    if flags.data_path and flags.instruction is not None:
-        problems.append("--instruction and --data_path are two kinds of questions. Give one of them.")
-    if flags.instruction is not None and not flags.instruction.strip():
-        problems.append("--instruction is empty. Leave the flag out for a chat.")
-    if flags.output_path and Path(flags.output_path).exists():
-        problems.append(f"--output_path {flags.output_path}: it exists. Name another file, or remove it.")
-    elif flags.output_path and not Path(flags.output_path).resolve().parent.is_dir():
-        problems.append(f"--output_path {flags.output_path}: no such folder. Make it first.")
-    for name in ("max_new_tokens", "batch_size"):
-        if getattr(flags, name) < 1:
-            problems.append(f"--{name} {getattr(flags, name)}: it must be at least 1.")
     if problems:
         raise UserError(problems)
-    return GenerateArguments(**vars(flags))
+    return flags
 
 
 def main(argv: list[str] | None = None) -> None:

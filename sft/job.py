@@ -47,10 +47,18 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def say(text: object) -> None:
-    """Print once for the job (rank 0), at once."""
+INVISIBLE = "\n\t\u00a0\u2007\u202f\u3000\u200c\u200d"  # line feeds, tabs, spaces and joiners that texts need
+
+
+def printable(text: str) -> str:
+    """Spell out what could steer a terminal; whatever comes from data, a model or a path is printed through this."""
+    return "".join(c if c.isprintable() or c in INVISIBLE else repr(c)[1:-1] for c in text)
+
+
+def say(text: object, coloured: bool = False) -> None:
+    """Print once for the job (rank 0), at once; `coloured` text brings escape sequences of its own."""
     if rank() == 0:
-        print(text, file=sys.stdout, flush=True)
+        print(text if coloured else printable(str(text)), file=sys.stdout, flush=True)
 
 
 class Choice(NamedTuple):
@@ -91,7 +99,7 @@ def one_message_for_user_errors() -> Iterator[None]:
         problems = _collect_errors_of_all_ranks(error.problems)
         if problems:
             head = problems if len(problems) == 1 else [f"{len(problems)} problems", *(f"  - {p}" for p in problems)]
-            print("error: " + "\n".join(head), file=sys.stderr, flush=True)
+            print(printable("error: " + "\n".join(head)), file=sys.stderr, flush=True)
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         raise SystemExit(2) from None

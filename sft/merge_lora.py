@@ -1,4 +1,4 @@
-"""Merge a LoRA adapter into the model it was trained on, and compare the result with base + adapter.
+"""Merge a LoRA adapter into the model it was trained on, and check the result against base + adapter.
 
 python -m sft.merge_lora --adapter ./my_adapter --output ./my_model
 """
@@ -20,11 +20,10 @@ from sft.model.lora import BASE_RECORD, weights_digest
 def merge(
     adapter: str, output: str, base: str | None = None, dtype: torch.dtype = torch.float32, cache_dir: str | None = None
 ) -> float:
-    """Write base + adapter as one model, on the CPU in float32, and prove it.
+    """Write base + adapter as one model, computed on the CPU in float32, and prove it.
 
     Args:
-        adapter: folder with the adapter and its `base_model.json`.
-        output: folder for the whole model; the adapter's tokenizer files go with it.
+        adapter, output: folders; the adapter's tokenizer and template go with the model.
         base: the model it was trained on. Default: the recorded one.
         dtype: type of the saved weights.
 
@@ -62,22 +61,16 @@ def merge(
     if not difference < 1e-4:  # NaN never passes
         raise RuntimeError(f"the merged model differs from base + adapter by {difference:.2e} of the logits: not saved")
     merged.to(dtype).save_pretrained(output)
-    _copy_beside(folder, Path(output))
+    # the tokenizer and the prompt template belong to the model, merged or not
+    names = r"tokenizer.*|special_tokens_map\.json|chat_template\.jinja|prompt_template\.txt|vocab\.json|merges\.txt"
+    for file in folder.iterdir():
+        if re.fullmatch(names, file.name) and folder != Path(output):
+            shutil.copy2(file, output)
     return difference.item()
 
 
-def _copy_beside(adapter: Path, output: Path) -> None:
-    """The tokenizer and the prompt template belong to the model, merged or not."""
-    names = r"tokenizer.*|special_tokens_map\.json|chat_template\.jinja|prompt_template\.txt|vocab\.json|merges\.txt"
-    for file in adapter.iterdir():
-        if re.fullmatch(names, file.name) and file.parent != output:
-            shutil.copy2(file, output / file.name)
-
-
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m sft.merge_lora", description="Write base + adapter as one model, on the CPU in float32."
-    )
+    parser = argparse.ArgumentParser("python -m sft.merge_lora", description="Write base + adapter as one model.")
     parser.add_argument("--adapter", required=True, help="folder that a run with --use_lora True has saved")
     parser.add_argument("--output", required=True, help="folder for the whole model")
     parser.add_argument("--base", help="the model that the adapter was trained on (default: the recorded one)")
@@ -86,9 +79,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with one_message_for_user_errors():
         difference = merge(args.adapter, args.output, args.base, getattr(torch, args.save_dtype), args.cache_dir)
-        say(
-            f"merged: {args.output} ({args.save_dtype}); logits differ from base + adapter by {difference:.1e} in float32"
-        )
+        difference_in_words = f"logits differ from base + adapter by {difference:.1e} in float32"
+        say(f"merged: {args.output} ({args.save_dtype}); {difference_in_words}")
 
 
 if __name__ == "__main__":

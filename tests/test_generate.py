@@ -10,10 +10,10 @@ from itertools import pairwise
 import pytest
 import torch
 from characters import BOS, EOS, character_tokenizer
-from scripts import ROOT, without_noise
+from scripts import ROOT
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from sft import generate
+from sft import generate, job
 from sft.job import UserError
 
 ALPHABET = "abcdefghijklm nopqrstuvwxyz"
@@ -245,11 +245,11 @@ def test_flags_that_do_not_go_together(tuned, tmp_path):
     ) == [
         "unknown flag --max_token. Did you mean --max_new_tokens?",
         "--model is missing: the tuned model, its folder or a hub repository.",
-        f"{tmp_path / 'in.csv'}: no column 'prompt'. Its columns are 'question'. Name the right one with --source.",
         "--instruction and --data_path are two kinds of questions. Give one of them.",
         "--instruction is empty. Leave the flag out for a chat.",
         f"--output_path {tmp_path / 'out.csv'}: it exists. Name another file, or remove it.",
         "--max_new_tokens 0: it must be at least 1.",
+        f"{tmp_path / 'in.csv'}: no column 'prompt'. Its columns are 'question'. Name the right one with --source.",
     ]  # fmt: skip
     (tmp_path / "in.csv").write_text("prompt,answer\nw,1\n")
     assert problems("--model", tuned, "--data_path", tmp_path / "in.csv", "--output_path", tmp_path / "new.csv") == [
@@ -258,11 +258,47 @@ def test_flags_that_do_not_go_together(tuned, tmp_path):
     assert not (tmp_path / "new.csv").exists()
 
 
+def test_control_characters_of_an_answer_and_a_path_are_spelled_out(tmp_path, capsys):
+    """An answer that clears the screen, and a folder that sets the terminal's title; joiners and spaces stay."""
+    steering = "k\x1b[2J\r\u202el\u00a0m"
+    model = save_reciter(tmp_path / "tuned", "k\x1b\rl", "{instruction}")
+    ask("--model", model, "--instruction", "k")
+    assert capsys.readouterr().out == "\\x1b\\rl\n"
+    assert job.printable(steering) == "k\\x1b[2J\\r\\u202el\u00a0m"
+    with pytest.raises(SystemExit), job.one_message_for_user_errors():
+        ask("--model", tmp_path / "\x1b]0;title\x07", "--instruction", "k")
+    assert capsys.readouterr().err == f"error: --model {tmp_path}/\\x1b]0;title\\x07: no such folder.\n"
+
+
+def test_words_without_a_flag(tuned):
+    assert problems("--model", tuned, "--instruction", "what", "is", "this") == [
+        f"unknown flag {word}. A value with spaces needs quotes; `--help` lists every flag." for word in ("is", "this")
+    ]
+    assert generate.parse(["--model", "m", "--max-new-tokens", "7", "--batch_size=2"]).max_new_tokens == 7
+
+
 @pytest.mark.slow
 def test_the_command_in_a_shell(tuned, base):
     command = [sys.executable, "-m", "sft.generate", "--model"]
     answered = subprocess.run([*command, str(tuned)], input="w\nx\n", capture_output=True, text=True, cwd=ROOT)
     assert (answered.returncode, answered.stdout) == (0, "xyz\nyz\n")
     refused = subprocess.run([*command, str(base)], capture_output=True, text=True, cwd=ROOT)
-    assert refused.returncode == 2 and without_noise(refused.stderr).startswith("error: ")
+    assert refused.returncode == 2 and refused.stderr.startswith("error: ")
     assert "Traceback" not in refused.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [["sft.generate", "--model", "./nowhere"], ["sft.report", "nowhere"]])
+def test_a_command_imports_and_prints_nothing_that_it_does_not_use(command, tmp_path):
+    """peft imports bitsandbytes, which prints a warning on some CPUs."""
+    code = f"""
+import runpy, sys
+sys.argv = {command}
+try:
+    runpy.run_module(sys.argv[0], run_name="__main__")
+finally:
+    print(sorted({{"peft", "bitsandbytes", "deepspeed", "matplotlib"}} & sys.modules.keys()))
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (ended.returncode, ended.stdout) == (2, "[]\n"), ended.stderr
+    assert ended.stderr.startswith("error: ") and ended.stderr.count("\n") == 1

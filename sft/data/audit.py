@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from sft.job import UserError, world_size
+from sft.job import UserError, printable, world_size
 
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99, 100)
 
@@ -64,11 +64,6 @@ def describe_example(tokenizer: Any, dataset: Any, index: int, colour: bool) -> 
     before, after = ("\033[32m", "\033[0m") if colour else ("[", "]")
     text = f"{printable(whole[:trained_from])}{before}{printable(whole[trained_from:])}{after}"
     return f"row {dataset.row_numbers[index]}, its trained tokens {'in green' if colour else 'in [...]'}:\n{text}"
-
-
-def printable(text: str) -> str:
-    """The text with everything that could steer a terminal spelt out, line feeds and tabs excepted."""
-    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
 @dataclass
