@@ -151,3 +151,13 @@ def test_the_command_line_ends_in_one_message(base, tmp_path, capsys):
     assert capsys.readouterr().err.startswith(f"error: {tmp_path}: no adapter_config.json there.")
     merge_lora.main(["--adapter", str(adapter), "--output", str(tmp_path / "merged"), "--save_dtype", "float32"])
     assert f"merged: {tmp_path / 'merged'} (float32); logits differ from base + adapter by" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_run_merges_wherever_it_was_started(base, tmp_path, monkeypatch):
+    trained_adapter(base, tmp_path / "adapter")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")  # of the job whose rank 0 merges
+    lora._merge_in_another_process(tmp_path / "adapter", tmp_path / "merged", torch.float32, None)
+    assert load_file(tmp_path / "merged" / "model.safetensors").keys() == load_file(base / "model.safetensors").keys()
