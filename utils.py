@@ -172,7 +172,7 @@ def make_supervised_data_module(tokenizer, data_args: DataArguments, training_ar
         for leak in audit.leaks(train_dataset.rows, eval_dataset.rows):
             job.say(f"warning: {leak}")
     job.say(audit.describe_datasets(train_dataset, eval_dataset))
-    job.say(audit.describe_example(tokenizer, train_dataset, 0, colour=sys.stdout.isatty()))
+    job.say(audit.describe_example(tokenizer, train_dataset, 0, colour=sys.stdout.isatty()), coloured=True)
     collator = DataCollatorForSupervisedDataset(tokenizer)
     return {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "data_collator": collator}
 

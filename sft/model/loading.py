@@ -81,13 +81,6 @@ def whole_models(training_args: TrainingArguments) -> Iterator[None]:
             set_hf_deepspeed_config(training_args.hf_deepspeed_config)
 
 
-@contextmanager
-def whole_models(args: TrainingArguments) -> Iterator[None]:
-    """Inside, models that are made are whole: ZeRO-3 would split these too."""
-    hold_deepspeed(args)
-    yield
-
-
 def start_deepspeed(training_args: TrainingArguments) -> None:
     """Tell DeepSpeed about the ranks before the model loads: ZeRO-3 splits the weights while they are read.
 
@@ -113,11 +106,7 @@ def rank_0_reads(model_args: ModelArguments, training_args: TrainingArguments) -
 def load_weights(
     model_args: ModelArguments, args: TrainingArguments, config: PreTrainedConfig, **options: Any
 ) -> PreTrainedModel:
-    """Load the weights; with FSDP on rank 0 alone, from where Accelerate gives each rank its shards.
-
-    Args:
-        options: of `from_pretrained`.
-    """
+    """Load the weights with `from_pretrained` and its options; under FSDP rank 0 alone reads them."""
     start_deepspeed(args)
 
     def load() -> PreTrainedModel:
@@ -130,7 +119,7 @@ def load_weights(
                 **options,
             )
 
-    return load_on_rank_0(load) if is_handed_out(model_args, args) else load()
+    return load_on_rank_0(load) if rank_0_reads(model_args, args) else load()
 
 
 def load_on_rank_0(load: Callable[[], PreTrainedModel]) -> PreTrainedModel:

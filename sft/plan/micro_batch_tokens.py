@@ -99,8 +99,7 @@ def small_model(
     if getattr(small, "layer_types", None):
         small.layer_types = small.layer_types[:2]
     dtype = compute_dtype(args) if model_args.use_lora else torch.float32
-    loading.hold_deepspeed(args)  # ZeRO-3 would split its weights
-    with torch.device(args.device):
+    with loading.whole_models(args), torch.device(args.device):
         probe = AutoModelForCausalLM.from_config(
             small, attn_implementation=attention, dtype=dtype, trust_remote_code=model_args.trust_remote_code
         )

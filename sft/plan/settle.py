@@ -1,5 +1,6 @@
 """Every choice of a run, made once, before a weight is loaded, printed with its reason, and handed to whoever needs it."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -68,11 +69,14 @@ def settle(model_args: ModelArguments, args: TrainingArguments, dataset: Any) ->
     config, lengths = loading.load_config(model_args), dataset.lengths
     arithmetic = plan(args, len(dataset))
     say(describe_plan(model_args, args, len(dataset)))
-    with loading.whole_models(args), torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=model_args.trust_remote_code)
+    with loading.whole_models(args):
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(
+                copy.deepcopy(config), trust_remote_code=model_args.trust_remote_code
+            )
+        kernel_of_attention = choose_attention(model_args, args, config)
     run_tokens = arithmetic["steps"] * arithmetic["examples_per_step"] * lengths.mean()
 
-    kernel_of_attention = choose_attention(model_args, args, config)
     say(kernel_of_attention)
     compilation = Choice("compiled layers", False, "--packing False")
     if args.packing:

@@ -84,6 +84,8 @@ class Report:
         self.note("model", **{"class": type(model).__name__}, name=self.model_args.model_name_or_path, **sizes)
         for name, section in settled.items():
             self.note(name, **section)
+        if not self.record["attention"]["name"]:  # transformers chose it
+            self.note("attention", name=model.config._attn_implementation)
 
     def keep_samples_until(self, step: int) -> None:
         """Take over the samples up to this step from the record that a resumed run continues."""

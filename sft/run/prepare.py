@@ -41,16 +41,10 @@ def plan_only(flags) -> list[str]:
     return (read_for_plan(flags) or stop_after_plan(flags)) if flags.plan_only else []
 
 
-def model_problems(flags) -> list[str]:
-    """What is wrong with the model, and with what the flags would do to it, known from its config alone."""
-    problems, config = loading.model_problems(flags)
-    return problems + (lora.target_problems(config, flags.lora_target_modules) if config else [])
-
-
 CHECKS = (  # what can be known from the flags alone; all problems are raised together
     plan_only,
     data_problems,
-    model_problems,
+    loading.model_problems,
     resume.output_dir_problems,
     check_deepspeed,
     lora.lora_problems,
@@ -161,7 +155,9 @@ class Run:
 
     def training(self, trainer: SupervisedTrainer, settled: Settled) -> contextlib.ExitStack:
         """The phase in which the model is trained: what a checkpoint holds is loaded without running code."""
-        self.report.note_facts(trainer, self.template, settled.record())
+        datasets = {"train": trainer.train_dataset, "eval": trainer.eval_dataset}
+        sections = settled.record() | {"throughput": trainer.meter.facts()}
+        self.report.note_facts(trainer.model, trainer.processing_class, datasets, self.template, **sections)
         stack = contextlib.ExitStack()
         stack.enter_context(self.phase("train"))
         stack.enter_context(safe_loads.safe_loads(self.resume, bool(self.args.deepspeed)))
