@@ -91,9 +91,10 @@ class ReportCallback(transformers.TrainerCallback):
         remaining = state.max_steps - state.global_step
         self.first = self.first or (now, state.global_step)
         when, step = self.first
-        if state.global_step == step:
-            return remaining * logs["step_time_s"]
-        return remaining * (now - when) / (state.global_step - step)  # evaluations and saves at their share so far
+        done = state.global_step - step
+        return remaining * (
+            (now - when) / done if done else logs["step_time_s"]
+        )  # evaluations and saves at their share
 
     def _print(self, line: str) -> None:
         (say if self.bar.disable else self.bar.write)(line)

@@ -71,9 +71,8 @@ class Report:
         paths = {"train": flags.data_path, "eval": flags.eval_data_path or flags.data_path}
         for name, dataset in datasets.items():
             if dataset is not None:
-                origin = {"path": paths[name], "blake2b": dataset.rows.key()["csv"]}
-                columns = {"source": flags.source, "target": flags.target}
-                self.note("data", **{name: origin | columns | dataset.counts})
+                origin = {"path": paths[name], "blake2b": dataset.rows.key()["csv"], "source": flags.source}
+                self.note("data", **{name: origin | {"target": flags.target} | dataset.counts})
         self.note("template", name=flags.prompt_template, text=template)
         digest = datasets["train"].rows.key()["tokenizer"]
         self.note("tokenizer", **{"class": type(tokenizer).__name__}, vocabulary=len(tokenizer), blake2b=digest)
@@ -84,8 +83,7 @@ class Report:
         self.note("model", **{"class": type(model).__name__}, name=self.model_args.model_name_or_path, **sizes)
         for name, section in settled.items():
             self.note(name, **section)
-        if not self.record["attention"]["name"]:  # transformers chose it
-            self.note("attention", name=model.config._attn_implementation)
+        self.record["attention"]["name"] = settled["attention"]["name"] or model.config._attn_implementation
 
     def keep_samples_until(self, step: int) -> None:
         """Take over the samples up to this step from the record that a resumed run continues."""
