@@ -83,14 +83,7 @@ class Finding:
         return f"{self.what}: {len(self.rows):,} (row{'s' if len(self.rows) > 1 else ''} {shown})"
 
 
-def check_data(
-    tokenizer: Any,
-    data_args: DataArguments,
-    training_args: TrainingArguments,
-    config: Any,
-    dataset: Any,
-    evaluation: Any | None = None,
-) -> int:
+def check_data(tokenizer, data_args: DataArguments, args: TrainingArguments, config, dataset, evaluation=None) -> int:
     """Audit the training data in place of training; the exit code, 1 when a run would be useless.
 
     Args:
@@ -104,17 +97,17 @@ def check_data(
     planned: dict[str, Any] = {}
     lengths: dict[str, np.ndarray] = {}
     examples: list[str] = []
-    folder = Path(training_args.output_dir)
+    folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     if len(dataset):
         prompts, totals = dataset.prompt_lengths, dataset.lengths
         lengths = {"prompt": prompts, "response": totals - prompts, "total": totals}
         findings += text_findings(dataset.rows, tokenizer, data_args)
-        planned, never_reached = plan(totals, training_args)
+        planned, never_reached = plan(totals, args)
         findings += never_reached
         five = np.linspace(0, len(dataset) - 1, num=min(5, len(dataset)), dtype=int)
         examples = [describe_example(tokenizer, dataset, i, colour=sys.stdout.isatty()) for i in five]
-        draw_lengths(folder / "data_lengths.png", lengths, training_args.model_max_length, data_args.data_path)
+        draw_lengths(folder / "data_lengths.png", lengths, args.model_max_length, data_args.data_path)
     useless = [finding.what for finding in findings if finding.useless]
     verdict = f"useless: {'; '.join(useless)}" if useless else "ready to train"
     if findings and not useless:
