@@ -16,7 +16,7 @@ import torch
 import transformers
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from sft import IGNORE_INDEX, job
 from sft.data import audit, csv_rows, encode, held_out, token_cache
@@ -177,6 +177,13 @@ def make_supervised_data_module(tokenizer, data_args: DataArguments, training_ar
     return {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "data_collator": collator}
 
 
+def check_data(tokenizer, data_args: DataArguments, args: TrainingArguments, config: PreTrainedConfig) -> int:
+    """Audit the data in place of training; the exit code, 1 when a run would be useless."""
+    paths = filter(None, (data_args.data_path, data_args.eval_data_path))
+    datasets = (SupervisedDataset(tokenize_csv(path, tokenizer, data_args, args.model_max_length)) for path in paths)
+    return audit.check_data(tokenizer, data_args, args, config, *datasets)
+
+
 # ------------------------------------------------------------------------------------------------------------ model
 
 
@@ -209,7 +216,8 @@ def train(load_tokenizer: LoadTokenizer, argv: list[str] | None = None) -> prepa
     run = prepare.Run(model_args, data_args, args)
     with run.phase("data"), job.all_ranks_or_none():
         tokenizer = load_tokenizer(model_args, args)
-        run.stop_after_audit(tokenizer)
+        if data_args.check_data:
+            raise SystemExit(check_data(tokenizer, data_args, args, loading.load_config(model_args)))
         data_module = make_supervised_data_module(tokenizer, data_args, args)
     resume = run.resume_from(data_module)
     settled = settle.settle(model_args, args, data_module["train_dataset"])

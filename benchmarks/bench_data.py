@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import utils
 from sft.data.csv_rows import read_csv
+from sft.data.encode import words_of
 from sft.data.llama_tokenizer import load_llama_tokenizer
 from sft.flags import DataArguments, ModelArguments
 
@@ -90,7 +91,7 @@ def bare_call() -> float:
 
 def ours() -> float:
     """All that a run does before it has its first example, where nothing is cached."""
-    own.tokenizer._sft_words.ids.clear()  # what an earlier repeat has seen
+    words_of(own.tokenizer).ids.clear()  # what an earlier repeat has seen
     with tempfile.TemporaryDirectory() as cache_dir:
         return seconds(lambda: dataset(cache_dir)[0])
 

@@ -25,8 +25,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
+from sft.data.checks import check_vocabulary
 from sft.data.csv_rows import header_problems, read_csv
-from sft.data.encode import check_vocabulary, encode_prompts
+from sft.data.encode import encode_prompts
 from sft.data.llama_tokenizer import load_llama_tokenizer
 from sft.data.template import TEMPLATE_FILE, load_template
 from sft.job import UserError, one_message_for_user_errors, printable

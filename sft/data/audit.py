@@ -1,16 +1,14 @@
-"""What the rows are, said before a run trains on them: a few lines in every run, everything with --check_data True.
+"""Describe the rows before a run trains on them: a few lines in every run, everything with --check_data True.
 
-The audit costs less than tokenizing: it reads the CSV once more and counts in the tokenized rows; only a few dozen
-characters around the end of each prompt are encoded again.
+The audit costs less than tokenizing: it reads the CSV once more and counts in the tokenized rows.
 """
 
+import gc
 import json
-import math
 import re
 import sys
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import chain, islice
 from pathlib import Path
@@ -18,18 +16,17 @@ from typing import Any
 
 import numpy as np
 
-from sft.job import UserError, printable, world_size
+from sft import arithmetic
+from sft.data.csv_rows import read_csv
+from sft.data.template import load_template
+from sft.data.token_cache import CUT, KEPT, TokenizedRows
+from sft.flags import DataArguments, TrainingArguments
+from sft.job import printable, rank
 
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99, 100)
-
-
 ROWS_SHOWN = 10
-
-
 SAMPLE = 1000  # rows from which the prompts' common ending is learned
-
-
-WINDOW = 32  # characters on each side of the end of a prompt that are encoded jointly
+LONGEST_ENDING = 32  # characters
 
 
 def describe_rows(path: str, counts: dict[str, int]) -> str:
@@ -42,7 +39,7 @@ def describe_rows(path: str, counts: dict[str, int]) -> str:
 
 
 def describe_datasets(train_dataset: Any, eval_dataset: Any | None) -> str:
-    """How many examples and tokens there are, in one line for each dataset."""
+    """Examples and tokens, in one line for each dataset."""
     lines = []
     for name, dataset in (("training", train_dataset), ("evaluation", eval_dataset)):
         if dataset is not None:
@@ -81,115 +78,92 @@ class Finding:
         return f"{self.what}: {len(self.rows):,} (row{'s' if len(self.rows) > 1 else ''} {shown})"
 
 
-def audit(
-    dataset: Any,
-    cells: Iterable[tuple[int, str, str]],
-    template: str,
-    tokenizer: Any,
-    encode_continuation: Callable[[list[str]], Sequence[Sequence[int]]],
-    data_path: str,
-    training_args: Any,
-    vocabulary_size: int | None,
-    evaluation: Any | None = None,
-) -> int:
-    """Print what is to be known about the training data, and write it to --output_dir; 1 when a run would be useless.
+def check_data(tokenizer, data_args: DataArguments, args: TrainingArguments, config, dataset, evaluation=None) -> int:
+    """Audit the training data in place of training; the exit code, 1 when a run would be useless.
 
     Args:
-        dataset: a SupervisedDataset over all kept rows.
-        cells: (row number, source cell, target cell) of every row of the CSV, in order.
-        encode_continuation: the ids of texts in the middle of a sequence.
-        vocabulary_size: rows of the model's embedding.
-        evaluation: a SupervisedDataset over the rows of a file of their own, if there is one.
+        config: the model's.
+        dataset, evaluation: a SupervisedDataset over all kept rows of --data_path, and of --eval_data_path if given.
     """
-    findings = token_findings(dataset.rows, tokenizer, vocabulary_size)
+    if rank() != 0:
+        return 0
+    findings = token_findings(dataset.rows, tokenizer, config.vocab_size)
     findings += leaks(dataset.rows, evaluation.rows) if evaluation else []
     planned: dict[str, Any] = {}
+    lengths: dict[str, np.ndarray] = {}
     examples: list[str] = []
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
     if len(dataset):
-        control_texts = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-        findings += text_findings(cells, dataset.rows, template, control_texts, encode_continuation)
-        planned, never_reached = plan(dataset.lengths, training_args)
+        prompts, totals = dataset.prompt_lengths, dataset.lengths
+        lengths = {"prompt": prompts, "response": totals - prompts, "total": totals}
+        findings += text_findings(dataset.rows, tokenizer, data_args)
+        planned, never_reached = plan(totals, args)
         findings += never_reached
         five = np.linspace(0, len(dataset) - 1, num=min(5, len(dataset)), dtype=int)
         examples = [describe_example(tokenizer, dataset, i, colour=sys.stdout.isatty()) for i in five]
-    text, content = report(data_path, dataset, planned, findings, examples)
-    folder = Path(training_args.output_dir)
-    write_report(folder, content, dataset, training_args.model_max_length)
-    print(f"{text}\nevery row of every finding: {folder / 'data_report.json'}; lengths: {folder / 'data_lengths.png'}")
-    return int(content["useless"])
+        draw_lengths(folder / "data_lengths.png", lengths, args.model_max_length, data_args.data_path)
+    useless = [finding.what for finding in findings if finding.useless]
+    verdict = f"useless: {'; '.join(useless)}" if useless else "ready to train"
+    if findings and not useless:
+        verdict += f"; {len(findings)} finding{'s' if len(findings) > 1 else ''} to look at first"
+    report = {
+        "data_path": data_args.data_path,
+        "verdict": verdict,
+        "useless": bool(useless),
+        "counts": dataset.counts,
+        "percentiles": {
+            name: dict(zip(map(str, PERCENTILES), np.percentile(part, PERCENTILES, method="higher").tolist()))
+            for name, part in lengths.items()
+        },
+        "plan": planned,
+        "findings": [asdict(finding) for finding in findings],
+    }
+    (folder / "data_report.json").write_text(json.dumps(report, indent=1) + "\n")
+    print(describe_report(report, findings, examples))
+    print(f"every row of every finding: {folder / 'data_report.json'}; lengths: {folder / 'data_lengths.png'}")
+    return int(bool(useless))
 
 
-def text_findings(
-    cells: Iterable[tuple[int, str, str]],
-    tokenized: Any,
-    template: str,
-    control_texts: Sequence[str],
-    encode_continuation: Callable[[list[str]], Sequence[Sequence[int]]],
-) -> list[Finding]:
+def text_findings(rows: TokenizedRows, tokenizer: Any, data_args: DataArguments) -> list[Finding]:
     """What the cells of the kept rows show, in one pass over the CSV."""
+    template = load_template(data_args.prompt_template)
+    control_texts = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     control = re.compile("|".join(map(re.escape, sorted(control_texts, key=len, reverse=True))) or r"(?!)")
-    kept = np.zeros(len(tokenized.outcomes), bool)
-    kept[tokenized.row_numbers - 2] = True
-    kept_cells = (row for row in cells if kept[row[0] - 2])
-    head = list(islice(kept_cells, SAMPLE))
+    kept = np.isin(rows.outcomes, (KEPT, CUT))
+    cells = (row for row in read_csv(data_args.data_path, data_args.source, data_args.target) if kept[row[0] - 2])
+    head = list(islice(cells, SAMPLE))
     ending = _common_ending([source for _, source, _ in head]) if template == "{instruction}" else ""
     frame = [line.strip() for line in template.replace("{instruction}", "\n").split("\n") if len(line.strip()) > 7]
-    rows, prompts, pairs = array("q"), array("q"), array("q")
-    found: dict[str, list[int]] = {name: [] for name in ("control", "space", "twice", "bare", "merged")}
-    boundaries: dict[tuple[str, str], list[int]] = {}  # end of a prompt and start of its response: rows
-
-    def compare_boundaries() -> None:
-        ends = list({end for end, _ in boundaries})
-        alone = dict(zip(ends, encode_continuation(ends)))
-        joints = encode_continuation([end + start for end, start in boundaries])
-        for ((end, _), rows_of_it), joint in zip(boundaries.items(), joints):
-            if list(joint[: len(alone[end])]) != list(alone[end]):
-                found["merged"] += rows_of_it
-        boundaries.clear()
-
-    for row, source, target in chain(head, kept_cells):
-        prompt = template.replace("{instruction}", source)
-        rows.append(row)
+    prompts, pairs = array("q"), array("q")
+    spells_control, ends_in_space, templated_twice, untemplated = ([] for _ in range(4))  # row numbers
+    gc.freeze()  # else all that was imported is searched for garbage while the texts come and go: 0.25 s
+    for row, source, target in chain(head, cells):
         prompts.append(hash(source))
         pairs.append(hash((source, target)))
         if control.search(source) or control.search(target):
-            found["control"].append(row)
-        if prompt.endswith(" "):
-            found["space"].append(row)
+            spells_control.append(row)
+        if template.replace("{instruction}", source).endswith(" "):
+            ends_in_space.append(row)
         if (ending and source.count(ending) > 1) or any(line in source for line in frame):
-            found["twice"].append(row)
+            templated_twice.append(row)
         if template == "{instruction}" and not (ending and source.endswith(ending)):
-            found["bare"].append(row)
-        boundaries.setdefault((_end_of(prompt), _start_of(target)), []).append(row)
-        if len(boundaries) == 4096:
-            compare_boundaries()
-    compare_boundaries()
-
-    numbers = np.array(rows)
-    repeated_pair, repeated_prompt = _repeats(pairs), _repeats(prompts)
+            untemplated.append(row)
+    gc.unfreeze()
+    pair, prompt = _repeats(pairs), _repeats(prompts)
     bare = "prompts do not end as most do" if ending else "prompts look untemplated: they have no common ending"
-    findings = [
-        Finding("rows repeat an earlier one, prompt and response", numbers[repeated_pair].tolist()),
-        Finding(
-            "rows have an earlier row's prompt and another response", numbers[repeated_prompt & ~repeated_pair].tolist()
-        ),
-        Finding(
-            f"rows spell a control token ({', '.join(control_texts[:4])}); it is encoded as text", found["control"]
-        ),
-        Finding(
-            "prompts end in a space: most responses then tokenize differently from what generation sees", found["space"]
-        ),
-        Finding("prompts were put into the template before", found["twice"]),
-        Finding(bare + "; --prompt_template alpaca wraps bare instructions", found["bare"]),
-        Finding(
-            "rows where prompt and response would share a token if they were tokenized together; here they do not, as in generation",
-            sorted(found["merged"]),
-        ),
-    ]
-    return [finding for finding in findings if finding.rows]
+    found = {
+        "rows repeat an earlier one, prompt and response": rows.row_numbers[pair].tolist(),
+        "rows have an earlier row's prompt and another response": rows.row_numbers[prompt & ~pair].tolist(),
+        f"rows spell a control token ({', '.join(control_texts[:4])}); it is encoded as text": spells_control,
+        "prompts end in a space: most responses then tokenize differently from what generation sees": ends_in_space,
+        "prompts were put into the template before": templated_twice,
+        f"{bare}; --prompt_template alpaca wraps bare instructions": untemplated,
+    }
+    return [Finding(what, numbers) for what, numbers in found.items() if numbers]
 
 
-def leaks(train_rows: Any, eval_rows: Any) -> list[Finding]:
+def leaks(train_rows: TokenizedRows, eval_rows: TokenizedRows) -> list[Finding]:
     """Evaluation rows whose prompt is also trained on; an --eval_split has none (sft/data/held_out.py)."""
     evaluated = np.fromiter(eval_rows.prompt_digests(), np.int64)
     trained = set(evaluated.tolist()).intersection(train_rows.prompt_digests())
@@ -198,162 +172,88 @@ def leaks(train_rows: Any, eval_rows: Any) -> list[Finding]:
     return [Finding(what, leaked.tolist())] if trained else []
 
 
-def token_findings(rows: Any, tokenizer: Any, vocabulary_size: int | None) -> list[Finding]:
+def token_findings(rows: TokenizedRows, tokenizer: Any, vocabulary_size: int) -> list[Finding]:
     """What the outcomes and the tokens show."""
     byte_ids = [i for token, i in tokenizer.get_vocab().items() if re.fullmatch(r"<0x(?!0[9AD])[0-9A-F]{2}>", token)]
     # GPT-2's family names its EOS as unk too: there every byte is in the vocabulary and nothing is unknown.
     unk_ids = [] if tokenizer.unk_token_id in (None, tokenizer.eos_token_id) else [tokenizer.unk_token_id]
     (with_bytes, _), (with_unk, unk_tokens) = _rows_with_ids(rows, byte_ids), _rows_with_ids(rows, unk_ids)
-    counts = rows.counts()
-    findings = [
-        Finding("rows dropped: an empty prompt or response", rows.rows_with("empty").tolist()),
-        Finding("rows dropped: the prompt leaves no room in --model_max_length", rows.rows_with("no_room").tolist()),
-        Finding("rows cut at --model_max_length; they lose their EOS", rows.rows_with("cut").tolist()),
-        Finding("rows with characters that are not in the vocabulary and became single bytes", with_bytes),
-        Finding("rows with characters that the tokenizer does not know and replaced by unk", with_unk),
+    found = {
+        "rows dropped: an empty prompt or response": rows.rows_with("empty").tolist(),
+        "rows dropped: the prompt leaves no room in --model_max_length": rows.rows_with("no_room").tolist(),
+        "rows cut at --model_max_length; they lose their EOS": rows.rows_with("cut").tolist(),
+        "rows with characters that are not in the vocabulary and became single bytes": with_bytes,
+        "rows with characters that the tokenizer does not know and replaced by unk": with_unk,
+    }
+    kept, cut = len(rows.lengths), len(rows.rows_with("cut"))
+    useless = [
+        (not kept, "no row is left to train on"),
+        (0 < kept == cut, "every row is cut, so no EOS is trained and the model never learns to stop"),
+        (unk_tokens * 2 > len(rows.tokens), "most tokens are unk: this is not a tokenizer for these texts"),
+        (
+            rows.largest_id >= vocabulary_size,
+            f"token id {rows.largest_id} is outside the model's embedding of {vocabulary_size}",
+        ),
     ]
-    findings = [finding for finding in findings if finding.rows]
-    if not counts["kept"]:
-        findings.append(Finding("no row is left to train on", useless=True))
-    elif counts["rows_cut"] == counts["kept"]:
-        findings.append(
-            Finding("every row is cut, so no EOS is trained and the model never learns to stop", useless=True)
-        )
-    if unk_tokens * 2 > counts["tokens"]:
-        findings.append(Finding("most tokens are unk: this is not a tokenizer for these texts", useless=True))
-    if vocabulary_size is not None and counts["largest_id"] >= vocabulary_size:
-        findings.append(
-            Finding(
-                f"token id {counts['largest_id']} is outside the model's embedding of {vocabulary_size}", useless=True
-            )
-        )
-    return findings
+    findings = [Finding(what, numbers) for what, numbers in found.items() if numbers]
+    return findings + [Finding(what, useless=True) for is_so, what in useless if is_so]
 
 
-def plan(lengths: np.ndarray, training_args: Any) -> tuple[dict[str, Any], list[Finding]]:
-    """Steps, points that are never reached, and what padding would cost: one epoch, shuffled, cut into micro-batches."""
-    size, accumulation = training_args.per_device_train_batch_size, training_args.gradient_accumulation_steps
-    order = np.random.default_rng(training_args.seed).permutation(len(lengths))
-    padded = lengths[order]
+def plan(lengths: np.ndarray, args: TrainingArguments) -> tuple[dict[str, Any], list[Finding]]:
+    """Steps, what padding would cost (one epoch, shuffled, cut into micro-batches), and points that are never reached."""
+    size, planned = args.per_device_train_batch_size, arithmetic.plan(args, len(lengths))
+    padded = np.random.default_rng(args.seed).permutation(lengths)
     padded = np.pad(padded, (0, -len(padded) % size)).reshape(-1, size)
     padded_tokens = int(padded.max(axis=1).astype(np.int64) @ np.count_nonzero(padded, axis=1))
     tokens = int(lengths.sum(dtype=np.int64))
-    steps_per_epoch = math.ceil(math.ceil(len(lengths) / (size * world_size())) / accumulation)
-    steps = (
-        training_args.max_steps
-        if training_args.max_steps > 0
-        else math.ceil(steps_per_epoch * training_args.num_train_epochs)
-    )
-    findings = [
-        Finding(f"--{name}_steps {every:g} is beyond the run's {steps} steps: that point is never reached")
-        for name, strategy, every in (
-            ("save", training_args.save_strategy, training_args.save_steps),
-            ("eval", training_args.eval_strategy, training_args.eval_steps),
-        )
-        if strategy == "steps" and every and every > steps
-    ]
+    points = (("save", args.save_strategy, args.save_steps), ("eval", args.eval_strategy, args.eval_steps))
     return {
-        "examples_per_optimizer_step": size * accumulation * world_size(),
-        "steps_per_epoch": steps_per_epoch,
-        "steps": steps,
+        "examples_per_optimizer_step": planned["examples_per_step"],
+        "steps_per_epoch": planned["steps_per_epoch"],
+        "steps": planned["steps"],
         "padded_tokens_per_epoch": padded_tokens,
         "padding_share": 1 - tokens / padded_tokens,
         "packing_speedup": padded_tokens / tokens,
-    }, findings
+    }, [
+        Finding(f"--{name}_steps {every:g} is beyond the run's {planned['steps']} steps: that point is never reached")
+        for name, strategy, every in points
+        if strategy == "steps" and every and every > planned["steps"]
+    ]
 
 
-def percentiles(lengths: np.ndarray) -> dict[str, int]:
-    """Length in tokens at each of PERCENTILES."""
-    return {str(p): int(value) for p, value in zip(PERCENTILES, np.percentile(lengths, PERCENTILES, method="higher"))}
-
-
-def report(
-    data_path: str, dataset: Any, planned: dict[str, Any], findings: list[Finding], examples: list[str]
-) -> tuple[str, dict[str, Any]]:
-    """The audit as text and as what data_report.json holds."""
-    useless = [finding.what for finding in findings if finding.useless]
-    verdict = f"useless: {'; '.join(useless)}" if useless else "ready to train"
-    if findings and not useless:
-        verdict += f"; {len(findings)} finding{'s' if len(findings) > 1 else ''} to look at first"
-    lengths = {}
-    text = [describe_rows(data_path, dataset.counts)]
-    if len(dataset):
-        lengths = {
-            "prompt": percentiles(dataset.prompt_lengths),
-            "response": percentiles(dataset.lengths - dataset.prompt_lengths),
-            "total": percentiles(dataset.lengths),
-        }
+def describe_report(report: dict[str, Any], findings: list[Finding], examples: list[str]) -> str:
+    text = [describe_rows(report["data_path"], report["counts"])]
+    if report["percentiles"]:
         text += ["", f"{'tokens':10}" + "".join(f"{f'{p} %':>8}" for p in PERCENTILES)]
-        text += [f"{name:10}" + "".join(f"{value:8,}" for value in row.values()) for name, row in lengths.items()]
+        text += [f"{name:10}" + "".join(f"{n:8,}" for n in row.values()) for name, row in report["percentiles"].items()]
         text += [
-            "",
-            f"{planned['steps_per_epoch']:,} steps per epoch of {planned['examples_per_optimizer_step']} examples, "
-            f"{planned['steps']:,} in the run",
-            f"padded, {planned['padding_share']:.0%} of the tokens computed would be padding; packed, none are: "
-            f"{planned['packing_speedup']:.2f} times fewer tokens",
+            "\n{steps_per_epoch:,} steps per epoch of {examples_per_optimizer_step} examples, {steps:,} in the run\n"
+            "padded, {padding_share:.0%} of the tokens computed would be padding; packed, none are: "
+            "{packing_speedup:.2f} times fewer tokens".format(**report["plan"])
         ]
-    text += ["", *(f"- {finding}" for finding in findings)]
-    text += [part for example in examples for part in ("", example)]
-    text += ["", f"verdict: {verdict}"]
-    return "\n".join(text), {
-        "data_path": data_path,
-        "verdict": verdict,
-        "useless": bool(useless),
-        "counts": dataset.counts,
-        "percentiles": lengths,
-        "plan": planned,
-        "findings": [asdict(finding) for finding in findings],
-    }
+    text += ["", *(f"- {finding}" for finding in findings), *(f"\n{example}" for example in examples)]
+    return "\n".join([*text, "", f"verdict: {report['verdict']}"])
 
 
-def write_report(folder: Path, content: dict[str, Any], dataset: Any, max_length: int) -> None:
-    """Write data_report.json, and data_lengths.png when there is an example to draw."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError(
-            "--check_data draws the lengths with matplotlib, which is not installed: pip install matplotlib"
-        ) from None
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "data_report.json").write_text(json.dumps(content, indent=1) + "\n")
-    if not len(dataset):
-        return
+def draw_lengths(path: Path, parts: dict[str, np.ndarray], max_length: int, data_path: str) -> None:
+    """Draw how many examples have which length, in tokens."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    bins = np.linspace(0, max_length, 65)
-    parts = {
-        "total": dataset.lengths,
-        "prompt": dataset.prompt_lengths,
-        "response": dataset.lengths - dataset.prompt_lengths,
-    }
-    for name, lengths in parts.items():
-        axes.hist(lengths, bins=bins, histtype="step", linewidth=1.5, label=f"{name}, mean {lengths.mean():.0f}")
+    title = f"{len(parts['total']):,} examples of {Path(data_path).name}"
+    axes = figure.add_subplot(xlabel="tokens", ylabel="examples", title=title)
+    labels = [f"{name}, mean {lengths.mean():.0f}" for name, lengths in parts.items()]
+    axes.hist([*parts.values()], np.linspace(0, max_length, 65), histtype="step", linewidth=1.5, label=labels)
     axes.axvline(max_length, color="grey", linestyle=":", label=f"--model_max_length {max_length}")
-    axes.set(
-        xlabel="tokens", ylabel="examples", title=f"{len(dataset):,} examples of {Path(content['data_path']).name}"
-    )
     axes.legend()
-    figure.savefig(folder / "data_lengths.png", dpi=120)
+    figure.savefig(path, dpi=120)
 
 
 def _common_ending(sources: list[str]) -> str:
     """The last line that most of the prompts share; empty when there is none."""
-    lines = Counter(source.rsplit("\n", 1)[-1][-WINDOW:] for source in sources)
+    lines = Counter(source.rsplit("\n", 1)[-1][-LONGEST_ENDING:] for source in sources)
     line, times = lines.most_common(1)[0] if lines else ("", 0)
     return line if line.strip() and times * 2 > len(sources) and times > 1 else ""
-
-
-def _end_of(prompt: str) -> str:
-    """The last characters of a prompt, from a space on, where a new token begins."""
-    end = prompt[-WINDOW:]
-    return end[max(0, end.find(" ")) :]
-
-
-def _start_of(response: str) -> str:
-    """The first characters of a response, up to a space."""
-    start = response[:WINDOW]
-    space = start.rfind(" ")
-    return start[:space] if space > 0 and len(response) > WINDOW else start
 
 
 def _repeats(keys: array) -> np.ndarray:
@@ -363,7 +263,7 @@ def _repeats(keys: array) -> np.ndarray:
     return repeated
 
 
-def _rows_with_ids(rows: Any, ids: list[int], block: int = 2**22) -> tuple[list[int], int]:
+def _rows_with_ids(rows: TokenizedRows, ids: list[int], block: int = 2**22) -> tuple[list[int], int]:
     """Numbers of the rows that hold one of these ids, and how often the ids occur in all."""
     found: set[int] = set()
     total = 0

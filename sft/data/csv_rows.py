@@ -1,4 +1,4 @@
-"""A CSV, read strictly: every cell byte for byte, and every fault with the row that holds it.
+"""Read a CSV strictly: every cell byte for byte, and every fault with the row that holds it.
 
 Read by Python's csv.reader and not by pandas, which (3.1.1) pads a row that lacks a field, makes the first column an
 index when the first row has a field too many, drops a stray quote, and counts a bad byte from inside its own buffer.
@@ -17,11 +17,7 @@ from tqdm import tqdm
 from sft.job import UserError
 
 LARGEST_CELL = 64 * 2**20  # characters; beyond it a quote was never closed, and the rest of the file would be one cell
-
-
 PROBLEMS_SHOWN = 10
-
-
 ROWS_PER_BATCH, CHARACTERS_PER_BATCH = 256, 2**20  # small, so that all cores end together; bounded in memory
 
 
@@ -30,12 +26,8 @@ def read_csv(
 ) -> Iterator[tuple[int, str, str]]:
     """Yield (row number, source cell, target cell) of every record; both cells are empty for a blank line.
 
-    Without a target (questions, no answers) every target cell is empty.
-
-    After the first faulty row nothing more is yielded, and the rest is read for further faults only.
-
-    Raises:
-        UserError: the first ten faults of the file, each with its row.
+    Without a target (questions, no answers) every target cell is empty. After the first faulty row nothing more is
+    yielded, and the rest is read for further faults: a UserError names the first ten, each with its row.
     """
     csv.field_size_limit(LARGEST_CELL)
     problems = []
@@ -48,23 +40,20 @@ def read_csv(
             problems = _header_problems(path, header, source, target)
             if problems:
                 raise UserError(problems)
-            source_index = header.index(source)
-            target_index = None if target is None else header.index(target)
+            at_source, at_target = header.index(source), None if target is None else header.index(target)
             for row in reader:
                 row_number += 1
                 if row and len(row) != len(header):
                     problems.append(
-                        f"{path}, row {row_number}: {_count(len(row), 'field')} where the header has {len(header)}. "
+                        f"{path}, row {row_number}: {len(row)} field{'s' * (len(row) > 1)} where the header has {len(header)}. "
                         "Add the missing ones, or put a cell that holds a comma in quotes."
                     )
                 elif any("\0" in cell for cell in row):
                     column = header[next(i for i, cell in enumerate(row) if "\0" in cell)]
                     problems.append(f"{path}, row {row_number}, column {quoted(column)}: a NUL byte. Remove it.")
                 elif not problems:
-                    if row:
-                        yield row_number, row[source_index], "" if target_index is None else row[target_index]
-                    else:
-                        yield row_number, "", ""
+                    row = row or [""] * len(header)
+                    yield row_number, row[at_source], "" if at_target is None else row[at_target]
                     progress(file.buffer.tell())
                 if len(problems) == PROBLEMS_SHOWN:
                     break
@@ -92,9 +81,8 @@ _CURES = {  # what csv.reader says -> what to do
 def read_batches(path: str, source: str, target: str) -> Iterator[list[tuple[str, str]]]:
     """Yield the rows in batches of (source cell, target cell), with a progress bar over the file's bytes."""
     seconds = 0.1 if sys.stderr.isatty() else 60  # a log file needs no animation
-    with tqdm(
-        total=os.path.getsize(path), unit="B", unit_scale=True, desc=f"tokenizing {path}", mininterval=seconds
-    ) as bar:
+    size, title = os.path.getsize(path), f"tokenizing {path}"
+    with tqdm(total=size, unit="B", unit_scale=True, desc=title, mininterval=seconds) as bar:
         batch: list[tuple[str, str]] = []
         characters = 0
         for _, *cells in read_csv(path, source, target, lambda at: bar.update(at - bar.n)):
@@ -107,7 +95,7 @@ def read_batches(path: str, source: str, target: str) -> Iterator[list[tuple[str
 
 
 def header_problems(path: str, source: str, target: str | None) -> list[str]:
-    """What can be said of a CSV from its first rows: the file, and its columns."""
+    """Problems that a CSV's first rows show: the file, and its columns."""
     try:
         next(read_csv(path, source, target))
     except UserError as error:
@@ -118,10 +106,6 @@ def header_problems(path: str, source: str, target: str | None) -> list[str]:
 def quoted(text: str, longest: int = 60) -> str:
     """The text in quotes for a message: one line, control characters and escape sequences spelt out, shortened."""
     return repr(text if len(text) <= longest else text[: longest - 1] + "…")
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _open(path: str):

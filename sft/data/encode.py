@@ -1,15 +1,17 @@
-"""Token ids of prompts and responses, as generation will see them, proved on the tokenizer at hand."""
+"""Make the token ids of prompts and responses, as generation will see them, and prove them on the tokenizer at hand."""
 
 import copy
+import functools
 import json
 from array import array
 
+import sentencepiece
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
-from sft.data.word_cache import LEADING_SPACE, _parts_before_model, _Words
+from sft.data.word_cache import LEADING_SPACE, Words, parts_before_model
 from sft.job import UserError, say
 
 # What tokenizers have been seen to differ on: runs of spaces, edges, line ends, code, marks, scripts, control texts, length.
@@ -42,85 +44,61 @@ PROBES = [
 ]
 
 
-def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model_config) -> list[str]:
-    """What is wrong between a tokenizer and the model it is to feed, known before weights load: one message for each problem."""
-    problems = []
-    eos_ids = model_config.eos_token_id
-    eos_ids = eos_ids if isinstance(eos_ids, (list, tuple)) else [eos_ids]
-    if eos_ids != [None] and tokenizer.eos_token_id not in eos_ids:
-        problems.append(
-            f"tokenizer: EOS {tokenizer.eos_token!r} is id {tokenizer.eos_token_id}, but the model's config.json says eos_token_id {model_config.eos_token_id}. "
-            "A model trained so never stops. Mend eos_token_id in config.json, or eos_token in tokenizer_config.json."
-        )
-    outside = sorted((i, token) for token, i in tokenizer.get_vocab().items() if i >= model_config.vocab_size)
-    if outside:
-        named = ", ".join(f"{token!r} = {i}" for i, token in outside[:5]) + (", …" if len(outside) > 5 else "")
-        problems.append(
-            f"tokenizer: {len(outside)} tokens have ids outside the model's embedding of {model_config.vocab_size} rows ({named}). "
-            "Use the tokenizer of this model, or take these tokens out of added_tokens.json and tokenizer.json."
-        )
-    return problems
-
-
-def encode_prompts(
-    tokenizer: PreTrainedTokenizerBase, texts: list[str], *, allow_control_tokens: bool = False
-) -> list[array]:
+def encode_prompts(tokenizer, texts: list[str], *, allow_control_tokens: bool = False) -> list[array]:
     """Ids of each text as generation will see it, with BOS where the tokenizer puts one.
 
     A control token's text inside a cell (`</s>`, `<|endoftext|>`) stays text unless `allow_control_tokens`.
     """
     if not tokenizer.is_fast:
         return [array("i", tokenizer(text, split_special_tokens=not allow_control_tokens).input_ids) for text in texts]
-    return _encode(tokenizer, "prompt", texts, add_special_tokens=True, allow_control_tokens=allow_control_tokens)
+    return encode(tokenizer, "prompt", texts, True, allow_control_tokens)
 
 
-def encode_responses(
-    tokenizer: PreTrainedTokenizerBase, texts: list[str], *, allow_control_tokens: bool = False
-) -> list[array]:
+def encode_responses(tokenizer, texts: list[str], *, allow_control_tokens: bool = False) -> list[array]:
     """Ids of each text as the continuation of a prompt: no BOS, no dummy-prefix space, no EOS.
 
-    Equal to `tokenizer(eos_token + text, add_special_tokens=False).input_ids[1:]` where the text holds no control token's text
-    (proved on probes when the tokenizer is loaded); such a text stays text unless `allow_control_tokens`.
+    Equal to `tokenizer(eos_token + text, add_special_tokens=False).input_ids[1:]` (proved on probes at loading), but a
+    control token's text stays text unless `allow_control_tokens`.
     """
     if not tokenizer.is_fast:
         return [array("i", _slow_continuation(tokenizer, text, allow_control_tokens)) for text in texts]
-    return _encode(tokenizer, "response", texts, add_special_tokens=False, allow_control_tokens=allow_control_tokens)
+    return encode(tokenizer, "response", texts, False, allow_control_tokens)
 
 
-def _encode(
-    tokenizer, use: str, texts: list[str], *, add_special_tokens: bool, allow_control_tokens: bool = False
-) -> list[array]:
-    encoder = _encoder(tokenizer, use, allow_control_tokens)
+def encode(tokenizer, use: str, texts: list[str], bos: bool, allow_control_tokens: bool = False) -> list[array]:
+    """Ids of each text by a fast tokenizer, as a "prompt" or as a "response"."""
 
     def encode_whole(texts: list[str]) -> list[array]:
-        encodings = encoder.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+        backend = backend_for(tokenizer, use, allow_control_tokens)
+        encodings = backend.encode_batch_fast(texts, add_special_tokens=bos)
         return [array("i", encoding.ids) for encoding in encodings]
 
-    if "_sft_words" not in vars(tokenizer):
-        tokenizer._sft_words = _Words(_encoder(tokenizer, "response", False))
-    words = tokenizer._sft_words
+    words = words_of(tokenizer)
     if allow_control_tokens or not words.stand_alone:
         return encode_whole(texts)
-    return words.encode(texts, encode_whole, (use, add_special_tokens))
+    return words.encode(texts, encode_whole, (use, bos))
 
 
-def _encoder(tokenizer: PreTrainedTokenizerBase, use: str, allow_control_tokens: bool) -> Tokenizer:
+@functools.cache
+def words_of(tokenizer: PreTrainedTokenizerBase) -> Words:
+    return Words(backend_for(tokenizer, "response", False))
+
+
+@functools.cache
+def backend_for(tokenizer: PreTrainedTokenizerBase, use: str, allow_control_tokens: bool) -> Tokenizer:
     """A copy of the tokenizer's backend for prompts or for responses, made once.
 
     A copy, because truncation, padding and encode_special_tokens are state of the backend, and calls of the tokenizer change it.
     """
-    encoders = vars(tokenizer).setdefault("_sft_encoders", {})
-    if (use, allow_control_tokens) not in encoders:
-        backend = copy.deepcopy(tokenizer.backend_tokenizer)
-        backend.no_truncation()
-        backend.no_padding()
-        backend.encode_special_tokens = not allow_control_tokens
-        if use == "response":
-            parts = {name: _without_prefix(part) for name, part in _parts_before_model(backend).items()}
-            empty = Tokenizer.from_str(json.dumps(json.loads(Tokenizer(BPE()).to_str()) | parts))
-            backend.normalizer, backend.pre_tokenizer = empty.normalizer, empty.pre_tokenizer
-        encoders[use, allow_control_tokens] = backend
-    return encoders[use, allow_control_tokens]
+    backend = copy.deepcopy(tokenizer.backend_tokenizer)
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = not allow_control_tokens
+    if use == "response":
+        parts = {name: _without_prefix(part) for name, part in parts_before_model(backend).items()}
+        empty = Tokenizer.from_str(json.dumps(json.loads(Tokenizer(BPE()).to_str()) | parts))
+        backend.normalizer, backend.pre_tokenizer = empty.normalizer, empty.pre_tokenizer
+    return backend
 
 
 def _without_prefix(part: dict | None) -> dict | None:
@@ -137,51 +115,39 @@ def _without_prefix(part: dict | None) -> dict | None:
     return part
 
 
-def _find_file(model_args, name: str) -> str | None:
-    """Local path of a file of the model (downloaded and cached when the model is a hub repository), or None if it has none."""
+def find_file(model_args, name: str) -> str | None:
+    """Local path of a file of the model, downloaded from the hub where the model lies there; None if it has no such file."""
+    where, cache_dir = model_args.model_name_or_path, model_args.cache_dir
     try:
-        return cached_file(
-            model_args.model_name_or_path,
-            name,
-            cache_dir=model_args.cache_dir,
-            _raise_exceptions_for_missing_entries=False,
-        )
+        return cached_file(where, name, cache_dir=cache_dir, _raise_exceptions_for_missing_entries=False)
     except OSError as error:
-        raise UserError(f"--model_name_or_path {model_args.model_name_or_path}: {error}") from error
+        raise UserError(f"--model_name_or_path {where}: {error}") from error
 
 
-def _load_published(model_args) -> PreTrainedTokenizerBase:
-    """The tokenizer as plain transformers loads it from tokenizer.json."""
+def load_published(model_args) -> PreTrainedTokenizerBase:
+    """Load the tokenizer from tokenizer.json as plain transformers does, but let it add no EOS."""
+    where, remote = model_args.model_name_or_path, model_args.trust_remote_code
     try:
-        return AutoTokenizer.from_pretrained(
-            model_args.model_name_or_path,
-            cache_dir=model_args.cache_dir,
-            trust_remote_code=model_args.trust_remote_code,
-        )
+        tokenizer = AutoTokenizer.from_pretrained(where, cache_dir=model_args.cache_dir, trust_remote_code=remote)
     except (OSError, ValueError) as error:
-        raise UserError(f"{model_args.model_name_or_path}: transformers cannot load its tokenizer: {error}") from error
-
-
-def _finish(tokenizer: PreTrainedTokenizerBase, model_args, training_args) -> None:
-    """EOS there and not added by itself, pad, padding side, length; and the ids of prompts and responses proved on this very tokenizer."""
-    where = model_args.model_name_or_path
-    if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"{where}: the tokenizer has no EOS token, so a response could not be ended. Name one as eos_token in tokenizer_config.json."
-        )
+        raise UserError(f"{where}: transformers cannot load its tokenizer: {error}") from error
     ids = tokenizer("a").input_ids
-    if ids[-1] == tokenizer.eos_token_id:
+    if tokenizer.eos_token_id is not None and ids[-1] == tokenizer.eos_token_id:
         # `add_eos_token = False` rebuilds the template from flags that may have lost BOS (transformers 5.23): keep what was there.
         bos_first = tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
-        tokenizer.add_eos_token = False
-        tokenizer.add_bos_token = bos_first
-        for copied in ("_sft_encoders", "_sft_words"):  # by a comparison with SentencePiece, while EOS was added
-            vars(tokenizer).pop(copied, None)
+        tokenizer.add_eos_token, tokenizer.add_bos_token = False, bos_first
         say("tokenizer: it added EOS to every text; that is off, because a prompt does not end there")
-    if tokenizer.unk_token_id is not None:
-        tokenizer.pad_token = tokenizer.unk_token
-    else:
-        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def finish(tokenizer: PreTrainedTokenizerBase, model_args, training_args) -> None:
+    """Set pad, padding side and length, and prove the ids of prompts and responses on this very tokenizer."""
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"{model_args.model_name_or_path}: the tokenizer has no EOS token, so a response could not be ended. "
+            "Name one as eos_token in tokenizer_config.json."
+        )
+    tokenizer.pad_token = tokenizer.eos_token if tokenizer.unk_token_id is None else tokenizer.unk_token
     say(f"tokenizer: pad is {tokenizer.pad_token!r} ({tokenizer.pad_token_id}); padding is never trained on")
     tokenizer.padding_side = tokenizer.truncation_side = "right"
     tokenizer.model_max_length = int(1e30)  # transformers' own "no limit": the probes are not to be warned about
@@ -212,15 +178,39 @@ def _prove_ids(tokenizer: PreTrainedTokenizerBase) -> None:
     A line end in place of EOS proves it too: older LLaMA pipelines put their prefix space after every control token.
     """
     plain = [text for text in PROBES if not any(token in text for token in tokenizer.all_special_tokens)]
-    for text, prompt_ids, response_ids in zip(
-        plain, encode_prompts(tokenizer, plain), encode_responses(tokenizer, plain), strict=True
-    ):
-        if prompt_ids.tolist() != tokenizer(text).input_ids:
+    prompts, responses = encode_prompts(tokenizer, plain), encode_responses(tokenizer, plain)
+    for text, prompt_ids, response_ids in zip(plain, prompts, responses, strict=True):
+        own = tokenizer(text).input_ids
+        if prompt_ids.tolist() != own:
             raise UserError(
-                f"tokenizer: the prompt {text[:80]!r} gets {prompt_ids[:8]}…, but generation gives {tokenizer(text).input_ids[:8]}…. Report this model."
+                f"tokenizer: the prompt {text[:80]!r} gets {prompt_ids[:8]}…, but generation gives {own[:8]}…. Report this model."
             )
-        if all(_after(tokenizer, anchor, text) != response_ids.tolist() for anchor in (tokenizer.eos_token, "\n")):
+        after_eos, after_line = (_after(tokenizer, anchor, text) for anchor in (tokenizer.eos_token, "\n"))
+        if response_ids.tolist() not in (after_eos, after_line):
             raise UserError(
-                f"tokenizer: the response {text[:80]!r} gets {response_ids[:8]}…, but after EOS it is {(_after(tokenizer, tokenizer.eos_token, text) or [])[:8]}…. "
+                f"tokenizer: the response {text[:80]!r} gets {response_ids[:8]}…, but after EOS it is {(after_eos or [])[:8]}…. "
                 "Report this model."
             )
+
+
+def compare_with_sentencepiece(tokenizer, texts: list[str]) -> None:
+    """Raise UserError with an example if any text's ids differ from SentencePiece's (`tokenizer.sentencepiece_model`)."""
+    if wrong := differences(tokenizer, tokenizer.sentencepiece_model, texts):
+        raise UserError(
+            f"tokenizer: {len(wrong)} of {len(texts)} texts get other ids than SentencePiece gives them with {tokenizer.sentencepiece_model}, "
+            f"which the model was pre-trained with. First: {wrong[0]}. Remove or rewrite such rows, or, if this model was really "
+            "trained with another tokenizer, supply that one's tokenizer.json and take tokenizer.model out of the folder."
+        )
+
+
+def differences(tokenizer, model_file: str, texts: list[str]) -> list[str]:
+    """What differs, for each text whose ids are not SentencePiece's."""
+    found = []
+    reference = sentencepiece.SentencePieceProcessor(model_file=model_file).encode(texts)
+    for text, ids, expected in zip(texts, encode(tokenizer, "prompt", texts, bos=False), reference, strict=True):
+        if (ours := ids.tolist()) != expected:
+            first = next((i for i, (a, b) in enumerate(zip(ours, expected)) if a != b), min(len(ours), len(expected)))
+            window = slice(max(0, first - 2), first + 6)
+            shown = text if len(text) <= 120 else text[:120] + "…"
+            found.append(f"{shown!r} from token {first}: {ours[window]}, SentencePiece {expected[window]}")
+    return found

@@ -1,22 +1,18 @@
-"""Rows held out for evaluation: the same in every run, and none with a prompt that is trained on."""
-
-from typing import Any
+"""Hold rows out for evaluation: the same in every run, and none with a prompt that is trained on."""
 
 import numpy as np
 
+from sft.data.token_cache import TokenizedRows
 from sft.job import UserError
 
 SEED = 0  # the training seed does not decide which rows are held out
 
 
-def hold_out(rows: Any, share: float) -> tuple[np.ndarray, np.ndarray]:
+def hold_out(rows: TokenizedRows, share: float) -> tuple[np.ndarray, np.ndarray]:
     """Split the kept rows at random into those to train on and those to evaluate, as positions in order.
 
     Rows with the same prompt stay together: instruction data repeats prompts, and an evaluation that was trained on says
     nothing. So the held-out share is at most the one asked for, and at least one prompt's rows.
-
-    Args:
-        rows: TokenizedRows.
     """
     digests = list(rows.prompt_digests())
     _, first, group = np.unique(digests, return_index=True, return_inverse=True)

@@ -1,12 +1,12 @@
-"""A LLaMA tokenizer that equals SentencePiece.
+"""Load a LLaMA tokenizer that equals SentencePiece.
 
-transformers 5.23 converts a folder that has only `tokenizer.model` wrongly: merges are ordered by id instead of by piece score, and
-the normalizer is dropped. Here the conversion is right, and compared with SentencePiece on the user's own rows.
+transformers 5.23 converts a folder that has only `tokenizer.model` wrongly: it orders merges by id instead of by piece score, and
+drops the normalizer. Here the conversion is right, and compared with SentencePiece on the user's own rows.
 """
 
 import json
+from pathlib import Path
 
-import sentencepiece
 from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
@@ -15,23 +15,21 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import generate_merges
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-from sft.data.encode import PROBES, _encode, _find_file, _finish, _load_published
+from sft.data import encode
 from sft.data.word_cache import LAST_SPACES, LEADING_SPACE, RUN_OF_SPACES, SPACE
 from sft.job import UserError, say
 
 
 def load_llama_tokenizer(model_args, training_args) -> PreTrainedTokenizerBase:
-    """The tokenizer of a LLaMA-family model, equal to SentencePiece wherever the model has a `tokenizer.model`.
+    """Load the tokenizer of a LLaMA-family model, equal to SentencePiece wherever the model has a `tokenizer.model`.
 
-    BOS as the model's own tokenizer puts it, never an EOS, pad = unk (else EOS), padding on the right. The attribute
-    `sentencepiece_model` is the path of the reference that `compare_with_sentencepiece` uses, or None.
-
-    Raises UserError when there is no tokenizer, when it has no EOS, or when it cannot be made equal to SentencePiece.
+    BOS as the model's own tokenizer puts it, never an EOS, pad = unk (else EOS). The attribute `sentencepiece_model`
+    is the path of the reference that `compare_with_sentencepiece` uses, or None.
     """
-    model_file, json_file = (_find_file(model_args, name) for name in ("tokenizer.model", "tokenizer.json"))
+    model_file, json_file = (encode.find_file(model_args, name) for name in ("tokenizer.model", "tokenizer.json"))
     proto = _read_sentencepiece(model_file) if model_file else None
     if json_file:
-        tokenizer = _load_published(model_args)
+        tokenizer = encode.load_published(model_args)
         if model_file and proto:
             tokenizer = _reconcile(tokenizer, proto, model_file, model_args)
     elif proto:
@@ -47,10 +45,10 @@ def load_llama_tokenizer(model_args, training_args) -> PreTrainedTokenizerBase:
             "Name a folder or a hub repository that holds the model together with its tokenizer."
         )
     tokenizer.sentencepiece_model = model_file if proto else None
-    _finish(tokenizer, model_args, training_args)
+    encode.finish(tokenizer, model_args, training_args)
     if proto:
-        compare_with_sentencepiece(tokenizer, PROBES)
-        say(f"tokenizer: equals SentencePiece on {len(PROBES)} probe texts")
+        encode.compare_with_sentencepiece(tokenizer, encode.PROBES)
+        say(f"tokenizer: equals SentencePiece on {len(encode.PROBES)} probe texts")
     return tokenizer
 
 
@@ -67,60 +65,30 @@ def _reconcile(published: PreTrainedTokenizerBase, proto, model_file: str, model
             f"{model_file} and the tokenizer.json beside it are different vocabularies: {len(other)} pieces have other ids, for example {piece!r}, "
             f"{i} in tokenizer.model and {vocab.get(piece)} in tokenizer.json. Keep the file that the model was trained with and remove the other."
         )
-    differences = _differences(published, model_file, PROBES)
-    if not differences:
+    wrong = encode.differences(published, model_file, encode.PROBES)
+    if not wrong:
         return published
     say(
-        f"tokenizer: tokenizer.json differs from tokenizer.model on {len(differences)} of {len(PROBES)} probe texts; training and the saved "
-        f"model use tokenizer.model's ids, those of pre-training. First difference: {_show_difference(*differences[0])}"
+        f"tokenizer: tokenizer.json differs from tokenizer.model on {len(wrong)} of {len(encode.PROBES)} probe texts; training and the saved "
+        f"model use tokenizer.model's ids, those of pre-training. First difference: {wrong[0]}"
     )
     return _wrap_sentencepiece(proto, model_args, published)
-
-
-def compare_with_sentencepiece(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> None:
-    """Raise UserError with an example if any text's ids differ from SentencePiece's (`tokenizer.sentencepiece_model`)."""
-    differences = _differences(tokenizer, tokenizer.sentencepiece_model, texts)
-    if differences:
-        raise UserError(
-            f"tokenizer: {len(differences)} of {len(texts)} texts get other ids than SentencePiece gives them with {tokenizer.sentencepiece_model}, "
-            f"which the model was pre-trained with. First: {_show_difference(*differences[0])}. Remove or rewrite such rows, or, if this model was really "
-            "trained with another tokenizer, supply that one's tokenizer.json and take tokenizer.model out of the folder."
-        )
-
-
-def _differences(tokenizer, model_file: str, texts: list[str]) -> list[tuple[str, list[int], list[int]]]:
-    """(text, ids, SentencePiece's ids) for each text whose ids differ."""
-    ours = [ids.tolist() for ids in _encode(tokenizer, "prompt", texts, add_special_tokens=False)]
-    reference = sentencepiece.SentencePieceProcessor(model_file=model_file).encode(texts)
-    return [(text, a, b) for text, a, b in zip(texts, ours, reference, strict=True) if a != b]
-
-
-def _show_difference(text: str, ours: list[int], reference: list[int]) -> str:
-    first = next(
-        (i for i, (a, b) in enumerate(zip(ours, reference, strict=False)) if a != b), min(len(ours), len(reference))
-    )
-    window = slice(max(0, first - 2), first + 6)
-    shown = text if len(text) <= 120 else text[:120] + "…"
-    return f"{shown!r} from token {first}: {ours[window]}, SentencePiece {reference[window]}"
 
 
 def _read_sentencepiece(path: str):
     """The parsed model, or None if the file is no SentencePiece model (Llama 3 publishes a tiktoken file by that name)."""
     proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # protobuf makes it on import
-    with open(path, "rb") as file:
-        try:
-            proto.ParseFromString(file.read())
-        except DecodeError:
-            return None
-    if not proto.pieces:
+    try:
+        proto.ParseFromString(Path(path).read_bytes())
+    except DecodeError:
         return None
     spec = proto.trainer_spec
-    if spec.model_type != spec.BPE:
+    if proto.pieces and spec.model_type != spec.BPE:
         kind = spec.ModelType.Name(spec.model_type)
         raise UserError(
             f"{path}: a SentencePiece model of type {kind}; LLaMA's are of type BPE, and only these are converted here."
         )
-    return proto
+    return proto if proto.pieces else None
 
 
 def _sentencepiece_backend(proto) -> Tokenizer:
@@ -170,17 +138,14 @@ def _sentencepiece_backend(proto) -> Tokenizer:
     if user_defined:
         # Each is one token whatever surrounds it (ignore_merges above), and the longest one wins.
         longest_first = sorted(user_defined, key=len, reverse=True)
-        splits.append(pre_tokenizers.Split(Regex("|".join(map(_escape_regex, longest_first))), behavior="isolated"))
+        escaped = ("".join(f"\\x{{{ord(character):x}}}" for character in text) for text in longest_first)
+        splits.append(pre_tokenizers.Split(Regex("|".join(escaped)), behavior="isolated"))
     backend.pre_tokenizer = pre_tokenizers.Sequence(splits)
     cleaning: list = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if spec.add_dummy_prefix:
         cleaning.append(decoders.Strip(content=" ", left=1, right=0))
     backend.decoder = decoders.Sequence(cleaning)
     return backend
-
-
-def _escape_regex(text: str) -> str:
-    return "".join(f"\\x{{{ord(character):x}}}" for character in text)
 
 
 def _wrap_sentencepiece(proto, model_args, published: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerFast:
@@ -199,7 +164,7 @@ def _wrap_sentencepiece(proto, model_args, published: PreTrainedTokenizerBase | 
         if backend.token_to_id(token.content) != i:
             raise UserError(
                 f"{model_args.model_name_or_path}: the added token {token.content!r} should have id {i}, but ids after tokenizer.model's "
-                f"{len(proto.pieces)} are given in order and it would get {backend.token_to_id(token.content)}. Mend added_tokens.json or tokenizer_config.json."
+                f"{len(proto.pieces)} are given in order and it would get {backend.token_to_id(token.content)}. Fix added_tokens.json or tokenizer_config.json."
             )
     for name in special:
         declared = published.special_tokens_map.get(name) if published is not None else config.get(name)
@@ -226,10 +191,9 @@ def _added_tokens(
     if published is not None:
         return {i: token for i, token in published.added_tokens_decoder.items() if i >= first_id}
     added = {}
-    path = _find_file(model_args, "added_tokens.json")
-    if path:
-        with open(path, encoding="utf-8") as file:
-            added = {i: AddedToken(text, normalized=False, special=False) for text, i in json.load(file).items()}
+    if path := encode.find_file(model_args, "added_tokens.json"):
+        ids = json.loads(Path(path).read_text(encoding="utf-8"))
+        added = {i: AddedToken(text, normalized=False, special=False) for text, i in ids.items()}
     for i, fields in config.get("added_tokens_decoder", {}).items():
         added[int(i)] = AddedToken(**{key: value for key, value in fields.items() if key != "__type"})
     return {i: token for i, token in added.items() if i >= first_id}

@@ -1,12 +1,10 @@
-"""The prompt around an instruction: the same text in training, in evaluation and when the tuned model is asked."""
+"""Put an instruction into its prompt: the same text in training, in evaluation and when the tuned model is asked."""
 
 from pathlib import Path
 
 from sft.job import UserError
 
-TEMPLATE_FILE = "prompt_template.txt"  # beside the exported model: the template's text
-
-
+TEMPLATE_FILE = "prompt_template.txt"  # the template's text, next to the exported model
 ALPACA_TEMPLATE = (  # stanford_alpaca, train.py, PROMPT_DICT["prompt_no_input"]
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:"

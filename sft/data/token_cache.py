@@ -1,4 +1,4 @@
-"""Tokenized rows on disk: written once for each machine, memory-mapped by every rank.
+"""Keep tokenized rows on disk: written once for each machine, memory-mapped by every rank.
 
 An entry is a folder named by its key, a digest of everything that decides its content:
 
@@ -7,25 +7,23 @@ An entry is a folder named by its key, a digest of everything that decides its c
     outcomes.npy         uint8, what became of each row of the CSV: KEPT, CUT, EMPTY or NO_ROOM
     meta.json            the key's parts, size and CRC-32 of each file, the largest id
 
-Labels follow from tokens and prompt lengths, so they are not stored. An entry is built beside its place, under a file
-lock that the kernel releases when its holder dies, synced, then renamed: a folder with the final name is whole, or
-has been damaged since, which the sizes and checksums show.
+Labels follow from tokens and prompt lengths. An entry is built next to its place, under a file lock that the kernel
+releases when its holder dies, and then renamed. Sizes and checksums reveal what was damaged later.
 """
 
 import contextlib
 import errno
-import fcntl
+import functools
 import gc
 import hashlib
 import json
 import os
 import shutil
 import sys
-import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -33,28 +31,24 @@ from threading import Thread
 from typing import Any, NamedTuple
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from sft.job import UserError, say
 
 VERSION = 1  # raise it when the same parts of a key come to mean other tokens, or the files another form
-
-
 OUTCOMES = ("kept", "cut", "empty", "no_room")  # of a row of the CSV
-
-
-QUIET_WAIT_S = 2.0  # ranks of one machine ask at the same moment: a short wait for the first of them is no news
-
-
 KEPT, CUT, EMPTY, NO_ROOM = range(4)
+QUIET_WAIT_S = 2.0  # ranks of one machine ask at the same moment; shorter waits are not printed
+MOST_PROCESSES = 16  # one process reads and writes for about as many that tokenize
 
 
 class Batch(NamedTuple):
-    """Some rows of a CSV, tokenized."""
+    """Some rows of a CSV, tokenized; its arrays are those of `TokenizedRows`."""
 
-    tokens: np.ndarray  # int32, all kept rows end to end
-    lengths: np.ndarray  # int32, one for each kept row
-    prompt_lengths: np.ndarray  # int32, one for each kept row
-    outcomes: np.ndarray  # uint8, one for each row of the CSV
+    tokens: np.ndarray
+    lengths: np.ndarray
+    prompt_lengths: np.ndarray
+    outcomes: np.ndarray
 
 
 @dataclass
@@ -75,7 +69,7 @@ class TokenizedRows:
         self.row_numbers = self.rows_with("kept", "cut")
 
     def __reduce__(self):
-        return _open_entry, (Path(self.folder),)
+        return _open, (Path(self.folder),)
 
     def key(self) -> dict[str, Any]:
         """The parts that decided the content."""
@@ -86,7 +80,7 @@ class TokenizedRows:
         return np.flatnonzero(np.isin(self.outcomes, [OUTCOMES.index(outcome) for outcome in outcomes])) + 2
 
     def prompt_digests(self) -> Iterator[int]:
-        """For each kept row a number that says which prompt it has; another one in each process."""
+        """A hash of each kept row's prompt; it differs between processes."""
         for start, length in zip(self.offsets.tolist(), self.prompt_lengths.tolist()):
             yield hash(self.tokens[start : start + length].tobytes())
 
@@ -113,58 +107,51 @@ def default_cache_dir() -> Path:
 def load_or_build(cache_dir: Path, key: dict[str, Any], build: Callable[[], Iterable[Batch]]) -> TokenizedRows:
     """Open the entry of this key, or build it.
 
-    Of several processes that want the same entry the first builds and the others wait for its lock, however long it
-    takes. When the builder ends in a UserError, those that waited raise the same one.
+    Of several processes that want the same entry the first builds; the others wait for it, however long it takes, and
+    raise its UserError when it ends in one, instead of reading the whole file again to find the same mistake.
 
     Args:
         key: the parts that decide the content, as JSON can write them.
         build: called only when there is no whole entry.
     """
-    entry = cache_dir / hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=16).hexdigest()
+    entry = cache_dir / _digest(key)
     if rows := _open_whole(entry):
         return rows
-    asked = time.time()
-    failure = entry.with_suffix(".failed")
-    with _lock(entry.with_suffix(".lock")):
+    failure = entry.with_suffix(".error")
+    with _lock(entry.with_suffix(".lock")) as waited:
         if rows := _open_whole(entry):
             return rows
-        _raise_noted(failure, asked)
+        if waited and (problems := _read_json(failure)):
+            raise UserError(problems)
         if entry.exists():
             say(f"data: the tokenized rows in {entry} are damaged; building them again")
         try:
             with _writing(cache_dir):
+                failure.unlink(missing_ok=True)  # an older build's; its cause may be fixed
                 _build(entry, key, build())
         except UserError as error:
-            with contextlib.suppress(OSError):  # the note spares the others a second attempt; the error itself follows
-                failure.write_text(json.dumps({"time": time.time(), "problems": error.problems}))
+            with contextlib.suppress(OSError):  # the error itself follows
+                failure.write_text(json.dumps(error.problems))
             raise
-        failure.unlink(missing_ok=True)
-    return _open_entry(entry)
-
-
-MOST_PROCESSES = 16  # one process reads and writes for about as many that tokenize
+    return _open(entry)
 
 
 def map_ahead(function: Callable, items: Iterable) -> Iterator:
-    """Results of function(item) in order, with as many items in work as keep the cores busy, and no more: bounded memory.
+    """Results of function(item) in order, by a process for each core, with few items in work: bounded memory.
 
-    Each core gets a process. A fast tokenizer's own threads leave making Python's integers, and freeing what the tokenizer
-    returned, to one core; a tokenizer written in Python leaves everything. Where processes cannot be forked safely
-    (macOS), threads do the work, more slowly.
+    A fast tokenizer's own threads leave making Python's integers, and freeing what the tokenizer returned, to one core.
+    They are all that helps where processes cannot be forked safely (macOS).
     """
-    if sys.platform == "linux":
-        # tokenizers (0.23) warns at each fork after its threads were used, unless the variable was set by hand
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-        count = min(MOST_PROCESSES, len(os.sched_getaffinity(0)))
-        workers: Executor = ProcessPoolExecutor(count, get_context("fork"), _start_worker, (function,))
-        work = _work
-    else:
-        count = min(MOST_PROCESSES, os.cpu_count() or 1)
-        workers, work = ThreadPoolExecutor(count), function
+    if sys.platform != "linux":
+        yield from map(function, items)
+        return
+    # tokenizers (0.23) warns at each fork after its threads were used, unless the variable was set by hand
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    count = min(MOST_PROCESSES, len(os.sched_getaffinity(0)))
     waiting: deque = deque()
-    with workers:
+    with ProcessPoolExecutor(count, get_context("fork"), _start_worker, (function,)) as workers:
         for item in items:
-            waiting.append(workers.submit(work, item))
+            waiting.append(workers.submit(_work, item))
             if len(waiting) > 2 * count:
                 yield waiting.popleft().result()
         while waiting:
@@ -184,9 +171,7 @@ def _start_worker(function: Callable) -> None:
 
 def _end_with_parent() -> None:
     """A killed parent ends no child by itself (CPython 3.11): each would wait for work for ever."""
-    parent = parent_process()
-    assert parent
-    parent.join()
+    parent_process().join()
     os._exit(1)
 
 
@@ -202,6 +187,10 @@ def file_digest(path: str) -> str:
     return digest.hexdigest()
 
 
+def _digest(content: Any) -> str:
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
 def tokenizer_digest(tokenizer: Any) -> str:
     """Digest of everything in a tokenizer that decides its ids; not of the padding that an earlier call left set."""
     content: Any
@@ -211,68 +200,63 @@ def tokenizer_digest(tokenizer: Any) -> str:
     else:
         files = [str(value) for _, value in sorted(tokenizer.init_kwargs.items()) if os.path.isfile(str(value))]
         content = [sorted(tokenizer.get_vocab().items()), [file_digest(path) for path in files]]
-    content = [type(tokenizer).__name__, content, {k: str(v) for k, v in tokenizer.special_tokens_map.items()}]
-    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
+    return _digest([type(tokenizer).__name__, content, {k: str(v) for k, v in tokenizer.special_tokens_map.items()}])
 
 
 def _build(entry: Path, key: dict[str, Any], batches: Iterable[Batch]) -> None:
     building = entry.with_suffix(".building")
     for left in (building, entry):  # by a run that was killed, and damaged; the lock says that nobody writes there
-        if left.exists():
-            shutil.rmtree(left)
+        shutil.rmtree(left, ignore_errors=True)
     building.mkdir()
     try:
-        checksum, largest_id = 0, 0
+        largest_id = 0
         index: dict[str, list[np.ndarray]] = {"lengths": [], "prompt_lengths": [], "outcomes": []}
         with open(building / "tokens.bin", "wb") as tokens:
             for batch in batches:
                 tokens.write(batch.tokens)
-                checksum = zlib.crc32(batch.tokens, checksum)
                 largest_id = max(largest_id, int(batch.tokens.max(initial=0)))
                 for name, parts in index.items():
                     parts.append(getattr(batch, name))
         for name, parts in index.items():
             np.save(building / f"{name}.npy", np.concatenate(parts))
-        files = {path.name: [path.stat().st_size, _crc32(path)] for path in sorted(building.glob("*.npy"))}
-        files["tokens.bin"] = [(building / "tokens.bin").stat().st_size, checksum]
-        meta = {"key": key, "files": files, "largest_id": largest_id}
-        (building / "meta.json").write_text(json.dumps(meta, indent=1))
-        for path in [*building.iterdir(), building]:
-            _sync(path)
+        files = {path.name: _size_and_crc(path) for path in sorted(building.iterdir())}
+        (building / "meta.json").write_text(
+            json.dumps({"key": key, "files": files, "largest_id": largest_id}, indent=1)
+        )
         building.rename(entry)
-        _sync(entry.parent)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)  # what cannot be removed is removed by the next build
-        raise
+    finally:
+        shutil.rmtree(building, ignore_errors=True)  # nothing is there after the rename
 
 
 def _open_whole(entry: Path) -> TokenizedRows | None:
     """Open the entry if it is there and its files are as they were written."""
-    try:
-        files = json.loads((entry / "meta.json").read_text())["files"]
-        for name, (size, checksum) in files.items():
-            if (entry / name).stat().st_size != size or _crc32(entry / name) != checksum:
-                return None
-    except (OSError, ValueError, KeyError):  # not there, or damaged; where it cannot be read, the lock says so
-        return None
-    return _open_entry(entry)
+    files = (_read_json(entry / "meta.json") or {}).get("files")
+    with contextlib.suppress(OSError):  # a file is missing; where it cannot be read, the lock's error says so
+        if files and all(_size_and_crc(entry / name) == written for name, written in files.items()):
+            return _open(entry)
+    return None
 
 
-def _open_entry(entry: Path) -> TokenizedRows:
+def _open(entry: Path) -> TokenizedRows:
     arrays = {name: np.load(entry / f"{name}.npy") for name in ("lengths", "prompt_lengths", "outcomes")}
     if arrays["lengths"].size:
         tokens = np.asarray(np.memmap(entry / "tokens.bin", dtype=np.int32, mode="r"))
     else:
         tokens = np.empty(0, np.int32)  # an empty file cannot be mapped
-    largest_id = json.loads((entry / "meta.json").read_text())["largest_id"]
-    return TokenizedRows(folder=str(entry), tokens=tokens, largest_id=largest_id, **arrays)
+    return TokenizedRows(str(entry), tokens, largest_id=_read_json(entry / "meta.json")["largest_id"], **arrays)
 
 
-def _crc32(path: Path) -> int:
-    checksum = 0
-    for block in _blocks(path):
-        checksum = zlib.crc32(block, checksum)
-    return checksum
+def _read_json(path: Path) -> Any:
+    """The file's content, or None if it is missing or damaged."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _size_and_crc(path: Path) -> list[int]:
+    checksum = functools.reduce(lambda so_far, block: zlib.crc32(block, so_far), _blocks(path), 0)
+    return [path.stat().st_size, checksum]
 
 
 def _blocks(path: str | Path) -> Iterator[bytes]:
@@ -282,40 +266,23 @@ def _blocks(path: str | Path) -> Iterator[bytes]:
             yield block
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _lock_within(descriptor: int, seconds: float) -> bool:
-    """Take the lock if it becomes free in this time."""
-    end = time.monotonic() + seconds
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            if time.monotonic() > end:
-                return False
-            time.sleep(0.02)
-
-
 @contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
+def _lock(path: Path) -> Iterator[bool]:
+    """Hold the lock of this path; yields whether another process held it first."""
     with _writing(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        with _writing(path.parent):
-            if not _lock_within(descriptor, QUIET_WAIT_S):
+        lock, waited = FileLock(path), False
+        for seconds in (0, QUIET_WAIT_S, -1):  # -1: however long it takes
+            if seconds < 0:
                 say(f"data: another process is tokenizing the same rows; waiting for it ({path})")
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
+            with contextlib.suppress(Timeout):
+                lock.acquire(timeout=seconds)
+                break
+            waited = True
+    try:
+        yield waited
     finally:
-        os.close(descriptor)
+        lock.release()
 
 
 @contextlib.contextmanager
@@ -324,21 +291,8 @@ def _writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            reason = "the disk is full"
-        else:
-            reason = f"{error.strerror or error}"
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise UserError(
-            f"{folder}: the tokenized rows cannot be written here: {reason}. "
+            f"{folder}: the tokenized rows cannot be written here: {'the disk is full' if full else error.strerror or error}. "
             "Name a folder on another disk with --data_cache_dir, or make room: this folder can be deleted at any time."
         ) from None
-
-
-def _raise_noted(failure: Path, asked: float) -> None:
-    """Raise the UserError in which another process's build ended while this one waited; an older one may be mended."""
-    try:
-        note = json.loads(failure.read_text())
-    except (FileNotFoundError, ValueError):  # ValueError: a full disk cut the note short
-        return
-    if note["time"] > asked:
-        raise UserError(note["problems"])

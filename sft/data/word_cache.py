@@ -1,4 +1,4 @@
-"""Texts encoded word by word, each different word once, for tokenizers whose tokens never span two words."""
+"""Encode texts word by word, each different word once, for tokenizers whose tokens never span two words."""
 
 import json
 from array import array
@@ -10,13 +10,11 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
 SPACE = "▁"  # U+2581, how SentencePiece writes a space
-
-
 LEADING_SPACE, RUN_OF_SPACES, LAST_SPACES = r"\A ", " {2,}", rf"[ {SPACE}]+\z"
 
 
-class _Words:
-    """Texts encoded word by word, each different word once: nearly all words of a text stood in an earlier one.
+class Words:
+    """Ids of words that were seen before: nearly all words of a text stood in an earlier one.
 
         "the river runs" -> ids of "the" where a text begins, of "▁river", of "▁runs"
 
@@ -29,19 +27,16 @@ class _Words:
 
     def __init__(self, encoder: Tokenizer):
         model, vocab = encoder.model, encoder.get_vocab(with_added_tokens=False)
-        parts = [part for part in _parts_before_model(encoder).values() if part]
+        parts = filter(None, parts_before_model(encoder).values())
         steps = [step for part in parts for step in part.get("normalizers") or part.get("pretokenizers") or [part]]
         about_spaces = [{"String": " "}, {"Regex": RUN_OF_SPACES}, {"Regex": LAST_SPACES}]
         self.stand_alone = (
             isinstance(model, BPE)
-            and not (
-                model.dropout or model.ignore_merges or model.continuing_subword_prefix or model.end_of_word_suffix
-            )
+            and not (model.dropout or model.ignore_merges)
+            and not (model.continuing_subword_prefix or model.end_of_word_suffix)
             and SPACE in vocab
             and not any(SPACE in piece.lstrip(SPACE) for piece in vocab)
-            and all(
-                token.special for token in encoder.get_added_tokens_decoder().values()
-            )  # to this encoder they are text
+            and all(token.special for token in encoder.get_added_tokens_decoder().values())  # they are text here
             and any(SPACE in (step.get("content"), step.get("replacement")) for step in steps)
             and all(step["type"] == "Metaspace" or step.get("pattern") in about_spaces for step in steps)
         )
@@ -51,7 +46,7 @@ class _Words:
         self.ids: dict = {}  # int32 as bytes, of a word behind a space, and of (use, word) where a text begins
 
     def encode(self, texts: list[str], encode_whole: Callable[[list[str]], list[array]], use: tuple) -> list[array]:
-        """Ids of each text: of words with one space between them as said above, of any other text by `encode_whole`."""
+        """Ids of each text: word by word where single spaces separate its words, by `encode_whole` elsewhere."""
         rows = [self._split(text) for text in texts]
         if len(self.ids) > self.MOST_KEPT:
             self.ids = {}  # another thread may still be looking words up in the old one
@@ -76,12 +71,11 @@ class _Words:
         return words if "" not in words and SPACE not in text and len(text) <= self.LONGEST * len(words) else []
 
 
-def _parts_before_model(backend: Tokenizer) -> dict[str, dict | None]:
+def parts_before_model(backend: Tokenizer) -> dict[str, dict | None]:
     """Normalizer and pre-tokenizer as JSON, through that of a tokenizer without a vocabulary: they have no other public form."""
-    empty = Tokenizer(BPE())
-    if backend.normalizer is not None:
-        empty.normalizer = backend.normalizer
-    if backend.pre_tokenizer is not None:
-        empty.pre_tokenizer = backend.pre_tokenizer
+    empty, names = Tokenizer(BPE()), ("normalizer", "pre_tokenizer")
+    for name in names:
+        if (part := getattr(backend, name)) is not None:
+            setattr(empty, name, part)
     state = json.loads(empty.to_str())
-    return {name: state[name] for name in ("normalizer", "pre_tokenizer")}
+    return {name: state[name] for name in names}

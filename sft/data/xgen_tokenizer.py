@@ -1,23 +1,20 @@
-"""A fast XGen tokenizer, built without remote code: transformers 5 cannot load the published one."""
+"""Build a fast XGen tokenizer without remote code: transformers 5 cannot load the published one."""
 
 import json
-import os
-import threading
+from concurrent import futures
+from pathlib import Path
+from threading import Thread
 
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode, generate_merges
 
-from sft.data.encode import _find_file, _finish, _load_published
+from sft.data.encode import find_file, finish, load_published
 from sft.job import UserError
 
 XGEN_EOS, XGEN_EOS_ID, XGEN_VOCABULARY = "<|endoftext|>", 50256, 51200
-
-
 TIKTOKEN_PATIENCE_S = 60  # it downloads 1.5 MB, once
-
-
 _FIM = (
     "<fim_prefix> <fim_middle> <fim_suffix> <fim_pad> <filename> <gh_stars> <issue_start> <issue_comment> <issue_closed> "
     "<jupyter_start> <jupyter_text> <jupyter_code> <jupyter_output> <empty_output> <commit_before> <commit_msg> <commit_after> <reponame>"
@@ -25,15 +22,12 @@ _FIM = (
 
 
 def load_xgen_tokenizer(model_args, training_args) -> PreTrainedTokenizerBase:
-    """XGen's tokenizer as a fast one, without remote code: GPT-2's BPE, runs of spaces and tabs, and tags.
+    """Load XGen's tokenizer as a fast one: GPT-2's BPE, runs of spaces and tabs, and tags; no BOS, pad = EOS.
 
-    A `tokenizer.json` in the model's folder (an export of this project) is used after its ids are checked. No BOS, pad = EOS =
-    `<|endoftext|>` (50256), padding on the right.
-
-    Raises UserError when GPT-2's files can be had neither from tiktoken nor from --gpt2_files, or when ids are not XGen's.
+    A `tokenizer.json` in the model's folder (an export of this project) is used after its ids are checked.
     """
-    if _find_file(model_args, "tokenizer.json"):
-        tokenizer = _load_published(model_args)
+    if find_file(model_args, "tokenizer.json"):
+        tokenizer = load_published(model_args)
         _check_xgen(tokenizer, f"{model_args.model_name_or_path}/tokenizer.json")
     else:
         ranks = _ranks_from_files(model_args.gpt2_files) if model_args.gpt2_files else _ranks_from_tiktoken()
@@ -41,8 +35,7 @@ def load_xgen_tokenizer(model_args, training_args) -> PreTrainedTokenizerBase:
             tokenizer_object=_xgen_backend(ranks), eos_token=XGEN_EOS, clean_up_tokenization_spaces=False
         )
         _check_xgen(tokenizer, "the tokenizer built from GPT-2's files")
-    tokenizer.sentencepiece_model = None
-    _finish(tokenizer, model_args, training_args)
+    finish(tokenizer, model_args, training_args)
     return tokenizer
 
 
@@ -74,40 +67,38 @@ def _xgen_backend(ranks: dict[bytes, int]) -> Tokenizer:
 def _ranks_from_tiktoken() -> dict[bytes, int]:
     import tiktoken
 
-    result: list = []
+    answer: futures.Future = futures.Future()
 
     def download() -> None:
         try:
-            result.append(tiktoken.get_encoding("gpt2"))
+            answer.set_result(tiktoken.get_encoding("gpt2"))
         except (OSError, ValueError) as error:  # requests' errors are OSErrors; a wrong hash is a ValueError
-            result.append(error)
+            answer.set_exception(error)
 
     # tiktoken 0.14 downloads without a time limit; a machine whose network swallows packets would wait for ever.
-    thread = threading.Thread(target=download, daemon=True)
-    thread.start()
-    thread.join(timeout=TIKTOKEN_PATIENCE_S)
-    outcome = result[0] if result else TimeoutError(f"no answer in {TIKTOKEN_PATIENCE_S} s")
-    if isinstance(outcome, Exception):
+    Thread(target=download, daemon=True).start()
+    try:
+        return dict(answer.result(timeout=TIKTOKEN_PATIENCE_S)._mergeable_ranks)
+    except (OSError, ValueError, futures.TimeoutError) as error:
+        reason = str(error)[:200] or f"no answer in {TIKTOKEN_PATIENCE_S} s"
         raise UserError(
-            f"xgen tokenizer: tiktoken cannot get GPT-2's files ({type(outcome).__name__}: {str(outcome)[:200]}). On a machine without a network, copy GPT-2's "
+            f"xgen tokenizer: tiktoken cannot get GPT-2's files ({type(error).__name__}: {reason}). On a machine without a network, copy GPT-2's "
             "vocab.json and merges.txt (hub repository openai-community/gpt2) into a folder and give it with --gpt2_files FOLDER, or set TIKTOKEN_CACHE_DIR "
             "to a copy of tiktoken's cache."
-        )
-    return dict(outcome._mergeable_ranks)
+        ) from None
 
 
 def _ranks_from_files(folder: str) -> dict[bytes, int]:
     """GPT-2's mergeable ranks from vocab.json, checked against merges.txt line by line."""
     try:
-        with open(os.path.join(folder, "vocab.json"), encoding="utf-8") as file:
-            vocab = json.load(file)
-        with open(os.path.join(folder, "merges.txt"), encoding="utf-8") as file:
-            merges = [line.rstrip("\n") for line in file if not line.startswith("#version") and line.strip()]
+        vocab = json.loads(Path(folder, "vocab.json").read_text(encoding="utf-8"))
+        merges = Path(folder, "merges.txt").read_text(encoding="utf-8").split("\n")
     except (OSError, ValueError) as error:
         raise UserError(
             f"--gpt2_files {folder}: vocab.json and merges.txt cannot be read from it ({error})."
         ) from error
-    ids = [vocab.get(merge.replace(" ", "")) for merge in merges]
+    lines = [line for line in merges if not line.startswith("#version") and line.strip()]
+    ids = [vocab.get(line.replace(" ", "")) for line in lines]
     if vocab.pop(XGEN_EOS, None) != XGEN_EOS_ID or len(vocab) != XGEN_EOS_ID or ids != list(range(256, XGEN_EOS_ID)):
         raise UserError(
             f"--gpt2_files {folder}: not GPT-2's files. vocab.json must hold 50257 tokens with {XGEN_EOS} = 50256, and line i of merges.txt must make token 256 + i."
@@ -123,11 +114,9 @@ def _check_xgen(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
     vocab = tokenizer.get_vocab()
     wrong = [(token, i) for token, i in expected.items() if vocab.get(token) != i]
     if wrong or sorted(vocab.values()) != list(range(XGEN_VOCABULARY)):
-        detail = (
-            f"{wrong[0][0]!r} has id {vocab.get(wrong[0][0])}, XGen's is {wrong[0][1]}"
-            if wrong
-            else f"it has {len(vocab)} tokens, XGen {XGEN_VOCABULARY}"
-        )
+        detail = f"it has {len(vocab)} tokens, XGen {XGEN_VOCABULARY}"
+        for token, i in wrong[:1]:
+            detail = f"{token!r} has id {vocab.get(token)}, XGen's is {i}"
         raise UserError(
             f"{where}: not XGen's tokenizer: {detail}. Use llama_training.py for a LLaMA model, or take tokenizer.json out of the folder so that XGen's is built."
         )

@@ -13,10 +13,11 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from sft.arithmetic import compute_dtype, export_dtype
+from sft.data.checks import check_ids, data_problems
 from sft.data.template import load_template
 from sft.data.token_cache import tokenizer_digest
 from sft.flags import DataArguments, ModelArguments, TrainingArguments
-from sft.job import rank, say
+from sft.job import all_ranks_or_none, rank, say
 from sft.model import loading, lora, safe_loads
 from sft.plan.deepspeed_file import check_deepspeed, read_for_plan
 from sft.plan.memory_ladder import explain_out_of_memory, stop_after_plan
@@ -80,16 +81,15 @@ class Run:
         with self.report.phase(name), explain_out_of_memory(self.memory_plan):
             yield
 
-    def stop_after_audit(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """With --check_data: audit the rows in place of training and end the run."""
-        if self.data_args.check_data:
-            raise SystemExit(
-                audit.check_data(tokenizer, self.data_args, self.args, loading.load_config(self.model_args))
-            )
-
     def resume_from(self, data_module: dict[str, Any]) -> str | None:
-        """The checkpoint that this run continues from, if any, after it was compared with what made it. All ranks together."""
+        """The checkpoint that this run continues from, if any. All ranks together.
+
+        Raises:
+            UserError: token ids have no embedding, or another run made the checkpoint.
+        """
         dataset, tokenizer = data_module["train_dataset"], data_module["data_collator"].tokenizer
+        with all_ranks_or_none():
+            check_ids(tokenizer, data_module, loading.load_config(self.model_args))
         self.resume = resume.choose_checkpoint(self.args)
         before = resume.saved_identity(self.resume) if self.resume else {}
         resume.keep_token_budget(self.resume, before, self.args)

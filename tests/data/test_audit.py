@@ -2,6 +2,7 @@
 
 import csv
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ ROWS = [  # the header is row 1; BOS and EOS are a token each
     ("q06\nA: ", "b"),  # row 6: 8 + 2, ends in a space
     ("q07\nA:q7\nA:", "c"),  # row 7: 12 + 2, templated twice
     ("q08", "\x1b"),  # row 8: 4 + 2, not templated; the response would steer a terminal
-    ("q09\nA:", "/e"),  # row 9: 7 + 3, ":/" is one token of this tokenizer
+    ("q09\nA:", "/e"),  # row 9: 7 + 3, nothing is wrong with it
     ("", "f"),  # row 10, no prompt
     ("q11\nA:", " "),  # row 11, no response
     ("q12xxxxxxxxxxxxxxxxxxxx\nA:", "g"),  # row 12, 27 tokens before the response
@@ -47,7 +48,13 @@ def check(tmp_path, capsys):
             check_data=True,
         )
         training_args = TrainingArguments(output_dir=str(folder), model_max_length=max_length, use_cpu=True, **flags)
-        code = utils.check_data(tokenizer or character_tokenizer(":/"), data_args, training_args, vocabulary_size)
+        tokenizer = tokenizer or character_tokenizer()
+        datasets = [
+            utils.SupervisedDataset(utils.tokenize_csv(path, tokenizer, data_args, max_length))
+            for path in filter(None, (data_args.data_path, eval_data_path))
+        ]
+        config = SimpleNamespace(vocab_size=vocabulary_size)
+        code = audit.check_data(tokenizer, data_args, training_args, config, *datasets)
         return code, capsys.readouterr().out, json.loads((folder / "data_report.json").read_text())
 
     return check
@@ -72,10 +79,6 @@ def test_one_of_each_fault(check, tmp_path):
         ("prompts end in a space", [6]),
         ("prompts were put into the template before", [7]),
         ("prompts do not end as most do", [6, 8]),
-        (
-            "rows where prompt and response would share a token if they were tokenized together",
-            [9],
-        ),
         ("--save_steps 500 is beyond the run's 3 steps", []),
     ]
     names = ("1", "5", "25", "50", "75", "95", "99", "100")
@@ -92,7 +95,7 @@ def test_one_of_each_fault(check, tmp_path):
         "padding_share": 1 - 109 / 216,
         "packing_speedup": 216 / 109,
     }
-    assert report["verdict"] == "ready to train; 11 findings to look at first"
+    assert report["verdict"] == "ready to train; 10 findings to look at first"
 
     assert "\x1b" not in printed
     lines = printed.splitlines()
@@ -108,7 +111,7 @@ def test_one_of_each_fault(check, tmp_path):
         f"row {row}, its trained tokens in [...]:" for row in (2, 4, 6, 8, 13)
     ]
     assert lines[lines.index("row 8, its trained tokens in [...]:") + 1] == "<s>q08[\\x1b</s>]"
-    assert lines[-2] == "verdict: ready to train; 11 findings to look at first"
+    assert lines[-2] == "verdict: ready to train; 10 findings to look at first"
     assert (
         lines[-1]
         == f"every row of every finding: {tmp_path}/out/data_report.json; lengths: {tmp_path}/out/data_lengths.png"

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizer
 
 import utils
-from sft.data import audit, csv_rows, token_cache
+from sft.data import audit, checks, csv_rows, token_cache
 from sft.data.csv_rows import read_csv
 from sft.flags import DataArguments, TrainingArguments
 from sft.job import UserError
@@ -207,7 +207,7 @@ def test_problems_that_are_known_together_are_said_together(write, tmp_path):
     template = tmp_path / "template.txt"
     template.write_text("{instruction} and {instruction}")
     flags = {"prompt_template": str(template), "eval_data_path": "no.csv", "eval_split": 0.5}
-    said = utils.data_problems(DataArguments(data_path=write("a,b\n1,2\n"), **flags))
+    said = checks.data_problems(DataArguments(data_path=write("a,b\n1,2\n"), **flags))
     assert [line.split(":")[0].split()[0] for line in said] == [
         "--prompt_template",
         "--eval_data_path",
@@ -215,7 +215,7 @@ def test_problems_that_are_known_together_are_said_together(write, tmp_path):
         f"{tmp_path}/data.csv",
         "no.csv",
     ]
-    assert utils.data_problems(DataArguments(data_path=write([("a", "b")]), eval_split=1.0)) == [
+    assert checks.data_problems(DataArguments(data_path=write([("a", "b")]), eval_split=1.0)) == [
         "--eval_split 1: give a share from 0 up to 1, such as 0.02."
     ]
 

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -205,6 +206,10 @@ def test_of_several_processes_one_builds_and_all_have_the_rows(tmp_path):
 
 
 def test_who_waits_for_a_killed_builder_builds(tmp_path):
+    note = tmp_path / "cache" / f"{Path(load(tmp_path, Builder(tmp_path)).folder).name}.error"
+    shutil.rmtree(note.with_suffix(""))
+    (tmp_path / "ended").unlink()
+    note.write_text('["an earlier build ended so"]')
     stuck = FORK.Process(target=load, args=(tmp_path, Builder(tmp_path, pause=signal.pause)))
     stuck.start()
     wait_until(lambda: list(tmp_path.glob("cache/*.building/tokens.bin")))
@@ -232,7 +237,7 @@ def test_who_waited_ends_in_the_builders_error(tmp_path):
     assert in_processes(3, work) == [["data.csv, row 7: broken.", "data.csv, row 9: broken."]] * 3
     assert Builder(tmp_path).count("begun") == 1
     assert_whole(in_processes(1, lambda index: load(tmp_path, Builder(tmp_path)))[0])  # a later process tries again
-    assert not list(tmp_path.glob("cache/*.failed"))
+    assert not list(tmp_path.glob("cache/*.error"))
 
 
 def test_waiting_is_said(tmp_path, capsys, monkeypatch):
@@ -306,7 +311,7 @@ def test_a_full_disk(tmp_path, monkeypatch):
     with pytest.raises(UserError) as caught:
         load(tmp_path, builder)
     assert caught.value.problems == [message(tmp_path / "cache", "the disk is full")]
-    assert [path.suffix for path in sorted((tmp_path / "cache").iterdir())] == [".failed", ".lock"]
+    assert not list((tmp_path / "cache").glob("*.building"))
     monkeypatch.undo()
     assert_whole(load(tmp_path, builder))  # in the same process, once there is room
 

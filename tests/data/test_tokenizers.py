@@ -20,8 +20,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer, LlamaConfig, LlamaTokenizer, PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from sft.data import encode, word_cache, xgen_tokenizer
-from sft.data.encode import PROBES, check_vocabulary
-from sft.data.llama_tokenizer import compare_with_sentencepiece, load_llama_tokenizer
+from sft.data.checks import check_vocabulary
+from sft.data.encode import PROBES, compare_with_sentencepiece, words_of
+from sft.data.llama_tokenizer import load_llama_tokenizer
 from sft.data.xgen_tokenizer import load_xgen_tokenizer
 from sft.job import UserError
 
@@ -337,7 +338,7 @@ def test_padding_and_truncation_of_earlier_calls_do_not_matter(llama):
     expected = [llama(text).input_ids for text in texts]
     llama(texts, padding=True, truncation=True, max_length=3)  # leaves both in the backend
     assert llama.backend_tokenizer.truncation is not None
-    vars(llama).pop("_sft_encoders")  # so that the copies are made now
+    encode.backend_for.cache_clear()  # so that the copies are made now
     assert encode_prompts(llama, texts) == expected
     assert llama("a</s>").input_ids[-1] == 2  # the tokenizer itself still knows control tokens
 
@@ -366,7 +367,7 @@ def test_texts_of_words(llamas, xgen, name, monkeypatch):
     texts = [re.sub(" {2,}", " ", text.strip()) for text in TEXTS]
     expected = [tokenizer(text).input_ids for text in texts]
     assert encode_prompts(tokenizer, texts) == expected
-    words = tokenizer._sft_words
+    words = words_of(tokenizer)
     assert words.stand_alone == (name in WORDS_STAND_ALONE)
     if words.stand_alone:
         monkeypatch.setattr(words, "MOST_KEPT", 20)  # forgotten again and again
@@ -383,7 +384,7 @@ def test_texts_of_words(llamas, xgen, name, monkeypatch):
 
 
 def test_each_word_is_encoded_once(llama):
-    words = word_cache._Words(llama._sft_words.encoder)
+    words = word_cache.Words(words_of(llama).encoder)
     river, runs = (llama(word, add_special_tokens=False).input_ids for word in ("river", "runs"))  # with ▁ before it
     asked = []
 

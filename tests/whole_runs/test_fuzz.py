@@ -11,6 +11,7 @@ import pytest
 from characters import BOS, EOS, character_tokenizer
 
 import utils
+from sft.data import checks, token_cache
 from sft.flags import DataArguments, TrainingArguments
 from sft.job import UserError
 
@@ -165,7 +166,7 @@ def test_the_expectation_sees_a_wrong_row():
 @pytest.mark.slow
 def test_mutated_files_give_the_right_rows_or_one_message(tmp_path, capsys, monkeypatch):
     # thousands of pools of processes would take minutes
-    monkeypatch.setattr(utils.cache, "map_ahead", lambda function, batches, **_: map(function, batches))
+    monkeypatch.setattr(token_cache, "map_ahead", lambda function, batches, **_: map(function, batches))
     dice, tokenizer = random.Random(SEED), character_tokenizer()
     path, cache_dir = tmp_path / "data.csv", tmp_path / "cache"
     training_args = TrainingArguments(output_dir=str(tmp_path / "out"), model_max_length=MAX_LENGTH, use_cpu=True)
@@ -177,7 +178,7 @@ def test_mutated_files_give_the_right_rows_or_one_message(tmp_path, capsys, monk
         path.write_bytes(content)
         wanted, began = expected(content), time.monotonic()
         try:
-            problems = utils.data_problems(data_args)
+            problems = checks.data_problems(data_args)
             found = None
             if not problems:
                 dataset = utils.make_supervised_data_module(tokenizer, data_args, training_args)["train_dataset"]
