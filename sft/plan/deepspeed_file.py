@@ -149,10 +149,8 @@ def _read(file: str | dict) -> tuple[str, dict]:
             raise Unreadable(f"{name}: {key} is {json.dumps(block)}", "DeepSpeed expects an object there", write)
     stage = _get(config, "zero_optimization").get("stage", 0)
     if type(stage) is not int or not 0 <= stage <= 3:  # DeepSpeed takes "2" and true, transformers does not
-        what, write = (
-            f"{name}: zero_optimization.stage is {json.dumps(stage)}",
-            f'Write "stage": {stage if stage in list("0123") else 2}',
-        )
+        write = f'Write "stage": {stage if stage in list("0123") else 2}'
+        what = f"{name}: zero_optimization.stage is {json.dumps(stage)}"
         raise Unreadable(what, "it must be one of the numbers 0, 1, 2, 3", write)
     return name, config
 
@@ -179,12 +177,12 @@ def _parse(name: str, text: str) -> dict:
 
 
 def _get(config: dict, path: str) -> Any:
-    """A nested block; an empty one where it is missing or null."""
+    """A nested value; an empty block where it is missing or null."""
+    found: Any = config
     for key in path.split("."):
-        config = config.get(key) or {}
-        if not isinstance(config, dict):
-            break
-    return config
+        if isinstance(found, dict):
+            found = {} if found.get(key) is None else found[key]
+    return found
 
 
 def _keys(config: dict) -> Iterator[Row]:
@@ -198,25 +196,26 @@ def _keys(config: dict) -> Iterator[Row]:
             yield _old(key)
         elif key not in (*TOP_LEVEL_KEYS, "scheduler"):
             yield "warning", f"unknown key {key!r}", "DeepSpeed ignores it", _nearest(key, TOP_LEVEL_KEYS)
-    models = {"zero_optimization": zero.DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config}
-    children = {
+    models: dict[str, Any] = {
+        "zero_optimization": zero.DeepSpeedZeroConfig,
         "zero_optimization.offload_optimizer": zero.DeepSpeedZeroOffloadOptimizerConfig,
         "zero_optimization.offload_param": zero.DeepSpeedZeroOffloadParamConfig,
+        "bf16": DeepSpeedBF16Config,
+        "fp16": DeepSpeedFP16Config,
     }
-    for prefix, model in models.items():
+    for prefix in ("zero_optimization", "bf16", "fp16"):  # each checks its children
         block = _get(config, prefix)
         old = [key for key in block if f"{prefix}.{key}" in OLD_KEYS]
         yield from (_old(f"{prefix}.{key}") for key in old)
         try:
-            model(**{key: value for key, value in block.items() if key not in old})
+            models[prefix](**{key: value for key, value in block.items() if key not in old})
         except ValidationError as error:
             for fault in error.errors():
                 *parents, key = prefix, *map(str, fault["loc"])
                 where = ".".join((*parents, key))
                 if fault["type"] == "extra_forbidden":
-                    owner = (models | children).get(".".join(parents))
-                    fields = owner.model_fields.items() if owner else ()
-                    known = [field.alias or name for name, field in fields]
+                    owner = models.get(".".join(parents))
+                    known = [field.alias or name for name, field in owner.model_fields.items()] if owner else []
                     yield "error", f"unknown key {where!r}", "DeepSpeed refuses it", _nearest(key, known)
                 else:
                     write = f'Write "{key}": "auto"' if key in FILLED_IN else "Correct it or remove it."
@@ -268,7 +267,7 @@ def _effects(config: dict, flags) -> list[Row]:
     compiler = os.environ.get("CXX", "c++")  # torch 2.13, utils/cpp_extension.py, get_cxx_compiler
     missing = [f"a C++ compiler ({compiler})"] * (not shutil.which(compiler)) + ["ninja"] * (not shutil.which("ninja"))
     swapped = not has("optimizer") and config.get("zero_force_ds_cpu_optimizer", True)
-    table = [
+    table: list[Any] = [
         (all(_get(config, f"{kind}.enabled") is True for kind in ("bf16", "fp16")),
          "error", "bf16 and fp16 are both enabled", "a run has one compute type",
          'Write "enabled": "auto" in both: the flags --bf16 and --fp16 then decide'),
@@ -303,4 +302,4 @@ def _effects(config: dict, flags) -> list[Row]:
          "an offloaded optimizer is DeepSpeed's CPU Adam, with L2 regularisation for this --optim",
          'Use --optim adamw_torch, or remove "offload_optimizer"'),
     ]  # fmt: skip
-    return [row for applies, *row in table if applies]
+    return [(severity, what, *rest) for applies, severity, what, *rest in table if applies]

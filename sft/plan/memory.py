@@ -7,25 +7,20 @@ Nothing is loaded: the model is built without memory, its parameters and what on
 counted, and the bytes of each part of a run are added up. benchmarks/results/ compares the sums with measured peaks.
 """
 
-import copy
 import importlib.util
 import json
 import math
 import os
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import torch
-import torch.nn.functional as F
-from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, AutoModelForCausalLM, PreTrainedConfig
 
 from sft.job import world_size
-from sft.step.compiled_layers import keep_residual_in_compute_type
+from sft.plan.model_sizes import Shape, kept_by_a_layer
 
 GIB = 2**30
 
@@ -42,63 +37,9 @@ COMPILED = 0.7  # norms, rotary embedding and SwiGLU are computed again
 LORA = 1.09  # each addition keeps its input
 WORK = 0.6  # relative to what it keeps: gradients of activations while its backward pass runs
 
-MEASURED_TOKENS = 251  # no width of a model, to be taken for a weight's
 LOSS_CHUNK = 2**27  # logits that exist at a time: sft/step/loss.py, CHUNK_BYTES / 4
-LARGEST_BUDGET = (
-    65_536  # tokens; the GPU is full far below, and tokens x feed-forward width stays within 32-bit indices
-)
+LARGEST_BUDGET = 65_536  # tokens; tokens x feed-forward width stays within 32-bit indices
 ZERO3_LIVE = 10**9  # parameters: DeepSpeed's stage3_max_live_parameters
-
-
-@dataclass(frozen=True, eq=False)  # a config cannot be hashed
-class Shape:
-    """Sizes of a model, in parameters unless a comment says otherwise."""
-
-    config: PreTrainedConfig
-    layers: int  # number of them
-    hidden: int  # width
-    vocabulary: int  # ids
-    parameters: int
-    linear: int  # of the linear layers, without the head
-    embedding: int
-    head: int  # 0 when the output layer shares the embedding's weights
-    adapters: int  # that LoRA adds at rank 1
-    adapter_inputs: int  # width of all inputs of adapted layers
-    largest_linear: int
-    tensors: tuple[int, ...]
-
-    @classmethod
-    def of(cls, config: PreTrainedConfig, targets: list[str] | None = None) -> "Shape | None":
-        """Build the model without memory and measure it; None for an architecture that transformers does not have.
-
-        Args:
-            targets: --lora_target_modules; None or ["all-linear"] are all linear layers but the head.
-        """
-        architecture = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-        if architecture is None or not isinstance(getattr(config, "num_hidden_layers", None), int):
-            return None
-        # `from_config` would split it among the ranks under ZeRO-3 (transformers 5.23)
-        with torch.device("meta"):
-            model = architecture(config)
-        embedding, output = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-        linear = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m.weight is not output}
-        everything = targets in (None, ["all-linear"])
-        adapted = [m for n, m in linear.items() if everything or n in targets or n.rsplit(".", 1)[-1] in targets]
-        tensors = tuple(p.numel() for p in model.parameters())  # tied tensors count once
-        return cls(
-            config=config,
-            layers=config.num_hidden_layers,
-            hidden=embedding.shape[1],
-            vocabulary=embedding.shape[0],
-            parameters=sum(tensors),
-            linear=sum(m.weight.numel() for m in linear.values()),
-            embedding=embedding.numel(),
-            head=0 if output is embedding else output.numel(),
-            adapters=sum(m.in_features + m.out_features for m in adapted),
-            adapter_inputs=sum(m.in_features for m in adapted),
-            largest_linear=max((m.weight.numel() for m in linear.values()), default=0),
-            tensors=tensors,
-        )
 
 
 class Setting:
@@ -112,11 +53,8 @@ class Setting:
 
     def __init__(self, flags: dict[str, Any], step_tokens: int | None = None, compiled: bool = False):
         given = SimpleNamespace(**flags)
-        self.flags, self.given_step_tokens, self.compiled = (
-            flags,
-            step_tokens,
-            compiled or given.compile_layers == "True",
-        )
+        self.flags, self.given_step_tokens = flags, step_tokens
+        self.compiled = compiled or given.compile_layers == "True"
         file = _deepspeed_file(given.deepspeed)
         zero, fsdp = file.get("zero_optimization", {}), (given.fsdp_config or {}) if given.fsdp else {}
         self.cuda = given.plan_gpu_gib is not None or (torch.cuda.is_available() and not given.use_cpu)
@@ -264,65 +202,6 @@ def make(shape: Shape, setting: Setting, gpu_there: float, host_there: float) ->
     return at_most(fitting)
 
 
-def _attend_in_one(module: torch.nn.Module, query, key, value, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:
-    """Keeps what the kernels for packed rows keep: key and value once for the heads that share them."""
-    query, key = query.to(value.dtype), key.to(value.dtype)
-    out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-    return out.transpose(1, 2), None
-
-
-AttentionInterface.register("memory_plan", _attend_in_one)
-
-
-class NotMeasured(Exception):
-    """A layer of this architecture cannot be computed without numbers."""
-
-
-@cache
-def kept_by_a_layer(shape: Shape, half: bool, autocast: bool, padded: bool) -> float:
-    """Bytes that one token leaves for backward in one decoder layer, the difference of two layers and one.
-
-    Weights and their casts are left out: they do not grow with the tokens. No ZeRO-3 may be announced meanwhile: it would
-    split the model (sft/model/loading.py).
-    """
-    experts = any(getattr(shape.config, name, 0) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
-    try:
-        if experts:  # which of them work is decided by numbers
-            raise ValueError("experts")
-        two, one = (_kept(shape.config, layers, half, autocast, padded) for layers in (2, 1))
-    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise NotMeasured(f"a layer of {type(shape.config).__name__} cannot be measured without memory") from error
-    return (two - one) / MEASURED_TOKENS
-
-
-def _kept(config: PreTrainedConfig, layers: int, half: bool, autocast: bool, padded: bool) -> int:
-    """Bytes that a model of so many layers keeps for backward, counted on tensors without memory."""
-    config, kept = copy.deepcopy(config), {}
-    config.num_hidden_layers = layers
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:layers]
-    options: dict[str, Any] = {"dtype": torch.bfloat16 if half and not autocast else torch.float32}
-    if not padded:
-        options["attn_implementation"] = "memory_plan"
-    with FakeTensorMode(), torch.device("cpu"), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        model = AutoModelForCausalLM.from_config(config, **options).train()
-        weights = {size for p in model.parameters() for size in (tuple(p.shape), tuple(reversed(p.shape)))}
-
-        def note(tensor: torch.Tensor) -> torch.Tensor:
-            if tuple(tensor.shape) not in weights:
-                storage = tensor.untyped_storage()
-                kept[id(storage)] = storage  # alive, so that no identity is used twice
-            return tensor
-
-        mask = torch.ones(1, 1, MEASURED_TOKENS, MEASURED_TOKENS, dtype=torch.bool) if padded else None
-        if not padded:
-            keep_residual_in_compute_type(model)
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            ids = torch.zeros(1, MEASURED_TOKENS, dtype=torch.int64)
-            model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
-    return sum(storage.nbytes() for storage in kept.values())
-
-
 def activation_bytes(shape: Shape, s: Setting) -> tuple[float, float]:
     """Bytes that one token leaves for backward in one decoder layer, and in one that is recomputed: its input."""
     autocast = s.half and s.engine == "ddp" and not (s.lora_rank or s.compiled)
@@ -400,16 +279,13 @@ def add_up(shape: Shape, s: Setting, tokens: int, several: bool, gpu_there: floa
     chunk = per_logit * (min(logits, LOSS_CHUNK) if s.packing else logits)
     head = max(head_gradient + cast + chunk, 2 * head_gradient + work * tokens)
 
-    names = "gradients", "activations", "head and loss", "copies and gathers"
     forward = before + buffers, token_bytes * tokens, head, copies + gathered
     backward = after + buffers, (kept + work) * tokens, head_gradient, gathered
     peak = forward if s.offload_optimizer and s.engine == "fsdp" else max(forward, backward, key=sum)
-    gpu = {
-        "weights": 0.0 if s.offload_weights else weights,
-        "optimizer": 0.0 if s.offload_optimizer else optimizer,
-        **dict(zip(names, peak)),
-    }
-    others = gpu["weights"] + gpu["optimizer"] + before + buffers + head + copies + gathered
+    state = 0.0 if s.offload_weights else weights, 0.0 if s.offload_optimizer else optimizer
+    names = "weights", "gradients", "optimizer", "activations", "head and loss", "copies and gathers"
+    gpu = dict(zip(names, (state[0], peak[0], state[1], *peak[1:])))
+    others = sum(state) + before + buffers + head + copies + gathered
     joined = compute * trained
     if s.stage in (1, 2) and sum(gpu.values()) < weights + joined:
         # deepspeed 0.19.8, stage_1_and_2.py, joins the trained weights into one tensor: at the start both are there

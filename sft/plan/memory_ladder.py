@@ -11,7 +11,8 @@ import torch
 from transformers import AutoConfig
 
 from sft.job import rank, say
-from sft.plan.memory import GIB, NotMeasured, Plan, Setting, Shape, host_memory, make
+from sft.plan.memory import GIB, Plan, Setting, host_memory, make
+from sft.plan.model_sizes import NotMeasured, Shape
 
 # Changes that save memory, cheapest first: each alone, then together. What a run has already is left out of them.
 LADDER = (

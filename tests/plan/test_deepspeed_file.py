@@ -132,6 +132,7 @@ def test_a_value_of_another_type_is_refused(file, message):
         ('{"zero_optimization": {"stage": true}}', r": zero_optimization.stage is true: .*"),
         ('{"zero_optimization": {"stage": 4}}', r": zero_optimization.stage is 4: .* Write \"stage\": 2$"),
         ('{"data_types": "fp32"}', r': data_types is "fp32": DeepSpeed expects an object there\.'),
+        ('{"zero_optimization": false}', r": zero_optimization is false: DeepSpeed expects an object there\."),
         ('{"zero_optimization": 2}', r": zero_optimization is 2: DeepSpeed expects an object there\."),
         ('{"zero_optimization": {"offload_param": "cpu"}}', r': zero_optimization.offload_param is "cpu": .*'),
     ],

@@ -24,7 +24,7 @@ import utils
 from sft.data.llama_tokenizer import load_llama_tokenizer
 from sft.flags import parser
 from sft.job import UserError
-from sft.plan import memory, memory_ladder
+from sft.plan import memory, memory_ladder, model_sizes
 from sft.step import compiled_layers
 
 GIB = 2**30
@@ -77,18 +77,18 @@ def flags(*argv: str):
 
 def plan_of(config, *argv: str, step_tokens: int | None = None) -> memory.Plan:
     parsed = flags("--plan_gpu_gib", "80", *argv)
-    return memory_ladder.plan(parsed, parsed, memory.Shape.of(config, parsed.lora_target_modules), step_tokens)
+    return memory_ladder.plan(parsed, parsed, model_sizes.Shape.of(config, parsed.lora_target_modules), step_tokens)
 
 
 def test_a_shape_is_the_models():
-    shape = memory.Shape.of(OPEN_LLAMA_7B)
+    shape = model_sizes.Shape.of(OPEN_LLAMA_7B)
     # the published size of LLaMA 7B; a layer has 4 h h + 3 h i weights and 2 h norms
     assert (
         shape.parameters == 6_738_415_616 == 32 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096) + 2 * 32000 * 4096 + 4096
     )
     assert (shape.embedding, shape.head, shape.hidden) == (32000 * 4096, 32000 * 4096, 4096)
     assert shape.adapters == 32 * (4 * (4096 + 4096) + 3 * (4096 + 11008))
-    assert memory.Shape.of(OPEN_LLAMA_7B, ["q_proj", "v_proj"]).adapters == 32 * 2 * (4096 + 4096)
+    assert model_sizes.Shape.of(OPEN_LLAMA_7B, ["q_proj", "v_proj"]).adapters == 32 * 2 * (4096 + 4096)
 
 
 # ------------------------------------------------------------------------------------------------ activation bytes
@@ -150,7 +150,7 @@ def kept_bytes(
     return sum(kept.values())
 
 
-SHAPE = memory.Shape.of(LlamaConfig(num_hidden_layers=2, **TINY))
+SHAPE = model_sizes.Shape.of(LlamaConfig(num_hidden_layers=2, **TINY))
 H, INNER, Q, K = 256, 688, 256, 64
 
 
@@ -166,7 +166,7 @@ H, INNER, Q, K = 256, 688, 256, 64
     ],
 )
 def test_a_layer_keeps_the_bytes_that_are_counted_without_memory(half, autocast, padded, by_hand):
-    planned = memory.kept_by_a_layer(SHAPE, half, autocast, padded)
+    planned = model_sizes.kept_by_a_layer(SHAPE, half, autocast, padded)
     # besides: two root mean squares of 4 bytes, a log-sum of 4 for each of 8 heads, the mask's row of 251 keys
     assert planned == pytest.approx(by_hand + 8 + 32 + padded * (2 if half else 4) * 251, abs=8)
     dtype = torch.bfloat16 if half and not autocast else torch.float32
@@ -189,15 +189,15 @@ def test_coefficients_of_compiled_layers_and_of_lora(how, words):
 
 @pytest.mark.parametrize("kind", [Qwen3Config, GPTNeoXConfig, GPT2Config])
 def test_any_architecture_is_measured(kind):
-    shape = memory.Shape.of(kind(num_hidden_layers=3, vocab_size=1000))
-    one, two = (memory.kept_by_a_layer(shape, half, False, False) for half in (True, False))
+    shape = model_sizes.Shape.of(kind(num_hidden_layers=3, vocab_size=1000))
+    one, two = (model_sizes.kept_by_a_layer(shape, half, False, False) for half in (True, False))
     assert 20 * shape.hidden < one < two
 
 
 def test_an_architecture_whose_layer_needs_numbers_has_no_plan(capsys):
     parsed = flags("--plan_gpu_gib", "80")
     config = FalconConfig(num_hidden_layers=2, vocab_size=1000)
-    assert memory_ladder.plan(parsed, parsed, memory.Shape.of(config)) is None
+    assert memory_ladder.plan(parsed, parsed, model_sizes.Shape.of(config)) is None
     assert capsys.readouterr().out == "memory plan: none, a layer of FalconConfig cannot be measured without memory\n"
 
 
@@ -364,7 +364,7 @@ def test_deepspeed_holds_the_gradients_that_the_plan_counts(tiny_llama, question
     jobs.run(given, 1, tmp_path / "log", note_gradients, **torchrun, NOTES=str(tmp_path / "notes"))
     *others, last = map(json.loads, (tmp_path / "notes").read_text().splitlines())
     config = LlamaConfig.from_pretrained(tiny_llama)
-    shape = memory.Shape.of(config)
+    shape = model_sizes.Shape.of(config)
     larger = 2 * 3 * 32 * 64 + 2 * 320 * 32  # than 32 x 32
     buckets = 2 * 2 * 32**2
     assert others and all(note == {"held": 2 * larger + buckets, "sums": 4 * shape.parameters} for note in others)

@@ -1,0 +1,125 @@
+"""Count a model's parameters and what one of its layers keeps for backward, from its config alone."""
+
+import copy
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, AutoModelForCausalLM, PreTrainedConfig
+
+from sft.step.compiled_layers import keep_residual_in_compute_type
+
+MEASURED_TOKENS = 251  # no width of a model, to be taken for a weight's
+
+
+@dataclass(frozen=True, eq=False)  # a config cannot be hashed
+class Shape:
+    """Sizes of a model, in parameters unless a comment says otherwise."""
+
+    config: PreTrainedConfig
+    layers: int  # number of them
+    hidden: int  # width
+    vocabulary: int  # ids
+    parameters: int
+    linear: int  # of the linear layers, without the head
+    embedding: int
+    head: int  # 0 when the output layer shares the embedding's weights
+    adapters: int  # that LoRA adds at rank 1
+    adapter_inputs: int  # width of all inputs of adapted layers
+    largest_linear: int
+    tensors: tuple[int, ...]
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig, targets: list[str] | None = None) -> "Shape | None":
+        """Build the model without memory and measure it; None for an architecture that transformers does not have.
+
+        Args:
+            targets: --lora_target_modules; None or ["all-linear"] are all linear layers but the head.
+        """
+        architecture = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+        if architecture is None or not isinstance(getattr(config, "num_hidden_layers", None), int):
+            return None
+        # `from_config` would split it among the ranks under ZeRO-3 (transformers 5.23)
+        with torch.device("meta"):
+            model = architecture(config)
+        embedding, output = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+        linear = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m.weight is not output}
+        everything = targets in (None, ["all-linear"])
+        adapted = [m for n, m in linear.items() if everything or n in targets or n.rsplit(".", 1)[-1] in targets]
+        tensors = tuple(p.numel() for p in model.parameters())  # tied tensors count once
+        return cls(
+            config=config,
+            layers=config.num_hidden_layers,
+            hidden=embedding.shape[1],
+            vocabulary=embedding.shape[0],
+            parameters=sum(tensors),
+            linear=sum(m.weight.numel() for m in linear.values()),
+            embedding=embedding.numel(),
+            head=0 if output is embedding else output.numel(),
+            adapters=sum(m.in_features + m.out_features for m in adapted),
+            adapter_inputs=sum(m.in_features for m in adapted),
+            largest_linear=max((m.weight.numel() for m in linear.values()), default=0),
+            tensors=tensors,
+        )
+
+
+def _attend_in_one(module: torch.nn.Module, query, key, value, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:
+    """Keeps what the kernels for packed rows keep: key and value once for the heads that share them."""
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    return out.transpose(1, 2), None
+
+
+AttentionInterface.register("memory_plan", _attend_in_one)
+
+
+class NotMeasured(Exception):
+    """A layer of this architecture cannot be computed without numbers."""
+
+
+@cache
+def kept_by_a_layer(shape: Shape, half: bool, autocast: bool, padded: bool) -> float:
+    """Bytes that one token leaves for backward in one decoder layer, the difference of two layers and one.
+
+    Weights and their casts are left out: they do not grow with the tokens. No ZeRO-3 may be announced meanwhile: it would
+    split the model (sft/model/loading.py).
+    """
+    experts = any(getattr(shape.config, name, 0) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+    try:
+        if experts:  # which of them work is decided by numbers
+            raise ValueError("experts")
+        two, one = (_kept(shape.config, layers, half, autocast, padded) for layers in (2, 1))
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise NotMeasured(f"a layer of {type(shape.config).__name__} cannot be measured without memory") from error
+    return (two - one) / MEASURED_TOKENS
+
+
+def _kept(config: PreTrainedConfig, layers: int, half: bool, autocast: bool, padded: bool) -> int:
+    """Bytes that a model of so many layers keeps for backward, counted on tensors without memory."""
+    config, kept = copy.deepcopy(config), {}
+    config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
+    options: dict[str, Any] = {"dtype": torch.bfloat16 if half and not autocast else torch.float32}
+    if not padded:
+        options["attn_implementation"] = "memory_plan"
+    with FakeTensorMode(), torch.device("cpu"), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        model = AutoModelForCausalLM.from_config(config, **options).train()
+        weights = {size for p in model.parameters() for size in (tuple(p.shape), tuple(reversed(p.shape)))}
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            if tuple(tensor.shape) not in weights:
+                storage = tensor.untyped_storage()
+                kept[id(storage)] = storage  # alive, so that no identity is used twice
+            return tensor
+
+        mask = torch.ones(1, 1, MEASURED_TOKENS, MEASURED_TOKENS, dtype=torch.bool) if padded else None
+        if not padded:
+            keep_residual_in_compute_type(model)
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            ids = torch.zeros(1, MEASURED_TOKENS, dtype=torch.int64)
+            model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+    return sum(storage.nbytes() for storage in kept.values())
