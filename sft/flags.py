@@ -229,6 +229,10 @@ class TrainingArguments(transformers.TrainingArguments):
         default=True, metadata={"help": "Evaluate the loss alone: logits of an evaluation set do not fit in memory."}
     )
 
+    def __getstate__(self) -> dict:
+        """Leave the hub's token out of every pickle: the Trainer puts one into the folder that it uploads."""
+        return vars(self) | {"hub_token": None}
+
 
 class Parser(transformers.HfArgumentParser):
     """Flags from dataclasses, with a UserError for what argparse cannot make sense of."""

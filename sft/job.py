@@ -157,6 +157,16 @@ def all_ranks_or_none() -> Iterator[None]:
         raise UserError(problems)
 
 
+def sync(*paths: str | os.PathLike) -> None:
+    """Flush files, or folders' lists of names, to the disk."""
+    for path in paths:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
 _kept: list[TCPStore] = []  # the process group talks through it until the process ends
 
 

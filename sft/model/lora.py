@@ -14,7 +14,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from transformers import BitsAndBytesConfig, PreTrainedModel, Trainer
+from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from sft.arithmetic import compute_dtype
@@ -100,19 +100,11 @@ def add_adapters(model: PreTrainedModel, model_args: ModelArguments, training_ar
     return peft_model
 
 
-def save(trainer: Trainer, model_args: ModelArguments, merged_dtype: torch.dtype) -> Path:
-    """Save the adapter to the output folder, or to `adapter` inside it when the whole model goes to the output folder.
-
-    Every rank calls it (ZeRO-3 gathers); rank 0 writes and merges. Returns the adapter's folder.
-    """
-    output = Path(trainer.args.output_dir)
-    adapter = output / "adapter" if model_args.merge_lora else output
-    trainer.save_model(str(adapter))
-    if trainer.args.should_save:
-        record_base(adapter, model_args)
-        if model_args.merge_lora:
-            _merge_in_another_process(adapter, output, merged_dtype, model_args.cache_dir)
-    return adapter
+def finish_adapter(adapter: Path, output: Path, model_args: ModelArguments, merged_dtype: torch.dtype) -> None:
+    """Write next to a saved adapter what it belongs to and, with --merge_lora, the whole model to the output folder."""
+    record_base(adapter, model_args)
+    if model_args.merge_lora:
+        _merge_in_another_process(adapter, output, merged_dtype, model_args.cache_dir)
 
 
 def _merge_in_another_process(adapter: Path, output: Path, dtype: torch.dtype, cache_dir: str | None) -> None:

@@ -86,18 +86,3 @@ def safe_loads(source: str | None, deepspeed: bool) -> Iterator[None]:
     finally:
         del os.environ[SWITCH]
         os.environ.update(before)
-
-
-@contextmanager
-def without_secrets(args, folder: str | None) -> Iterator[None]:
-    """Around `Trainer._save`: it pickles all arguments, the hub's token among them, into training_args.bin.
-
-    Nothing reads that file when a run resumes or a model loads, so it does not stay (transformers 5.17 and 5.23).
-    """
-    token, args.hub_token = args.hub_token, None
-    try:
-        yield
-    finally:
-        args.hub_token = token
-        if args.should_save:
-            Path(folder or args.output_dir, "training_args.bin").unlink(missing_ok=True)

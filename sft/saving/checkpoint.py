@@ -1,8 +1,8 @@
-"""Whole checkpoints.
+"""Write checkpoints that are whole or absent, and tell whether one still is.
 
-A checkpoint is written under `output_dir/incomplete/`, synced to the disk, checked, given a `manifest.json` (step, sizes,
-hashes, what kind of run made it) as its last file, and only then renamed to `output_dir/checkpoint-N`. Older ones are
-removed after that. A folder named `checkpoint-N` is therefore complete, unless it was damaged later, which the hashes reveal.
+A checkpoint is written under `output_dir/incomplete/`, synced to the disk, given a `manifest.json` (step, sizes, hashes, what
+kind of run made it) as its last file, and only then renamed to `output_dir/checkpoint-N`. Older ones are removed after that.
+A folder named `checkpoint-N` is therefore complete unless it was damaged later, which the hashes reveal.
 """
 
 import hashlib
@@ -11,26 +11,19 @@ import os
 import re
 import shutil
 import sys
-import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
-from sft.job import UserError, local_rank, rank, say, world_size
+from sft.job import UserError, local_rank, rank, say, swapped, sync, world_size
 
 MANIFEST = "manifest.json"
-
-
 INCOMPLETE = "incomplete"  # folder in output_dir for checkpoints that are being written; safe to delete
-
-
-NOT_SHARED = "not visible on every machine: --output_dir must be on a disk that they share"
-
-
-PIECE_BYTES = 64 * 2**20  # a file is hashed in pieces, so that one 28 GB file is hashed by many threads
+PIECE_BYTES = 64 * 2**20  # a file is hashed in pieces, so that many threads hash one file of 28 GB
 
 
 def gather(value) -> list:
@@ -72,124 +65,104 @@ def digest(path: Path) -> str:
         return hashlib.sha256(b"".join(pieces)).hexdigest()
 
 
+def describe_file(path: Path) -> dict[str, Any]:
+    """A file's entry in a manifest."""
+    return {"bytes": path.stat().st_size, "sha256": digest(path)}
+
+
 def files_in(folder: Path) -> list[str]:
     """Relative names of all files below a folder except the manifest, the largest first."""
     files = [f for f in folder.rglob("*") if f.is_file() and f.name != MANIFEST]
     return [f.relative_to(folder).as_posix() for f in sorted(files, key=lambda f: (-f.stat().st_size, f))]
 
 
-def damage(path: Path) -> str | None:
-    """Why a file cannot be what its name says, from its structure alone; None when it looks sound."""
-    if path.suffix == ".safetensors":
-        with open(path, "rb") as file:
-            try:
-                header_bytes = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(header_bytes)) if header_bytes < 100 * 2**20 else {}
-                ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-            except (ValueError, KeyError, TypeError, AttributeError):
-                return "its header is damaged"
-        expected = 8 + header_bytes + max(ends, default=0)
-        return None if path.stat().st_size == expected and ends else f"{path.stat().st_size:,} of {expected:,} bytes"
-    if path.suffix == ".json":
-        try:
-            json.loads(path.read_text("utf-8"))
-        except ValueError:
-            return "it is not valid JSON"
-    if path.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(path):
-        with open(path, "rb") as file:  # DeepSpeed writes torch's older format: one pickle after another
-            if file.read(1) != b"\x80":
-                return "torch.save did not finish it"
-    return None
+def write_json(path: Path, value: dict) -> None:
+    """Replace a JSON file by a whole one that is on the disk."""
+    new = path.with_name(f".{path.name}.new")
+    with open(new, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1)
+        file.write("\n")
+    sync(new)
+    os.replace(new, path)
+    sync(path.parent)
 
 
-def missing_parts(names: list[str], ranks: int) -> list[str]:
-    """What a checkpoint of `ranks` processes lacks, given the relative names of its files."""
-    rng = ["rng_state.pth"] if ranks == 1 else [f"rng_state_{rank}.pth" for rank in range(ranks)]
-    missing = [name for name in ["trainer_state.json", *rng] if name not in names]
-    sharded = [name for name in names if name.startswith("global_step")]  # DeepSpeed: global_stepN/*zero_pp_rank_R_*
-    if sharded:
-        states = [name for name in sharded if name.endswith("optim_states.pt")]
-        missing += [
-            f"optimizer states of rank {r}" for r in range(ranks) if not any(f"pp_rank_{r}_" in name for name in states)
-        ]
-    else:
-        has_optimizer = any(name.startswith(("optimizer.", "optimizer_")) for name in names)
-        missing += [] if has_optimizer else ["the optimizer's state"]
-        missing += [] if "scheduler.pt" in names else ["scheduler.pt"]
-    shards = {name.split("/")[0] for name in names if name.endswith(".distcp")}  # torch.distributed.checkpoint (FSDP)
-    missing += [f"{folder}/.metadata" for folder in sorted(shards) if f"{folder}/.metadata" not in names]
-    weights = ("model", "pytorch_model", "adapter_model", "global_step")
-    missing += [] if any(name.startswith(weights) for name in names) else ["the weights"]
-    return missing
+# ---- reading
 
 
-def why_not_whole(folder: Path) -> str | None:
-    """Why a checkpoint cannot be resumed from, or None when it is whole.
+def why_not_whole(folder: Path, manifest: str = MANIFEST) -> str | None:
+    """Why a folder's files are not those that its manifest lists, or None when they are.
 
     Called by all ranks together: each hashes its share of the files and all get the same answer.
     """
-    return next((problem for problem in gather(_problem_here(folder)) if problem), None)
+    return next((problem for problem in gather(_problem_here(folder, manifest)) if problem), None)
 
 
-def _problem_here(folder: Path) -> str | None:
+def _problem_here(folder: Path, name: str) -> str | None:
     try:
-        manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
-        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
-        step, ranks = int(manifest["step"]), int(manifest["world_size"])
+        manifest = json.loads((folder / name).read_text("utf-8"))
+        step, entries = int(manifest["step"]), manifest.get("files")
+        if entries is None:  # a COMPLETE.json of 2026-11 and before: sizes alone
+            entries = {file: {"bytes": size, "sha256": None} for file, size in manifest["bytes"].items()}
+        files = {file: (int(entry["bytes"]), entry["sha256"]) for file, entry in entries.items()}
+        if not files or not isinstance(manifest.get("run", {}), dict):
+            raise ValueError
     except FileNotFoundError:
-        return f"it has no {MANIFEST}, so it was never finished (or another program wrote it)"
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        return f"its {MANIFEST} is damaged ({type(error).__name__})"
+        return f"it has no {name}, so it was never finished (or another program wrote it)"
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
+        return f"its {name} is damaged ({type(error).__name__})"
     home = folder.resolve()
-    for name, (size, _) in files.items():
-        if not (home / name).resolve().is_relative_to(home):
-            return f"its {MANIFEST} names a file outside of it: {name!r}"
-        if not (home / name).is_file():
-            return f"{name} is missing"
-        if (home / name).stat().st_size != size:
-            return f"{name} has {(home / name).stat().st_size:,} of {size:,} bytes"
-    missing = missing_parts(list(files), ranks)
-    if missing:
-        return f"its {MANIFEST} does not list {', '.join(missing)}"
-    if step != step_of(folder):
-        return f"its {MANIFEST} is of step {step}"
-    for name in _my_share(sorted(files, key=lambda name: -files[name][0])):
-        if digest(home / name) != files[name][1]:
-            return f"{name} does not have the hash that it was saved with: its bytes have changed"
+    for file, (size, _) in files.items():
+        if not (home / file).resolve().is_relative_to(home):
+            return f"its {name} names a file outside of it: {file!r}"
+        if not (home / file).is_file():
+            return f"{file} is missing"
+        if (home / file).stat().st_size != size:
+            return f"{file} has {(home / file).stat().st_size:,} of {size:,} bytes"
+    if step_of(folder) not in (-1, step):
+        return f"its {name} is of step {step}"
+    for file in _my_share(sorted(files, key=lambda file: -files[file][0])):
+        if files[file][1] is not None and digest(home / file) != files[file][1]:
+            return f"{file} does not have the hash that it was saved with: its bytes have changed"
     return None
 
 
-def save_whole(trainer, run: dict[str, str], write: Callable[[], None]) -> None:
+# ---- writing
+
+
+def save_whole(trainer, identity: dict[str, str], write: Callable[[], None]) -> None:
     """Write checkpoint-N so that it is whole or absent; all ranks call it together.
 
     Args:
         trainer: the Trainer whose state is saved.
-        run: what kind of run this is, for `run_of`.
+        identity: what kind of run this is, from `resume.run_identity`.
         write: the Trainer's own saving, which writes to `args.output_dir/checkpoint-N`.
     """
     args, step = trainer.args, trainer.state.global_step
     output_dir = Path(args.output_dir)
-    final = output_dir / f"checkpoint-{step}"
+    final, incomplete = output_dir / f"checkpoint-{step}", output_dir / INCOMPLETE
+    staged = incomplete / final.name
     if too_little_space(output_dir, step):
         return
-    incomplete = output_dir / INCOMPLETE
     with exit_on_failed_save(final):
         if rank() == 0:
             shutil.rmtree(incomplete, ignore_errors=True)
             incomplete.mkdir(parents=True)
         gather(None)
-        with writing_into(trainer, incomplete):
+        # the Trainer pickles its arguments, the hub's token among them, into a file that nothing reads (5.17 and 5.23)
+        with swapped(args, output_dir=str(incomplete), save_total_limit=None, push_to_hub=False, hub_token=None):
             write()
-        staged = incomplete / final.name
+        if args.should_save:
+            (staged / "training_args.bin").unlink(missing_ok=True)
         gather(None)  # before that, files come and go under the names of others
         _move_best_checkpoint(trainer, staged, output_dir)
-        if local_rank() == 0:
-            sync(staged)  # on each machine: over NFS one can only flush its own files
+        if local_rank() == 0:  # on each machine: over NFS one can only flush its own files
+            sync(*staged.rglob("*"), staged, incomplete)
         gather(None)
-        manifest = describe_files(staged, step, run, resumable=not args.save_only_model)
+        files = _describe_files(staged, resumable=not args.save_only_model)
         if rank() == 0:
+            manifest = {"step": step, "world_size": world_size(), "files": files, "run": identity}
             write_json(staged / MANIFEST, manifest)
-            sync(staged)
             _put_in_place(staged, final, incomplete)
             rotate(output_dir, final, args.save_total_limit, trainer.state.best_model_checkpoint)
         gather(None)
@@ -198,23 +171,10 @@ def save_whole(trainer, run: dict[str, str], write: Callable[[], None]) -> None:
 
 
 @contextmanager
-def writing_into(trainer, folder: Path) -> Iterator[None]:
-    """The Trainer saves below `folder`, removes nothing and uploads nothing."""
-    args = trainer.args
-    kept = {name: getattr(args, name) for name in ("output_dir", "save_total_limit", "push_to_hub")}
-    args.output_dir, args.save_total_limit, args.push_to_hub = str(folder), None, False
-    try:
-        yield
-    finally:
-        for name, value in kept.items():
-            setattr(args, name, value)
-
-
-@contextmanager
 def exit_on_failed_save(final: Path) -> Iterator[None]:
-    """A failed save ends the job with the reason and with what is still there to continue from.
+    """Turn a failed save into one message, with the reason and what is left to continue from, and exit code 2.
 
-    The rank that failed speaks for itself: the others may be waiting for it inside a collective, and torchrun ends them.
+    The rank that failed prints it: the others may be waiting for it inside a collective, and torchrun ends them.
     """
     try:
         yield
@@ -228,69 +188,54 @@ def exit_on_failed_save(final: Path) -> Iterator[None]:
         elif kept:
             left = f"{kept.name} is untouched: mend the cause and continue with --resume_from_checkpoint True."
         there = next(folder for folder in final.absolute().parents if folder.is_dir())
-        print(
-            f"error: {what} could not be saved (rank {rank()}): {type(error).__name__}: {error}\n"
-            f"  {there} has {shutil.disk_usage(there).free / 1e9:.2f} GB free. {left}",
-            file=sys.stderr,
-            flush=True,
-        )
+        reason = f"error: {what} could not be saved (rank {rank()}): {type(error).__name__}: {error}"
+        free = f"{there} has {shutil.disk_usage(there).free / 1e9:.2f} GB free"
+        print(f"{reason}\n  {free}. {left}", file=sys.stderr, flush=True)
         if rank() == 0:
             shutil.rmtree(final.parent / INCOMPLETE, ignore_errors=True)  # room on a full disk
         raise SystemExit(2) from error
 
 
 def too_little_space(output_dir: Path, step: int) -> bool:
-    """Whether the disk has no room for a checkpoint as large as the last one; then says so, and the run goes on."""
+    """Whether the disk has no room for a checkpoint as large as the last one. Warns if so; the run goes on."""
     before = next(iter(newest_first(output_dir)), None)
     needed = sum((before / name).stat().st_size for name in files_in(before)) if before else 0
     free = shutil.disk_usage(output_dir).free if output_dir.is_dir() else needed
     full = gather(free < needed)[0]
     if full and before:
-        say(
-            f"warning: checkpoint-{step} was not saved: it needs {needed / 1e9:.3f} GB and {output_dir} has {free / 1e9:.3f} GB free. "
-            f"{before.name} is untouched and training goes on. Make room before the next save."
-        )
+        room = f"it needs {needed / 1e9:.3f} GB and {output_dir} has {free / 1e9:.3f} GB free"
+        left = f"{before.name} is untouched and training goes on. Make room before the next save."
+        say(f"warning: checkpoint-{step} was not saved: {room}. {left}")
     return full
 
 
-def sync(folder: Path) -> None:
-    """Flush the files of a folder, and the folders, to the disk."""
-    for path in [*folder.rglob("*"), folder, folder.parent]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+def missing_parts(names: list[str], ranks: int) -> list[str]:
+    """Which parts a checkpoint of `ranks` processes lacks, given its files' names: of the run, and of each rank."""
+    parts = [r"trainer_state\.json", "model|pytorch_model|adapter_model|global_step"]
+    parts += ["rng_state.pth"] if ranks == 1 else [f"rng_state_{index}.pth" for index in range(ranks)]
+    if any(name.startswith("global_step") for name in names):  # DeepSpeed's own layout
+        parts += [rf"global_step\d+/.*pp_rank_{index}_.*optim_states\.pt" for index in range(ranks)]
+    else:
+        parts += ["optimizer", r"scheduler\.pt"]
+    return [part for part in parts if not any(re.match(part, name) for name in names)]
 
 
-def describe_files(staged: Path, step: int, run: dict[str, str], resumable: bool) -> dict:
-    """The manifest of a staged checkpoint; raises when a part is missing or damaged. All ranks hash a share."""
+def _describe_files(staged: Path, resumable: bool) -> dict[str, dict]:
+    """The manifest's entries of a staged checkpoint; raises when a part is missing. All ranks hash a share."""
     names = gather(files_in(staged))[0]
-    problems = [f"{name} is missing" for name in missing_parts(names, world_size())] if resumable else []
-    mine = {}
-    for name in _my_share(names):
-        problem = damage(staged / name) if (staged / name).is_file() else NOT_SHARED
-        problems += [f"{name}: {problem}"] if problem else []
-        mine[name] = {} if problem else {"bytes": (staged / name).stat().st_size, "sha256": digest(staged / name)}
+    problems = [f"it has no {part}" for part in missing_parts(names, world_size())] if resumable else []
+    elsewhere = "is not visible on every machine: --output_dir must be on a disk that they share"
+    problems += [f"{name} {elsewhere}" for name in _my_share(names) if not (staged / name).is_file()]
+    mine = {} if problems else {name: describe_file(staged / name) for name in _my_share(names)}
     shares = gather((mine, problems))
     problems = sorted({problem for _, found in shares for problem in found})
     if problems:
         raise RuntimeError("; ".join(problems))
-    files = {name: entry for share, _ in shares for name, entry in share.items()}
-    return {"step": step, "world_size": world_size(), "files": dict(sorted(files.items())), "run": run}
-
-
-def write_json(path: Path, value: dict) -> None:
-    """Write a JSON file and flush it to the disk."""
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
+    return dict(sorted((name, entry) for share, _ in shares for name, entry in share.items()))
 
 
 def _move_best_checkpoint(trainer, staged: Path, output_dir: Path) -> None:
-    """`best_model_checkpoint` names the folder as it will be called, in memory and in the saved state."""
+    """Name the best checkpoint as it will be called, in memory and in the saved state."""
     best = trainer.state.best_global_step
     if best is None:
         return
@@ -305,9 +250,7 @@ def _put_in_place(staged: Path, final: Path, incomplete: Path) -> None:
     if final.exists():
         os.rename(final, incomplete / "replaced")
     os.rename(staged, final)
-    sync_folder = os.open(final.parent, os.O_RDONLY)
-    os.fsync(sync_folder)
-    os.close(sync_folder)
+    sync(final.parent)
     shutil.rmtree(incomplete)
 
 

@@ -1,227 +1,259 @@
-"""The exported model: written in its type for plain transformers, then read back and proved.
+"""Write the exported model for plain transformers, then read it back and prove it.
 
-COMPLETE.json says what was found equal. It is the last file of a run: a folder with it holds a finished model.
+COMPLETE.json lists what was proved and the files that hold the weights. It is the last file of a run: a folder with it holds a
+finished model.
 """
 
 import hashlib
 import json
 import math
+from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from huggingface_hub import HfApi
+from safetensors import SafetensorError, safe_open
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sft.job import UserError, say
+from sft.model import lora
+from sft.saving.checkpoint import INCOMPLETE, describe_file, why_not_whole, write_json
 
 COMPLETE = "COMPLETE.json"
-
-
 SMALL_BYTES = 4 * 2**30  # up to this size all tensors are hashed and the model is run, above it a sample is hashed
-
-
 PROBE_TOKENS = 64
-
-
 FORWARD_INPUTS = "input_ids attention_mask position_ids cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k".split()
-
-
 FORWARD_INPUTS += ["prefix_starts", "prefix_lengths"]
-
 
 Weights = dict[str, torch.Tensor]
 
-
-def is_finished(output_dir: str | Path) -> bool:
-    """Whether a folder holds a model whose export was completed and proved."""
-    return Path(output_dir, COMPLETE).is_file()
+# ---- finished or not
 
 
 def is_already_finished(training_args) -> bool:
-    """Whether `--resume_from_checkpoint` finds a finished model, as it does when a scheduler starts a run once more. Says so."""
+    """Whether `--resume_from_checkpoint` finds a finished model, as it does when a scheduler starts a run once more. Prints it."""
+    folder = Path(training_args.output_dir)
     resumes = str(training_args.resume_from_checkpoint or False).lower() != "false"
-    if not resumes or training_args.overwrite_output_dir or not is_finished(training_args.output_dir):
+    if not resumes or training_args.overwrite_output_dir or not (folder / COMPLETE).is_file():
         return False
-    step = json.loads(Path(training_args.output_dir, COMPLETE).read_text("utf-8"))["step"]
+    problem = why_not_whole(folder, COMPLETE)
+    if problem:
+        say(
+            f"warning: {folder} does not hold the finished model that its {COMPLETE} lists: {problem}. The run goes on."
+        )
+        return False
+    step = json.loads((folder / COMPLETE).read_text("utf-8"))["step"]
     say(
-        f"{training_args.output_dir} holds the finished and proved model of step {step:,}: nothing is left to do. To train again, "
+        f"{folder} holds the finished and proved model of step {step:,}: nothing is left to do. To train again, "
         "name another --output_dir or give --overwrite_output_dir True."
     )
     return True
 
 
-def cast_weights(state_dict: Weights, dtype: torch.dtype) -> Weights:
-    """Cast floating-point weights; tensors that were one (tied embeddings) stay one."""
-    cast: dict[tuple, torch.Tensor] = {}
-    for tensor in state_dict.values():
-        key = (tensor.data_ptr(), tensor.shape)
-        if key not in cast:
-            cast[key] = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype)
-    return {name: cast[tensor.data_ptr(), tensor.shape] for name, tensor in state_dict.items()}
+def complete(output_dir: str, step: int, proved: list[str]) -> None:
+    """Write COMPLETE.json; rank 0 calls it when nothing else is left to write."""
+    folder = Path(output_dir)
+    files = {name: describe_file(folder / name) for name in weight_files(folder)}
+    write_json(folder / COMPLETE, {"step": step, "proved": proved, "files": files})
+
+
+# ---- writing
+
+
+def gather_weights(trainer, dtype: torch.dtype, up_to_bytes: float = math.inf) -> Weights:
+    """Gather what was trained, one tensor after another, from wherever the engine keeps it; all ranks together.
+
+    Args:
+        dtype: type of a whole model's weights; an adapter keeps its own.
+        up_to_bytes: gather the first weights up to this size, at least one.
+
+    Returns: on the ranks that save, weights on the CPU; tensors that were one (tied embeddings) stay one. Elsewhere nothing.
+    """
+    opened: Any = nullcontext  # what makes a tensor whole for a while
+    if trainer.is_deepspeed_enabled:
+        import deepspeed
+
+        opened = deepspeed.zero.GatheredParameters
+    trained = {name: weight for name, weight in trainer.model.named_parameters() if weight.requires_grad}
+    adapter = len(trained) < len(list(trainer.model.parameters()))
+    # bitsandbytes (0.50) cannot make the state_dict of 4-bit weights that ZeRO-3 has split
+    tensors = trained if adapter else trainer.model.state_dict(keep_vars=True)
+    weights: Weights = {}
+    seen: dict[int, torch.Tensor | None] = {}
+    for name, tensor in tensors.items():
+        if id(tensor) not in seen:
+            with opened([tensor]), torch.no_grad():
+                weight = tensor.detach()
+                if isinstance(weight, DTensor):  # offloaded shards are gathered on the GPU: NCCL knows no other place
+                    weight = weight.to(weight.device_mesh.device_type).full_tensor()
+                kept = weight.dtype if adapter or not weight.is_floating_point() else dtype
+                up_to_bytes -= weight.numel() * kept.itemsize
+                if seen and up_to_bytes < 0:
+                    break
+                seen[id(tensor)] = weight.to("cpu", kept, copy=True) if trainer.args.should_save else None
+        if trainer.args.should_save:
+            weights[name] = seen[id(tensor)]
+    return weights
+
+
+def count_weights(model: torch.nn.Module) -> tuple[int, int]:
+    """Weights of the whole model, and the trained ones (ZeRO-3 keeps a split tensor's size in `ds_numel`)."""
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained)
+
+
+def write_weights(trainer, folder: Path, weights: Weights) -> None:
+    """Save gathered weights, the config and the tokenizer."""
+    trainer.model.save_pretrained(folder, state_dict=dict(weights))
+    trainer.processing_class.save_pretrained(folder)
 
 
 class Exporter:
-    """Writes down what is exported while it is exported, and proves it afterwards. All ranks make one, after training.
+    """Export the model and prove it afterwards. All ranks make one, after training.
 
     Args:
-        trainer: its `before_writing` sees, and may change, the weights that are about to be written.
-        model_args: which model it was, and whether additions (LoRA) were trained.
+        model_args: which model it was, and whether an adapter (LoRA) was trained.
         dtype: the type of the exported weights; an adapter keeps its own.
     """
 
     def __init__(self, trainer, model_args, dtype: torch.dtype):
         self.trainer, self.model_args, self.dtype = trainer, model_args, dtype
-        self.written: dict[str, dict] = {}  # `describe_weights` of what was handed over
+        self.folder = Path(trainer.args.output_dir)
+        # the trained weights are in the output folder, or in `adapter` inside it where the merged model takes that
+        self.trained = self.folder / "adapter" if model_args.merge_lora else self.folder
+        self.written: dict[str, dict] = {}  # `describe_weights` of what was handed over for writing
         self.probe = probe_logits(trainer)
-        if trainer.is_fsdp_enabled:  # checkpoints may be sharded; the model is one for plain transformers
-            trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-        if trainer.args.should_save:
-            Path(trainer.args.output_dir, COMPLETE).unlink(missing_ok=True)
-        trainer.before_writing = self._note
 
-    def _note(self, state_dict: Weights) -> Weights:
-        if self.model_args.use_lora:
+    def save(self) -> None:
+        """Write the weights and the tokenizer, and the merged model where it is asked for; all ranks together."""
+        model, model_args = self.trainer.model, self.model_args
+        weights = gather_weights(self.trainer, self.dtype)
+        if not self.trainer.args.should_save:
+            return
+        (self.folder / "training_args.bin").unlink(missing_ok=True)  # the Trainer's, of an upload during the run
+        if model_args.use_lora:
             from peft import get_peft_model_state_dict
 
-            self.written = describe_weights(get_peft_model_state_dict(self.trainer.model, state_dict))
-            return state_dict
-        state_dict = cast_weights(state_dict, self.dtype)
-        self.written = describe_weights(state_dict)
-        return state_dict
+            self.written = describe_weights(get_peft_model_state_dict(model, weights))
+            write_weights(self.trainer, self.trained, weights)
+            lora.finish_adapter(self.trained, self.folder, model_args, self.dtype)
+            return
+        self.written = describe_weights(weights)
+        model.config.use_cache = True
+        write_weights(self.trainer, self.folder, weights)
+        config = AutoConfig.from_pretrained(self.folder)
+        config.dtype = self.dtype  # save_pretrained (5.23) writes the type of the live weights
+        config.save_pretrained(self.folder)
 
-    def save_whole_model(self) -> Path:
-        """Save the model and its tokenizer to the output folder, and return it; all ranks together."""
-        trainer, folder = self.trainer, Path(self.trainer.args.output_dir)
-        trainer.model.config.use_cache = True
-        trainer.save_model()
-        if trainer.args.should_save:
-            config = AutoConfig.from_pretrained(folder)
-            config.dtype = self.dtype  # save_pretrained (5.23) writes the type of the live weights
-            config.save_pretrained(folder)
-        return folder
-
-    def prove(self, saved: Path) -> list[str]:
+    def prove(self) -> list[str]:
         """Read back what lies in the output folder; rank 0 alone.
-
-        Args:
-            saved: the folder of the weights that were handed over: the output folder, or the adapter's inside of it.
 
         Returns: one sentence for each thing that was found equal.
 
         Raises:
             UserError: with everything that is wrong.
         """
-        trainer, folder = self.trainer, Path(self.trainer.args.output_dir)
-        tokenizer, dataset = trainer.processing_class, trainer.train_dataset
-        make_readable(saved)
-        problems = check_weights(saved, self.written)
-        hashed = sum(about["sha256"] is not None for about in self.written.values())
+        trainer, tokenizer, folder = self.trainer, self.trainer.processing_class, self.folder
+        make_readable(self.trained)
+        problems = check_weights(self.trained, self.written)
+        tensors, hashed = len(self.written), sum(about["sha256"] is not None for about in self.written.values())
         proved = [
-            f"{len(self.written)} tensors have the names, shapes and types that were trained, are finite and not all zero",
-            f"{hashed} of {len(self.written)} tensors have the hash of the trained weight",
+            f"{tensors} tensors have the names, shapes and types that were trained, are finite and not all zero",
+            f"{hashed} of {tensors} tensors have the hash of the trained weight",
         ]
-        if saved != folder:
+        if self.trained != folder:
             make_readable(folder)
             problems += check_weights(folder, None)
             proved.append("the merged weights are finite and not all zero")
-        rows = trainer.model.config.vocab_size
-        problems += self._check_embedding(rows)
-        texts = [
-            tokenizer.decode(dataset[index]["input_ids"], skip_special_tokens=True)
-            for index in range(min(50, len(dataset)))
-        ]
+        embedding = trainer.model.get_input_embeddings().weight
+        rows = getattr(embedding, "ds_shape", embedding.shape)[0]
+        if rows != trainer.model.config.vocab_size:
+            problems.append(f"the embedding has {rows} rows, and the config {trainer.model.config.vocab_size}")
+        examples = islice(trainer.train_dataset, 50)
+        texts = [tokenizer.decode(example["input_ids"], skip_special_tokens=True) for example in examples]
         texts += [" two  spaces\n\ttab", "naïve 漢字 🙂"]
         problems += check_tokenizer(folder, tokenizer, texts, rows)
-        proved.append(
-            f"the tokenizer reloads to the same ids on {len(texts)} texts, all below the embedding's {rows} rows"
-        )
-        if not problems and self._is_small() and not self.model_args.load_in_4bit:
+        same = f"the tokenizer reloads to the same ids on {len(texts)} texts"
+        proved.append(f"{same}, all below the embedding's {rows} rows")
+        small = count_weights(trainer.model)[0] * self.dtype.itemsize <= SMALL_BYTES
+        if not problems and small and not self.model_args.load_in_4bit:
             exact = self.dtype == torch.float32 and not (trainer.args.bf16 or trainer.args.fp16)
-            problems += check_logits(self._reload(saved), *self.probe, exact)
-            rounding = "" if exact else ", up to rounding"
-            proved.append(
-                f"the reloaded model gives the trained model's logits on {self.probe[0].numel()} tokens{rounding}"
-            )
+            problems += check_logits(self._reload(), *self.probe, exact)
+            same = f"the reloaded model gives the trained model's logits on {self.probe[0].numel()} tokens"
+            proved.append(same + ("" if exact else ", up to rounding"))
         if problems:
-            raise UserError(
-                [f"{folder}: {problem}" for problem in problems]
-                + ["The export is not complete; the checkpoints are untouched."]
-            )
+            left = "The export is not complete; the checkpoints are untouched."
+            raise UserError([*(f"{folder}: {problem}" for problem in problems), left])
         return proved
 
-    def _check_embedding(self, rows: int) -> list[str]:
-        if self.model_args.use_lora:
-            return []
-        model = self.trainer.model
-        weight = model.get_input_embeddings().weight
-        name = next(name for name, parameter in model.named_parameters() if parameter is weight)
-        found = self.written.get(name, {"shape": [0]})["shape"][0]
-        return [] if found == rows else [f"{name} has {found} rows, and the model's vocabulary {rows}"]
-
-    def _is_small(self) -> bool:
-        parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.trainer.model.parameters())
-        return parameters * self.dtype.itemsize <= SMALL_BYTES
-
-    def _reload(self, saved: Path) -> torch.nn.Module:
-        folder = Path(self.trainer.args.output_dir)
-        if not self.model_args.use_lora or saved != folder:
-            return AutoModelForCausalLM.from_pretrained(folder)
+    def _reload(self) -> torch.nn.Module:
+        if not self.model_args.use_lora or self.trained != self.folder:
+            return AutoModelForCausalLM.from_pretrained(self.folder)
         from peft import PeftModel
 
-        base = AutoModelForCausalLM.from_pretrained(
-            self.model_args.model_name_or_path, cache_dir=self.model_args.cache_dir, dtype=self.dtype
+        name, cache_dir = self.model_args.model_name_or_path, self.model_args.cache_dir
+        base = AutoModelForCausalLM.from_pretrained(name, cache_dir=cache_dir, dtype=self.dtype)
+        return PeftModel.from_pretrained(base, self.folder)
+
+
+def upload(trainer) -> None:
+    """With --push_to_hub True upload the output folder, without checkpoints; rank 0 calls it last."""
+    args = trainer.args
+    if args.push_to_hub:
+        HfApi().upload_folder(
+            repo_id=trainer.hub_model_id,
+            folder_path=args.output_dir,
+            commit_message="Model save",
+            token=args.hub_token,
+            revision=args.hub_revision,
+            ignore_patterns=["_*", ".*", "checkpoint-*", f"{INCOMPLETE}*"],
         )
-        return PeftModel.from_pretrained(base, folder)
+
+
+# ---- proof
 
 
 def make_readable(folder: Path) -> None:
-    """Give weights the mode of the files beside them: safetensors (0.8) creates its own readable by the owner alone."""
+    """Give weights the mode of the files next to them: safetensors (0.8) creates its own readable by the owner alone."""
     mode = Path(folder, "tokenizer_config.json").stat().st_mode
     for file in folder.glob("*.safetensors"):
         file.chmod(mode & 0o777)
 
 
-def digest(tensor: torch.Tensor) -> str:
-    """SHA-256 of a tensor's bytes."""
-    values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return hashlib.sha256(values.data).hexdigest()
+def describe(tensor: torch.Tensor, hashed: bool) -> dict[str, Any]:
+    """Shape and type and, where asked for, SHA-256 of the bytes."""
+    found: dict[str, Any] = {"shape": list(tensor.shape), "dtype": str(tensor.dtype), "sha256": None}
+    if hashed:
+        values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        found["sha256"] = hashlib.sha256(values.data).hexdigest()
+    return found
 
 
-def describe_weights(state_dict: Weights) -> dict[str, dict]:
-    """What is about to be written: shape, type and, of all tensors or of a sample spread over a large model, the hash.
+def describe_weights(weights: Weights) -> dict[str, dict]:
+    """What is about to be written, with the hash of all tensors or of a sample spread over a large model.
 
-    Tensors that share their memory (tied embeddings) are written once: each names the others as its `twins`.
+    Tensors that share their memory (tied embeddings) are written once: they have the same `memory`.
     """
-    stride = math.ceil(sum(tensor.nbytes for tensor in state_dict.values()) / SMALL_BYTES) or 1
-    names_at: dict[tuple, list[str]] = {}
-    for name, tensor in state_dict.items():
-        names_at.setdefault((tensor.data_ptr(), tensor.shape), []).append(name)
+    stride = math.ceil(sum(tensor.nbytes for tensor in weights.values()) / SMALL_BYTES) or 1
     return {
-        name: {
-            "shape": list(tensor.shape),
-            "dtype": str(tensor.dtype),
-            "sha256": digest(tensor) if index % stride == 0 else None,
-            "twins": [other for other in names_at[tensor.data_ptr(), tensor.shape] if other != name],
-        }
-        for index, (name, tensor) in enumerate(state_dict.items())
+        name: describe(tensor, index % stride == 0) | {"memory": tensor.data_ptr()}
+        for index, (name, tensor) in enumerate(weights.items())
     }
 
 
-def weight_files(folder: Path) -> tuple[list[Path], list[str]]:
-    """The files that hold a saved model's or adapter's weights, and what is wrong with the index of its shards."""
+def weight_files(folder: Path) -> dict[str, set[str] | None]:
+    """The files of a saved model's or adapter's weights, each with the names that the index of the shards lists for it."""
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
-        adapter = folder / "adapter_model.safetensors"
-        return [adapter if adapter.is_file() else folder / "model.safetensors"], []
-    weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
-    files = sorted({folder / name for name in weight_map.values()})
-    problems = [f"{index.name} names {file.name}, which is missing" for file in files if not file.is_file()]
-    for file in (file for file in files if file.is_file()):
-        with safe_open(file, "pt") as opened:
-            listed = {name for name, where in weight_map.items() if where == file.name}
-            different = sorted(listed ^ set(opened.keys()))
-            problems += [f"{index.name} and {file.name} disagree about {name}" for name in different]
-    return files, problems
+        adapter = (folder / "adapter_model.safetensors").is_file()
+        return {"adapter_model.safetensors" if adapter else "model.safetensors": None}
+    files: dict[str, set[str] | None] = {}
+    for name, file in json.loads(index.read_text("utf-8"))["weight_map"].items():
+        files[file] = (files.get(file) or set()) | {name}
+    return files
 
 
 def check_weights(folder: Path, written: dict[str, dict] | None) -> list[str]:
@@ -230,40 +262,42 @@ def check_weights(folder: Path, written: dict[str, dict] | None) -> list[str]:
     Args:
         written: from `describe_weights`; None looks at the values alone.
     """
-    files, problems = weight_files(folder)
+    problems: list[str] = []
     seen: set[str] = set()
-    for file in files:
-        if not file.is_file():
-            problems += [] if file.name.startswith("model-") else [f"{file.name} is missing"]
-            continue
-        with safe_open(file, "pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 - safe_open is no mapping
-                seen.add(name)
-                tensor = opened.get_tensor(name)
-                problems += _check_values(name, tensor)
-                if written is not None:
-                    problems += _compare(file.name, name, tensor, written.get(name))
-    lost = [name for name, about in (written or {}).items() if name not in seen and not seen & set(about["twins"])]
+    for file, listed in weight_files(folder).items():
+        try:
+            with safe_open(folder / file, "pt") as opened:
+                names = set(opened.keys())
+                problems += [
+                    f"the index and {file} disagree about {name}" for name in sorted(names ^ (listed or names))
+                ]
+                for name in sorted(names):
+                    problems += _problem_of(file, name, opened.get_tensor(name), written)
+                seen |= names
+        except FileNotFoundError:
+            problems.append(f"{file} is missing")
+        except SafetensorError as error:
+            problems.append(f"{file} is damaged: {error}")
+    in_memory = {written[name]["memory"] for name in seen if written and name in written}
+    lost = [name for name, about in (written or {}).items() if about["memory"] not in in_memory]
     return problems + [f"{name} was not saved" for name in lost]
 
 
-def _check_values(name: str, tensor: torch.Tensor) -> list[str]:
+def _problem_of(file: str, name: str, tensor: torch.Tensor, written: dict[str, dict] | None) -> list[str]:
+    may_be_zero = name.endswith("bias") or "lora_B" in name  # they begin as zeros
     if not tensor.isfinite().all():
         return [f"{name} holds NaN or infinity"]
-    may_be_zero = name.endswith("bias") or "lora_B" in name  # they begin as zeros
-    return [] if may_be_zero or tensor.any() else [f"{name} is all zero"]
-
-
-def _compare(file: str, name: str, tensor: torch.Tensor, expected: dict | None) -> list[str]:
-    if expected is None:
+    if not may_be_zero and not tensor.any():
+        return [f"{name} is all zero"]
+    if written is None:
+        return []
+    if name not in written:
         return [f"{file} holds {name}, which the model does not have"]
-    found = {"shape": list(tensor.shape), "dtype": str(tensor.dtype)}
-    problems = [
-        f"{name}: {key} is {value}, not {expected[key]}" for key, value in found.items() if value != expected[key]
-    ]
-    if not problems and expected["sha256"] and digest(tensor) != expected["sha256"]:
-        problems.append(f"{name}: its bytes are not the trained weight's")
-    return problems
+    found = describe(tensor, hashed=written[name]["sha256"] is not None)
+    different = [key for key, value in found.items() if value != written[name][key]]
+    if different == ["sha256"]:
+        return [f"{name}: its bytes are not the trained weight's"]
+    return [f"{name}: {key} is {found[key]}, not {written[name][key]}" for key in different if key != "sha256"]
 
 
 def check_tokenizer(folder: Path, tokenizer, texts: list[str], embedding_rows: int) -> list[str]:
@@ -308,15 +342,9 @@ def check_logits(model: torch.nn.Module, input_ids: torch.Tensor, trained: torch
     with torch.no_grad():
         reloaded = model(input_ids=input_ids, use_cache=False).logits.float()
     difference = float((reloaded - trained).norm() / trained.norm())
-    allowed = 1e-4 if exact else 5e-2
-    if difference <= allowed:  # NaN is not
-        return []
-    return [f"the reloaded model's logits differ from the trained model's by {difference:.2g} of their norm"]
-
-
-def complete(output_dir: str, step: int, proved: list[str]) -> None:
-    """Write COMPLETE.json; rank 0 calls it when nothing else is left to write."""
-    folder = Path(output_dir)
-    files = {file.name: file.stat().st_size for file in weight_files(folder)[0]}
-    text = json.dumps({"step": step, "proved": proved, "bytes": files}, indent=1)
-    Path(folder, COMPLETE).write_text(text + "\n", encoding="utf-8")
+    same = difference <= (1e-4 if exact else 5e-2)  # NaN is not
+    return (
+        []
+        if same
+        else [f"the reloaded model's logits differ from the trained model's by {difference:.2g} of their norm"]
+    )

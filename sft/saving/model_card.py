@@ -33,7 +33,7 @@ def write_card(folder: Path, model_id: str | None = None) -> None:
     """Write README.md into the exported folder, from the run_report.json in it.
 
     Args:
-        folder: where the model is; an adapter is told by its adapter_config.json.
+        folder: where the model is; an adapter is recognised by its adapter_config.json.
         model_id: the name on the hub, where the model is pushed to one. Default: the folder.
     """
     record: dict[str, Any] = json.loads((folder / "run_report.json").read_text(encoding="utf-8"))
@@ -46,33 +46,30 @@ def write_card(folder: Path, model_id: str | None = None) -> None:
         base_model=base if on_the_hub else None,
         tags=["instruction-tuning", "sft", *(["lora"] if adapter else [])],
     )
-    batch, training, final = record["batch"], record["flags"]["training"], record["final"]
-    data = record["data"]["train"]
+    batch, training, final, data = (
+        record["batch"],
+        record["flags"]["training"],
+        record["final"],
+        record["data"]["train"],
+    )
     name = (model_id or str(folder)).rstrip("/").split("/")[-1]
-    optimizer, schedule = training["optim"], training["lr_scheduler_type"]
-    rows = [
-        ("base model", f"`{Path(base).name}`" if not on_the_hub else f"[{base}](https://huggingface.co/{base})"),
-        (
-            "training rows",
-            f"{data['kept']:,} of {data['rows_read']:,} in `{Path(data['path']).name}` (blake2b `{data['blake2b']}`)",
-        ),
-        ("prompt template", f"`{record['template']['name']}`, saved as `prompt_template.txt`"),
-        ("examples per optimizer step", f"{batch['examples_per_step']:,}"),
-        ("optimizer steps", f"{final['steps']:,} of {batch['steps']:,} ({training['num_train_epochs']:g} epochs)"),
-        ("longest example", f"{training['model_max_length']:,} tokens"),
-        (
-            "learning rate",
-            f"{training['learning_rate']:g}, {schedule}, {optimizer}, weight decay {training['weight_decay']:g}",
-        ),
-        ("computed in", record["precision"]["compute"]),
-        ("seed", training["seed"]),
-        ("train loss", f"{final['train_loss']:.4f} (mean over the run)"),
-    ]
+    optimizer = f"{training['optim']}, weight decay {training['weight_decay']:g}"
+    rows = {
+        "base model": f"[{base}](https://huggingface.co/{base})" if on_the_hub else f"`{Path(base).name}`",
+        "training rows": f"{data['kept']:,} of {data['rows_read']:,} in `{Path(data['path']).name}` (blake2b `{data['blake2b']}`)",
+        "prompt template": f"`{record['template']['name']}`, saved as `prompt_template.txt`",
+        "examples per optimizer step": f"{batch['examples_per_step']:,}",
+        "optimizer steps": f"{final['steps']:,} of {batch['steps']:,} ({training['num_train_epochs']:g} epochs)",
+        "longest example": f"{training['model_max_length']:,} tokens",
+        "learning rate": f"{training['learning_rate']:g}, {training['lr_scheduler_type']}, {optimizer}",
+        "computed in": record["precision"]["compute"],
+        "seed": training["seed"],
+        "train loss": f"{final['train_loss']:.4f} (mean over the run)",
+    }
     if "eval_loss" in final:
-        rows.append(("evaluation", f"loss {final['eval_loss']:.4f}, perplexity {final['eval_perplexity']:.4g}"))
-    versions = ", ".join(f"{package} {version}" for package, version in record["versions"].items())
-    rows.append(("versions", versions))
-    table = "\n".join(f"| {left} | {right} |" for left, right in rows)
+        rows["evaluation"] = f"loss {final['eval_loss']:.4f}, perplexity {final['eval_perplexity']:.4g}"
+    rows["versions"] = ", ".join(f"{package} {version}" for package, version in record["versions"].items())
+    table = "\n".join(f"| {left} | {right} |" for left, right in rows.items())
     picture = "![loss, learning rate and speed](loss.png)\n\n" if (folder / "loss.png").is_file() else ""
     kind = "A LoRA adapter for" if adapter else "A full fine-tune of"
     text = f"""\
@@ -82,7 +79,7 @@ def write_card(folder: Path, model_id: str | None = None) -> None:
 
 # {name}
 
-{kind} {rows[0][1]} on pairs of instruction and response. The response alone was trained on.
+{kind} {rows["base model"]} on pairs of instruction and response. The response alone was trained on.
 
 ## Ask it
 

@@ -1,74 +1,69 @@
-"""Exact resume: which checkpoint continues, and whether this run is the one that it belongs to.
+"""Choose the checkpoint that a run continues from, and refuse one that belongs to another run.
 
 A checkpoint's manifest holds the settings that a resumed run must share. None of them holds text of the data.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
 import numpy
 
 from sft.job import UserError, rank, say
+from sft.model import lora
 from sft.saving.checkpoint import INCOMPLETE, MANIFEST, gather, newest_first, step_of, why_not_whole
+from sft.saving.export import COMPLETE
 
 
 def choose_checkpoint(training_args) -> str | None:
     """The checkpoint that `--resume_from_checkpoint True | PATH` continues from; None starts at step 0.
 
     True takes the newest whole one and names every one that it had to skip. With none at all it starts at the beginning,
-    which is what the first start under `torchrun --max_restarts` needs. All ranks call it together.
+    which is what the first start under `torchrun --max_restarts` needs. All ranks call it together, once it is certain that
+    there is something left to do: from here on the folder holds no finished model.
     """
-    wanted, output_dir = training_args.resume_from_checkpoint, Path(training_args.output_dir)
+    wanted, output_dir = str(training_args.resume_from_checkpoint or False), Path(training_args.output_dir)
     if rank() == 0:
         shutil.rmtree(output_dir / INCOMPLETE, ignore_errors=True)
+        (output_dir / COMPLETE).unlink(missing_ok=True)
     candidates = gather(newest_first(output_dir))[0]
-    if str(wanted or False).lower() == "false":
+    if wanted.lower() == "false":
         if rank() == 0:
             for folder in candidates:  # there are some only after --overwrite_output_dir True
                 shutil.rmtree(folder)
         return None
-    if str(wanted).lower() != "true":
-        folder = Path(os.path.normpath(wanted))
-        if step_of(folder) < 0:
-            raise UserError(
-                f"--resume_from_checkpoint {wanted}: no such checkpoint folder. {_what_exists(candidates, output_dir)}"
-            )
-        problem = why_not_whole(folder)
-        if problem:
-            raise UserError(f"--resume_from_checkpoint {folder}: {problem}. {_what_exists(candidates, output_dir)}")
-        newer = [c.name for c in candidates if step_of(c) > step_of(folder)]
-        if newer:
-            raise UserError(
-                f"--resume_from_checkpoint {folder}: {output_dir} also holds {', '.join(newer)}, which this run would mix with its own. "
-                "Move them away, or resume with True."
-            )
-        say(f"resume: {folder}")
-        return str(folder)
+    named = None if wanted.lower() == "true" else Path(os.path.normpath(wanted))
+    chosen = _named(named, candidates) if named else _newest_whole(candidates)
+    say(f"resume: {chosen or f'{output_dir} holds no checkpoint yet: starting from the beginning'}")
+    return str(chosen) if chosen else None
+
+
+def _newest_whole(candidates: list[Path]) -> Path | None:
     problems: list[str] = []
     for folder in candidates:
         problem = why_not_whole(folder)
         if problem is None:
             for line in problems:
                 say(f"warning: {line}. Using {folder.name} instead.")
-            say(f"resume: {folder}")
-            return str(folder)
+            return folder
         problems.append(f"{folder.name} is not whole: {problem}")
     if problems:
-        raise UserError([f"{output_dir}/{line}. Remove it to start from the beginning." for line in problems])
-    say(f"resume: {output_dir} holds no checkpoint yet: starting from the beginning")
+        raise UserError([f"{candidates[0].parent}/{line}. Remove it to start from the beginning." for line in problems])
     return None
 
 
-def _what_exists(candidates: list[Path], output_dir: Path) -> str:
-    names = ", ".join(folder.name for folder in candidates)
-    return (
-        f"{output_dir} holds {names}; True takes the newest whole one."
-        if names
-        else f"{output_dir} holds no checkpoint."
-    )
+def _named(folder: Path, candidates: list[Path]) -> Path:
+    problem = why_not_whole(folder) if step_of(folder) >= 0 else "no such checkpoint folder"
+    names = ", ".join(other.name for other in candidates) or "no checkpoint"
+    if not problem and any(step_of(other) > step_of(folder) for other in candidates):
+        problem = "this run would mix its checkpoints with newer ones. Move those away, or resume with True"
+    if problem:
+        raise UserError(f"--resume_from_checkpoint {folder}: {problem}. --output_dir holds {names}.")
+    return folder
 
 
 def output_dir_problems(flags) -> list[str]:
@@ -79,22 +74,18 @@ def output_dir_problems(flags) -> list[str]:
     there = next(folder for folder in (output_dir.absolute(), *output_dir.absolute().parents) if folder.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         return [f"{output_dir}: {there} is not a folder that can be written to. Name another --output_dir."]
-    resumes = str(flags.resume_from_checkpoint or False).lower() != "false"
-    if flags.overwrite_output_dir or resumes:
+    if flags.overwrite_output_dir or str(flags.resume_from_checkpoint or False).lower() != "false":
         return []
-    if any(output_dir.glob("*.safetensors")):
-        return [
-            f"{output_dir}: it holds a finished model. Name another --output_dir, or give --overwrite_output_dir True."
-        ]
     old = newest_first(output_dir)
-    return (
-        [
+    if old and not (output_dir / COMPLETE).is_file():
+        return [
             f"{output_dir}: it holds {old[0].name} of an earlier run. Continue that with --resume_from_checkpoint True, name another "
             "--output_dir, or start again with --overwrite_output_dir True, which removes its checkpoints."
         ]
-        if old
-        else []
+    finished = (
+        f"{output_dir}: it holds a finished model. Name another --output_dir, or give --overwrite_output_dir True."
     )
+    return [finished] if old or any(output_dir.glob("*.safetensors")) else []
 
 
 def saved_identity(checkpoint: str) -> dict[str, str]:
@@ -102,7 +93,9 @@ def saved_identity(checkpoint: str) -> dict[str, str]:
     return json.loads((Path(checkpoint) / MANIFEST).read_text("utf-8"))["run"]
 
 
-# What a run is, as far as a continued run must be the same; and what a difference does to it.
+LAST_DIGITS = "the same examples are computed in another order or another way: losses differ in the last digits"
+
+# Settings that a resumed run must share, and what happens if one differs.
 EFFECT_OF_CHANGE = {
     "data": "the remaining steps train on other rows than the first ones did, and rows can be seen twice or never",
     "prompt_template": "the model is taught two different prompts",
@@ -110,54 +103,81 @@ EFFECT_OF_CHANGE = {
     "model_max_length": "rows are cut at another length",
     "model": "the saved weights and optimizer states belong to another model",
     "lora": "the saved adapter has other shapes or other layers",
+    "base_weights": "the adapter continues on other weights than it was trained on",
     "world_size": "examples meet other ranks, random states are missing, and a sharded optimizer may not load at all",
     "engine": "the optimizer's state is stored in another layout and may not load at all",
     "examples_per_step": "optimizer steps hold other examples, the position in the data moves, and the schedule has another length",
-    "micro_batch": "the same examples are summed in another order: losses differ in the last digits",
-    "packing": "the same examples are summed in another order: losses differ in the last digits",
-    "tokens_per_micro_batch": "the same examples are summed in another order: losses differ in the last digits",
-    "share_prefixes": "the same tokens are computed in other rows: losses differ in the last digits",
+    **dict.fromkeys(("micro_batch", "packing", "tokens_per_micro_batch", "share_prefixes"), LAST_DIGITS),
     "seed": "the remaining steps draw their examples from another permutation: rows can be seen twice or never",
     "schedule": "the learning rate jumps: its curve depends on the total number of steps",
     "learning_rate": "none: the checkpoint's scheduler keeps its own peak (begin anew from the checkpoint's weights instead)",
     "optimizer": "none: the checkpoint's optimizer keeps its own settings (begin anew from the checkpoint's weights instead)",
     "max_grad_norm": "gradients are clipped at another norm",
     "precision": "steps are computed in another number format",
+    "evaluation": "other evaluations decide when the run ends, or which checkpoint is exported",
 }
 
+# Every other flag that differs from its default is shared as well, but for those that the values above hold and those that
+# cannot change the weights: where and what is written, logged and uploaded, on which device, what happens at the end.
+HELD = re.compile(
+    "data_path|source|target|prompt_template|eval_split|allow_control_tokens|gpt2_files|model_name_or_path|use_lora|lora_.*|fsdp|"
+    "load_in_4bit|per_device_train_batch_size|gradient_accumulation_steps|data_seed|lr_scheduler_type|warmup_steps|max_steps|"
+    "num_train_epochs|optim|adam_.*|weight_decay|bf16|fp16|activation_checkpointing(_kwargs)?|"  # the last: 5.23's other names
+    "(log|logging|hub|trackio|save|plan|resume|do)_.*|cache_dir|data_cache_dir|trust_remote_code|merge_lora|check_data|output_dir|"
+    "overwrite_output_dir|restore_callback_states_from_checkpoint|disable_tqdm|report_to|run_name|project|enable_jit_checkpoint|"
+    "push_to_hub|use_cpu|local_rank|ddp_backend|ddp_timeout|accelerator_config|torch_empty_cache_steps|debug|skip_memory_metrics|"
+    "include_num_input_tokens_seen|eval_samples|"
+    "dataloader_(num_workers|pin_memory|persistent_workers|prefetch_factor|multiprocessing_context)"
+)
+# These matter only where an evaluation decides when the run ends or what is exported.
+EVALUATION = re.compile(
+    "eval_.*|per_device_eval_batch_size|prediction_loss_only|include_for_metrics|batch_eval_metrics|(bf|fp)16_full_eval|"
+    "metric_for_best_model|greater_is_better"
+)
 
-def run_identity(trainer, model_args, template: str, tokenizer_digest: str) -> dict[str, str]:
-    """What a continued run must share with the one that it continues: a readable value for each key of EFFECT_OF_CHANGE."""
-    args, dataset, config = trainer.args, trainer.train_dataset, trainer.model.config.to_diff_dict()
+
+def run_identity(
+    args, model_args, data_args, dataset, config, engine: str, template: str, tokenizer_digest: str
+) -> dict[str, str]:
+    """What a continued run must share with the one that it continues: readable values, and every other flag that counts.
+
+    Args:
+        args, model_args, data_args: the parsed flags.
+        dataset: the training rows.
+        config: the model's config.
+        engine: what divides the run among its ranks.
+        template: the text around the instruction.
+    """
     tokens = hashlib.sha256(dataset.rows.tokens.data)
     for numbers in (dataset.offsets, dataset.lengths, dataset.prompt_lengths):
         tokens.update(numpy.ascontiguousarray(numbers).data)
+    shape = config.to_diff_dict()
     for name in ("transformers_version", "_name_or_path", "dtype", "use_cache", "pad_token_id"):
-        config.pop(name, None)
+        shape.pop(name, None)
+
+    def as_text(value) -> str:
+        return json.dumps(value, sort_keys=True, default=str)
 
     def short(text: str) -> str:
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
-    stage = trainer.accelerator.state.deepspeed_plugin.zero_stage if trainer.is_deepspeed_enabled else None
     per_device, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    lora = {
-        name: value
-        for name, value in vars(model_args).items()
-        if name.startswith(("lora_", "use_lora", "load_in_4bit"))
-    }
-    return {
+    prefixes = ("lora_", "use_lora", "load_in_4bit")
+    adapter = {name: value for name, value in vars(model_args).items() if name.startswith(prefixes)}
+    identity = {
         "data": f"{len(dataset):,} examples, {int(dataset.lengths.sum()):,} tokens, {tokens.hexdigest()[:12]}",
         "prompt_template": short(template),
         "tokenizer": short(tokenizer_digest),
         "model_max_length": str(args.model_max_length),
-        "model": f"{config.get('model_type')} {short(json.dumps(config, sort_keys=True, default=str))}",
-        "lora": json.dumps(lora) if model_args.use_lora else "no",
+        "model": f"{shape.get('model_type')} {short(as_text(shape))}",
+        "lora": json.dumps(adapter) if model_args.use_lora else "no",
+        "base_weights": "in the checkpoint",
         "world_size": str(args.world_size),
-        "engine": f"DeepSpeed ZeRO {stage}" if stage is not None else "FSDP" if trainer.is_fsdp_enabled else "DDP",
+        "engine": engine,
         "examples_per_step": str(args.world_size * per_device * accumulation),
         "micro_batch": f"{per_device} per device x {accumulation}",
         "packing": str(args.packing),
-        "tokens_per_micro_batch": args.tokens_per_micro_batch if args.packing else "-",
+        "tokens_per_micro_batch": str(args.tokens_per_micro_batch) if args.packing else "-",
         "share_prefixes": str(args.share_prefixes) if args.packing else "-",
         "seed": f"{args.seed}, data {args.data_seed}",
         "schedule": f"{args.lr_scheduler_type.value}, warmup {args.warmup_steps}, {args.num_train_epochs} epochs, max_steps {args.max_steps}",
@@ -166,28 +186,48 @@ def run_identity(trainer, model_args, template: str, tokenizer_digest: str) -> d
         "max_grad_norm": str(args.max_grad_norm),
         "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "float32",
     }
+    if model_args.use_lora:
+        identity["base_weights"] = lora.weights_digest(model_args.model_name_or_path, model_args.cache_dir)[:12]
+    given = {**vars(model_args), **vars(data_args), **args.to_dict()}
+    if args.deepspeed:
+        is_file = isinstance(args.deepspeed, str)
+        given["deepspeed"] = short(Path(args.deepspeed).read_text("utf-8") if is_file else as_text(args.deepspeed))
+    defaults = {f.name: f.default for kind in (args, model_args, data_args) for f in dataclasses.fields(kind)}
+    flags = {
+        name: as_text(value)
+        for name, value in sorted(given.items())
+        if (value or None) != (defaults.get(name) or None) and not HELD.fullmatch(name) and name not in identity
+    }
+    evaluation = {name: value for name, value in flags.items() if EVALUATION.fullmatch(name)}
+    judged = args.load_best_model_at_end or args.early_stopping_patience or "plateau" in identity["schedule"]
+    identity["evaluation"] = as_text(evaluation) if judged else "-"
+    return identity | {f"--{name}": value for name, value in flags.items() if name not in evaluation}
 
 
-def keep_token_budget(checkpoint: str, before: dict[str, str], args) -> None:
-    """`--tokens_per_micro_batch auto` measures the card's memory; a continued run takes the number that the run began with."""
+def keep_token_budget(checkpoint: str | None, before: dict[str, str], args) -> None:
+    """`--tokens_per_micro_batch auto` measures the GPU's memory; a continued run takes the number that the run began with."""
     if args.packing and args.tokens_per_micro_batch == "auto" and before.get("tokens_per_micro_batch", "-") != "-":
         args.tokens_per_micro_batch = before["tokens_per_micro_batch"]
         say(f"--tokens_per_micro_batch auto: {args.tokens_per_micro_batch}, as in {checkpoint}")
 
 
 def refuse_changes(checkpoint: str, before: dict[str, str], now: dict[str, str], go_on: bool) -> None:
-    """Compare the run that wrote a checkpoint with this one; say each difference and what it does, and stop unless told to go on."""
+    """Compare the run that wrote a checkpoint with this one: print each difference and what it does; stop unless told to go on."""
+    unknown = sorted(key for key in before.keys() ^ now.keys() if not key.startswith("--"))
+    if unknown:
+        names = ", ".join(unknown)
+        say(
+            f"warning: {checkpoint} is of another version of these scripts. Not compared: {names} and flags not named in it."
+        )
+    both = (before.keys() & now.keys()) if unknown else (before.keys() | now.keys())
     changes = [
-        f"{key} was {before.get(key)!r} and is now {value!r}: {EFFECT_OF_CHANGE[key]}"
-        for key, value in now.items()
-        if before.get(key) != value
+        f"{key} was {before.get(key, 'its default')!r} and is now {now.get(key, 'its default')!r}: "
+        + EFFECT_OF_CHANGE.get(key, "the remaining steps are computed otherwise")
+        for key in [*EFFECT_OF_CHANGE, *sorted(both - EFFECT_OF_CHANGE.keys())]
+        if key in both and before.get(key) != now.get(key)
     ]
     if changes and not go_on:
-        raise UserError(
-            [f"{checkpoint} was made by a different run. " + change for change in changes]
-            + [
-                "Use the same settings for an exact continuation, or accept all of this with --resume_with_changes True."
-            ]
-        )
+        cure = "Use the same settings for an exact continuation, or accept all of this with --resume_with_changes True."
+        raise UserError([*(f"{checkpoint} was made by a different run. {change}" for change in changes), cure])
     for change in changes:
         say(f"warning: resuming a changed run: {change}")

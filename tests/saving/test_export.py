@@ -4,22 +4,22 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from saved_runs import choose
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sft.saving import export
+from sft.saving import checkpoint, export
 
 
 def test_complete_json_says_what_was_proved(whole_run):
     complete = json.loads((whole_run / "COMPLETE.json").read_text())
     assert complete["step"] == 16
-    assert complete["bytes"] == {"model.safetensors": (whole_run / "model.safetensors").stat().st_size}
+    assert complete["files"] == {"model.safetensors": checkpoint.describe_file(whole_run / "model.safetensors")}
     assert [line.split(" ")[0] for line in complete["proved"]] == ["21", "21", "the", "the"]
-    assert export.is_finished(whole_run)
-    assert not export.is_finished(whole_run / "checkpoint-16")
 
 
 def damaged(change):
@@ -64,18 +64,21 @@ def test_the_proof_sees_an_incomplete_index(tmp_path):
     assert export.check_weights(tmp_path, export.describe_weights(weights)) == []
     index.write_text(json.dumps({"weight_map": {"a": "a.safetensors", "b": "a.safetensors"}}))
     problems = export.check_weights(tmp_path, export.describe_weights(weights))
-    assert "model.safetensors.index.json and a.safetensors disagree about b" in problems
+    assert "the index and a.safetensors disagree about b" in problems
     (tmp_path / "b.safetensors").unlink()
     index.write_text(json.dumps({"weight_map": {"a": "a.safetensors", "b": "b.safetensors"}}))
-    assert (
-        "names b.safetensors, which is missing" in export.check_weights(tmp_path, export.describe_weights(weights))[0]
-    )
+    assert "b.safetensors is missing" in export.check_weights(tmp_path, export.describe_weights(weights))
+    (tmp_path / "a.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes()[:-1])
+    assert "a.safetensors is damaged: " in export.check_weights(tmp_path, export.describe_weights(weights))[0]
 
 
-def test_tied_embeddings_are_proved_once():
-    embedding = torch.ones(4, 2)
-    written = export.describe_weights({"model.embed_tokens.weight": embedding, "lm_head.weight": embedding})
-    assert written["lm_head.weight"]["twins"] == ["model.embed_tokens.weight"]
+def test_tied_embeddings_are_proved_once(tmp_path):
+    embedding, norm = torch.ones(4, 2), torch.ones(2)
+    written = export.describe_weights({"embed": embedding, "head": embedding, "norm": norm})
+    save_file({"head": embedding, "norm": norm}, tmp_path / "model.safetensors")
+    assert export.check_weights(tmp_path, written) == []
+    save_file({"norm": norm}, tmp_path / "model.safetensors")
+    assert export.check_weights(tmp_path, written) == ["embed was not saved", "head was not saved"]
 
 
 def test_the_proof_sees_another_models_logits(whole_run, tiny_llama):
@@ -102,9 +105,109 @@ def test_the_proof_sees_a_tokenizer_with_other_ids(whole_run):
     assert "and the embedding 100 rows" in export.check_tokenizer(whole_run, tokenizer, ["What is 1 plus 2?"], 100)[0]
 
 
-def test_cast_weights_keeps_tied_weights_tied():
-    weight = torch.ones(2, 2)
-    cast = export.cast_weights({"a": weight, "b": weight, "c": torch.ones(2, 2), "n": torch.tensor(3)}, torch.bfloat16)
-    assert cast["a"] is cast["b"]
-    assert cast["a"] is not cast["c"]
-    assert (cast["a"].dtype, cast["n"].dtype) == (torch.bfloat16, torch.int64)
+def trainer_of(model: torch.nn.Module, should_save=True) -> SimpleNamespace:
+    args = SimpleNamespace(should_save=should_save)
+    return SimpleNamespace(model=model, args=args, is_deepspeed_enabled=False)
+
+
+def test_gathered_weights_are_cast_copies_and_tied_weights_stay_tied():
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(2, 2, bias=False) for name in "abc"})
+    model["b"].weight = model["a"].weight
+    model.register_buffer("count", torch.tensor(3))
+    weights = export.gather_weights(trainer_of(model), torch.bfloat16)
+    assert list(weights) == ["count", "a.weight", "b.weight", "c.weight"]
+    assert weights["a.weight"] is weights["b.weight"]
+    assert weights["a.weight"] is not weights["c.weight"]
+    assert (weights["a.weight"].dtype, weights["count"].dtype) == (torch.bfloat16, torch.int64)
+    same_type = export.gather_weights(trainer_of(model), torch.float32)["c.weight"]
+    assert same_type.data_ptr() != model["c"].weight.data_ptr()
+    assert export.gather_weights(trainer_of(model, should_save=False), torch.bfloat16) == {}
+
+
+def test_a_sample_is_the_first_weights_and_at_least_one():
+    model = torch.nn.Sequential(*(torch.nn.Linear(4, 4, bias=False) for _ in range(3)))  # 16 weights each
+
+    def names(up_to_bytes: float) -> list[str]:
+        return list(export.gather_weights(trainer_of(model), torch.bfloat16, up_to_bytes))
+
+    assert names(1) == ["0.weight"]
+    assert names(63) == ["0.weight"]
+    assert names(64) == ["0.weight", "1.weight"]
+    assert names(1000) == ["0.weight", "1.weight", "2.weight"]
+
+
+def test_an_adapter_is_what_is_trained_in_its_own_type():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    model[0].requires_grad_(False)
+    weights = export.gather_weights(trainer_of(model), torch.bfloat16)
+    assert {name: weight.dtype for name, weight in weights.items()} == {
+        "1.weight": torch.float32,
+        "1.bias": torch.float32,
+    }
+
+
+# ---- finished or not
+
+
+def resumed(folder: Path, **flags) -> SimpleNamespace:
+    flags = {"resume_from_checkpoint": "True", "overwrite_output_dir": False} | flags
+    return SimpleNamespace(output_dir=str(folder), **flags)
+
+
+@pytest.fixture
+def finished(whole_run, tmp_path) -> Path:
+    for name in ("model.safetensors", "COMPLETE.json"):
+        shutil.copy(whole_run / name, tmp_path)
+    return tmp_path
+
+
+def test_a_finished_run_has_nothing_left_to_do(finished, capsys):
+    assert export.is_already_finished(resumed(finished))
+    assert "finished and proved model of step 16: nothing is left to do" in capsys.readouterr().out
+    assert not export.is_already_finished(resumed(finished, resume_from_checkpoint=None))
+    assert not export.is_already_finished(resumed(finished, overwrite_output_dir=True))
+
+
+def flip_the_last_byte(folder: Path) -> None:
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(content)
+
+
+def write_complete(text: str):
+    return lambda folder: (folder / "COMPLETE.json").write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors is missing"),
+        (flip_the_last_byte, "its bytes have changed"),
+        (write_complete(""), "its COMPLETE.json is damaged"),
+        (write_complete("[]"), "its COMPLETE.json is damaged"),
+        (write_complete('{"step": 16}'), "its COMPLETE.json is damaged"),
+        (write_complete('{"step": null, "files": {}}'), "its COMPLETE.json is damaged"),
+        (write_complete('{"step": 16, "files": {"model.safetensors": 5}}'), "its COMPLETE.json is damaged"),
+        (write_complete("[" * 100_000), "its COMPLETE.json is damaged"),
+    ],
+)
+def test_a_finished_model_that_is_not_there_is_no_end(finished, capsys, damage, said):
+    damage(finished)
+    assert not export.is_already_finished(resumed(finished))
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"warning: {finished} does not hold the finished model that its COMPLETE.json lists: ")
+    assert said in printed and printed.count("\n") == 1
+
+
+def test_complete_json_of_an_earlier_version_is_checked_by_its_sizes(finished, capsys):
+    size = (finished / "model.safetensors").stat().st_size
+    write_complete(json.dumps({"step": 16, "proved": [], "bytes": {"model.safetensors": size}}))(finished)
+    assert export.is_already_finished(resumed(finished))
+    write_complete(json.dumps({"step": 16, "proved": [], "bytes": {"model.safetensors": size + 1}}))(finished)
+    assert not export.is_already_finished(resumed(finished))
+
+
+def test_a_new_run_takes_the_claim_of_the_old_one_away(whole_run, tmp_path):
+    folder = shutil.copytree(whole_run, tmp_path / "out")
+    assert choose(folder, None) is None
+    assert not (folder / "COMPLETE.json").exists()

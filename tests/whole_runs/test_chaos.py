@@ -29,7 +29,7 @@ WRITES = {  # function that writes to the disk -> a call of it up to which a ran
     "shutil.rmtree": 14,
     "json.dump": 8,
     "torch.save": 20,
-    "checkpoints.digest": 40,
+    "checkpoint.digest": 40,
     "safetensors.save_file": 8,
     "export.complete": 1,
 }
@@ -93,7 +93,7 @@ def test_kills_at_random_moments_lose_nothing(tiny_llama, questions_csv, tmp_pat
         output = tmp_path / f"run-{runs}"
         flags = flags_for(tiny_llama, questions_csv, output, *FLAGS, *engine_flags)
         reached, lives = 0, 0
-        while not export.is_finished(output):
+        while not (output / export.COMPLETE).exists():
             lives += 1
             log.unlink(missing_ok=True)
             victim = dice.choice([0, 0, 0, 1])  # rank 0 writes most
@@ -111,13 +111,13 @@ def test_kills_at_random_moments_lose_nothing(tiny_llama, questions_csv, tmp_pat
                 codes = job.wait(timeout_s=60)
             printed = job.printed()
             assert "Traceback" not in printed or -signal.SIGKILL in codes, printed
-            killed = -signal.SIGKILL in codes and not export.is_finished(output)
+            killed = -signal.SIGKILL in codes and not (output / export.COMPLETE).exists()
             kills += killed
             inside_saving += killed and "died in" in printed
             now = whole_step(output)
             assert now >= reached, f"whole step {reached} was lost, {now} is left\n{printed}"
             reached = now
-            assert killed or export.is_finished(output), f"{codes}\n{printed}"
+            assert killed or (output / export.COMPLETE).exists(), f"{codes}\n{printed}"
             assert lives < 40, printed
         assert losses(output) == losses(tmp_path / "quiet")
         assert same_weights(output, tmp_path / "quiet")

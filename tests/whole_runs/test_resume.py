@@ -4,15 +4,18 @@ import json
 import os
 import shutil
 import signal
+from copy import deepcopy
 from types import SimpleNamespace
 
 import jobs
 import pytest
+from safetensors.torch import load_file, save_file
 from saved_runs import ZERO_2, choose, flags_for, losses, same_weights, signal_at, train
 
 import utils
 from sft.job import UserError
-from sft.saving import resume
+from sft.run import trainer as trainer_module
+from sft.saving import rehearsal, resume
 
 # ---- exact resume
 
@@ -101,10 +104,7 @@ def test_a_run_that_is_resumed_at_its_end_takes_no_step_more(tiny_llama, questio
     flags = flags_for(
         tiny_llama, questions_csv, tmp_path / "out", "--max_steps", "6", "--resume_from_checkpoint", "True"
     )
-    with monkeypatch.context() as patch:  # killed between its last checkpoint and the export
-        patch.setattr(utils, "export_model", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            train(*flags)
+    killed_in_the_export(monkeypatch, flags)
     assert choose(tmp_path / "out").endswith("checkpoint-6")
     before = (tmp_path / "out" / "checkpoint-6" / "model.safetensors").read_bytes()
     trainer = train(*flags)
@@ -120,7 +120,7 @@ def test_a_run_that_is_resumed_at_its_end_takes_no_step_more(tiny_llama, questio
 
 def test_a_changed_run_is_listed_with_its_effects_and_refused(two_checkpoints, capsys):
     before = resume.saved_identity(str(two_checkpoints / "checkpoint-16"))
-    assert set(before) == set(resume.EFFECT_OF_CHANGE)
+    assert set(before) == {*resume.EFFECT_OF_CHANGE, "--attn_implementation"}  # chosen; other flags have their defaults
     resume.refuse_changes("checkpoint-16", before, before, go_on=False)
     now = before | {"seed": "4, data None", "world_size": "2"}
     with pytest.raises(UserError) as refused:
@@ -147,8 +147,15 @@ def test_a_changed_run_is_listed_with_its_effects_and_refused(two_checkpoints, c
         ("--lr_scheduler_type cosine", {"schedule"}),
         ("--weight_decay 0.1", {"optimizer"}),
         ("--tokens_per_micro_batch 60", {"tokens_per_micro_batch"}),
-        ("--packing False", {"packing", "tokens_per_micro_batch", "share_prefixes"}),
+        ("--packing False", {"packing", "tokens_per_micro_batch", "share_prefixes", "--attn_implementation"}),
         ("--share_prefixes False", {"share_prefixes"}),
+        ('--lr_scheduler_kwargs {"num_cycles":2}', {"--lr_scheduler_kwargs"}),
+        ("--neftune_noise_alpha 5", {"--neftune_noise_alpha"}),
+        ("--label_smoothing_factor 0.1", {"--label_smoothing_factor"}),
+        (
+            "--early_stopping_patience 2 --eval_strategy steps --eval_steps 3 --eval_split 0.1",
+            {"data", "evaluation", "--early_stopping_patience"},
+        ),
     ],
 )
 def test_what_each_flag_changes(whole_run, two_checkpoints, tiny_llama, questions_csv, flags, changed):
@@ -156,6 +163,90 @@ def test_what_each_flag_changes(whole_run, two_checkpoints, tiny_llama, question
     with pytest.raises(UserError) as refused:
         train(*command)
     assert {problem.split("different run. ")[1].split()[0] for problem in refused.value.problems[:-1]} == changed
+
+
+def test_flags_that_change_nothing_are_no_difference(two_checkpoints, tiny_llama, questions_csv):
+    free = "--logging_steps 5 --save_total_limit 1 --save_strategy epoch --run_name again --eval_samples 2 --save_dtype bfloat16"
+    free += " --dataloader_num_workers 1 --log_level error --ddp_timeout 60 --hub_private_repo True"
+    args = flags_for(tiny_llama, questions_csv, two_checkpoints, "--resume_from_checkpoint", "True", *free.split())
+    assert train(*args).state.global_step == 16
+
+
+def test_a_checkpoint_of_an_earlier_version_is_compared_by_what_it_recorded(two_checkpoints, capsys):
+    now = resume.saved_identity(str(two_checkpoints / "checkpoint-16"))
+    before = {key: value for key, value in now.items() if key not in ("base_weights", "evaluation")}
+    resume.refuse_changes("checkpoint-16", before, now | {"--neftune_noise_alpha": "5.0"}, go_on=False)
+    assert capsys.readouterr().out == (
+        "warning: checkpoint-16 is of another version of these scripts. "
+        "Not compared: base_weights, evaluation and flags not named in it.\n"
+    )
+    with pytest.raises(UserError, match="seed was '2, data None' and is now '3, data None'"):
+        resume.refuse_changes("checkpoint-16", before | {"seed": "2, data None"}, now, go_on=False)
+
+
+def test_a_flag_that_is_back_at_its_default_is_a_difference(two_checkpoints):
+    now = resume.saved_identity(str(two_checkpoints / "checkpoint-16"))
+    said = "--neftune_noise_alpha was '5.0' and is now 'its default': the remaining steps are computed otherwise"
+    with pytest.raises(UserError, match=said):
+        resume.refuse_changes("checkpoint-16", now | {"--neftune_noise_alpha": "5.0"}, now, go_on=False)
+
+
+def test_an_adapter_does_not_continue_on_other_weights(tiny_llama, questions_csv, tmp_path):
+    pytest.importorskip("peft")
+    base = shutil.copytree(tiny_llama, tmp_path / "base")
+    more = ["--use_lora", "True", "--max_steps", "2", "--save_steps", "1", "--resume_from_checkpoint", "True"]
+    train(*flags_for(base, questions_csv, tmp_path / "out", *more))
+    (tmp_path / "out" / "COMPLETE.json").unlink()
+    weights = load_file(base / "model.safetensors")
+    weights["model.norm.weight"] += 0.5
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError) as refused:
+        train(*flags_for(base, questions_csv, tmp_path / "out", *more))
+    assert [problem.split("different run. ")[1].split()[0] for problem in refused.value.problems[:-1]] == [
+        "base_weights"
+    ]
+
+
+def killed_in_the_export(monkeypatch, flags) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(utils, "export_model", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train(*flags)
+
+
+BEST = "--load_best_model_at_end True --eval_strategy steps --eval_steps 2 --save_steps 2 --max_steps 6 --eval_split 0.1 --eval_samples 0"
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+def test_a_resumed_run_still_knows_its_best_checkpoint(tiny_llama, questions_csv, tmp_path, monkeypatch, limit):
+    # at a learning rate of 0 the first evaluation stays the best; a falling loss makes the last one the best
+    rate, best = ("1e-2", 6) if limit == 1 else ("0", 2)
+    flags = flags_for(tiny_llama, questions_csv, tmp_path / "out", *BEST.split(), "--learning_rate", rate)
+    flags += ["--save_total_limit", str(limit), "--resume_from_checkpoint", "True"]
+    killed_in_the_export(monkeypatch, flags)
+    killed_in_the_export(monkeypatch, flags)
+    trainer = train(*flags)
+    assert trainer.state.best_global_step == best
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "out" / f"checkpoint-{best}")
+
+
+def test_a_rehearsal_leaves_the_state_as_it_was(tiny_llama, questions_csv, tmp_path, monkeypatch):
+    seen = []
+
+    def rehearse(trainer, dtype, real=trainer_module.rehearse):
+        trainer.state.best_global_step, trainer.state.best_model_checkpoint = 7, "somewhere/checkpoint-7"
+        trainer.state.log_history.append({"step": 0, "loss": 1.0})
+        before = deepcopy(vars(trainer.state))
+        what = real(trainer, dtype)
+        seen.append((before, deepcopy(vars(trainer.state)), what))
+        trainer.state.best_global_step = trainer.state.best_model_checkpoint = None
+        return what
+
+    monkeypatch.setattr(trainer_module, "rehearse", rehearse)
+    for small in (rehearsal.SMALL_BYTES, 0):
+        monkeypatch.setattr(rehearsal, "SMALL_BYTES", small)
+        train(*flags_for(tiny_llama, questions_csv, tmp_path / str(small), "--max_steps", "1"))
+    assert [(before == after, what) for before, after, what in seen] == [(True, "whole"), (True, "a sample")]
 
 
 def test_another_runs_folder_is_refused_before_anything_is_loaded(whole_run, two_checkpoints):

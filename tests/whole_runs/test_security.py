@@ -4,7 +4,9 @@ import json
 import os
 import pickle
 import shutil
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 
 import jobs
 import numpy as np
@@ -17,10 +19,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from sft import merge_lora
-from sft.flags import ModelArguments
+from sft.flags import ModelArguments, TrainingArguments
 from sft.job import UserError
 from sft.model import lora, safe_loads
 from sft.saving import checkpoint as whole_checkpoints
+from sft.saving import export
 
 
 class Malicious:
@@ -243,3 +246,44 @@ def test_no_secret_reaches_a_file_or_a_line(tiny_llama, questions_csv, tmp_path,
     for text in (TOKEN, KEY):
         assert text not in printed
         assert [str(file) for file in files if text.encode() in file.read_bytes()] == []
+
+
+class FakeHub:
+    """What a run would upload: for each upload its message, the names of the files, and whether one holds the token."""
+
+    def __init__(self):
+        self.uploads = []
+
+    def create_repo(self, *_, **__):
+        return SimpleNamespace(repo_id="me/model")
+
+    def upload_folder(self, folder_path, commit_message, token, run_as_future=False, **_):
+        assert token == TOKEN
+        files = [file for file in Path(folder_path).rglob("*") if file.is_file()]
+        leaks = [file.name for file in files if TOKEN.encode() in file.read_bytes()]
+        self.uploads.append((commit_message, {file.name for file in files}, leaks))
+        done = Future()
+        done.set_result(None)
+        return done
+
+
+def test_an_upload_holds_the_proved_model_and_no_token(tiny_llama, questions_csv, tmp_path, monkeypatch):
+    hub = FakeHub()
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda: hub)
+    monkeypatch.setattr(export, "HfApi", lambda: hub)
+    train(
+        *flags_for(tiny_llama, questions_csv, tmp_path / "out", "--max_steps", "3", "--push_to_hub", "True"),
+        *("--hub_token", TOKEN, "--hub_model_id", "me/model"),
+    )
+    messages, names, leaks = zip(*hub.uploads)
+    assert messages == ("Training in progress, step 3", "Model save")
+    assert {"model.safetensors", "tokenizer.json", "README.md", "COMPLETE.json"} <= names[-1]
+    assert leaks == ([], [])
+    assert "training_args.bin" not in names[-1]
+    assert not list((tmp_path / "out").rglob("training_args.bin"))
+
+
+def test_a_pickle_of_the_arguments_holds_no_token(tmp_path):
+    args = TrainingArguments(output_dir=str(tmp_path), hub_token=TOKEN)
+    assert TOKEN.encode() not in pickle.dumps(args)
+    assert args.hub_token == TOKEN
