@@ -55,13 +55,11 @@ class ModelArguments:
             "few tenths of a percent of it are trained. Saves an adapter."
         },
     )
-    lora_r: int | None = field(default=None, metadata={"help": "Rank of the additions. Default 16."})
+    lora_r: int = field(default=16, metadata={"help": "Rank of the additions."})
     lora_alpha: int | None = field(
         default=None, metadata={"help": "The additions are scaled by alpha / r. Default: twice the rank."}
     )
-    lora_dropout: float | None = field(
-        default=None, metadata={"help": "Dropout before the additions, during training. Default 0.05."}
-    )
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the additions, during training."})
     lora_target_modules: list[str] | None = field(
         default=None,
         metadata={

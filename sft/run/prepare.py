@@ -5,6 +5,7 @@ The recipe knows none of it. Here the record is kept, checkpoints and the export
 
 import contextlib
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from sft.arithmetic import compute_dtype, export_dtype
 from sft.data.checks import check_ids, data_problems
-from sft.data.template import load_template
+from sft.data.template import TEMPLATE_FILE, load_template
 from sft.data.token_cache import tokenizer_digest
 from sft.flags import DataArguments, ModelArguments, TrainingArguments
 from sft.job import all_ranks_or_none, rank, say
@@ -94,9 +95,8 @@ class Run:
         before = resume.saved_identity(self.resume) if self.resume else {}
         resume.keep_token_budget(self.resume, before, self.args)
         config, digest = loading.load_config(self.model_args), tokenizer_digest(tokenizer)
-        self.identity = resume.run_identity(
-            self.args, self.model_args, dataset, config, engine(self.args), self.template, digest
-        )
+        flags = self.args, self.model_args, self.data_args
+        self.identity = resume.run_identity(*flags, dataset, config, engine(self.args), self.template, digest)
         if self.resume:
             resume.refuse_changes(self.resume, before, self.identity, self.args.resume_with_changes)
         return self.resume
@@ -150,8 +150,11 @@ class Run:
             checkpoint.save_whole(trainer, identity, write)
 
     def _rehearse(self, trainer: SupervisedTrainer) -> None:
-        with self.report.phase("rehearsal"):
-            say(rehearse(trainer, export_dtype(self.args)))
+        began = time.perf_counter()
+        what = rehearse(trainer, export_dtype(self.args))
+        seconds = time.perf_counter() - began
+        self.report.add_seconds("rehearsal", seconds)
+        say(f"save rehearsal: {what}, {seconds:.1f} s")
 
     def training(self, trainer: SupervisedTrainer, settled: Settled) -> contextlib.ExitStack:
         """The phase in which the model is trained: what a checkpoint holds is loaded without running code."""
@@ -177,6 +180,22 @@ class Run:
             if rank() == 0:
                 write_card(Path(self.args.output_dir), self.args.hub_model_id)
                 export.complete(self.args.output_dir, trainer.state.global_step, proved)
+                export.upload(trainer)
         # a rank that leaves while another still merges or writes aborts now and then (gloo's threads, torch 2.13)
         trainer.accelerator.wait_for_everyone()
         trainer.accelerator.end_training()
+
+    def _export(self, trainer: SupervisedTrainer) -> list[str]:
+        """Write the tuned model, its tokenizer and its prompt template for plain transformers; return what was proved of them."""
+        folder, proved = Path(self.args.output_dir), []
+        with self.phase("save"), checkpoint.exit_on_failed_save(folder / "model"):
+            exporter = export.Exporter(trainer, self.model_args, export_dtype(self.args))
+            exporter.save()
+            if self.args.should_save:
+                (folder / TEMPLATE_FILE).write_text(self.template, encoding="utf-8")
+        # rank 0 alone reloads: split by ZeRO-3, the model would wait for the others for ever
+        with self.report.phase("proof"), all_ranks_or_none(), loading.whole_models(self.args):
+            if self.args.should_save:
+                proved = exporter.prove()
+        say(f"model saved in {folder}; proved: {'; '.join(proved)}")
+        return proved
