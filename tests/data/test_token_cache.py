@@ -19,7 +19,7 @@ from characters import character_tokenizer
 from scripts import ROOT, run_script
 
 import utils
-from sft.data import token_cache
+from sft.data import csv_rows, token_cache
 from sft.flags import DataArguments
 from sft.job import UserError
 
@@ -91,8 +91,8 @@ def in_processes(count, function) -> list:
 def tokenized(tmp_path, monkeypatch):
     """Make the rows of a CSV and tell how often that read them to tokenize them."""
     calls = []
-    read_batches = utils.read_batches
-    monkeypatch.setattr(utils, "read_batches", lambda *args: calls.append(args) or read_batches(*args))
+    read_batches = csv_rows.read_batches
+    monkeypatch.setattr(csv_rows, "read_batches", lambda *args: calls.append(args) or read_batches(*args))
 
     def tokenized(path, tokenizer=None, max_length=64, **flags) -> int:
         calls.clear()
