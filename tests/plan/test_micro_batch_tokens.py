@@ -121,7 +121,7 @@ def test_what_is_measured_computes_as_the_run_and_leaves_its_random_numbers_alon
     torch.manual_seed(3)
     drawn = torch.rand(1)
     torch.manual_seed(3)
-    measure(tmp_path, use_lora=lora)
+    measure(tmp_path, use_lora=lora, lora_r=2, lora_alpha=4, lora_dropout=0.0)
     assert torch.rand(1) == drawn
     assert capsys.readouterr().out == ""
     assert [run[:2] for run in seen] == [(1, 256), (1, 256), (1, 512), (2, 256), (2, 256), (2, 512)]
