@@ -15,7 +15,7 @@ from sft.flags import ModelArguments, TrainingArguments
 from sft.model import loading
 from sft.plan import micro_batch_tokens
 from sft.step import attention
-from sft.step.modules import labelled_head, labelled_layer
+from sft.step.modules import exchange
 
 MIB = 2**20
 FLOOR, STEP, LAYERS = 2048, 30_000, 22
@@ -58,17 +58,14 @@ def arguments(folder, **more) -> TrainingArguments:
     return TrainingArguments(output_dir=str(folder), use_cpu=True, bf16=True, **more)
 
 
-def prepare(probe):
-    labelled_layer(probe)
-    return labelled_head(probe)
-
-
 def measure(folder, others=lambda tokens: 20_000 * MIB, **model_flags):
     given = copy.deepcopy(TINY)
     plan = SimpleNamespace(not_for_activations=others)
     model_args = ModelArguments(model_name_or_path="m", **model_flags)
     kernel = attention.PER_EXAMPLE
-    found = micro_batch_tokens.measured_tokens(model_args, arguments(folder), given, kernel, FLOOR, STEP, prepare, plan)
+    found = micro_batch_tokens.measured_tokens(
+        model_args, arguments(folder), given, kernel, FLOOR, STEP, exchange, plan
+    )
     assert given.to_dict() == TINY.to_dict(), "the run's config must stay as it is"
     assert found.what == "tokens per micro-batch"
     return found.value, found.reason
@@ -124,7 +121,7 @@ def test_what_is_measured_computes_as_the_run_and_leaves_its_random_numbers_alon
     torch.manual_seed(3)
     drawn = torch.rand(1)
     torch.manual_seed(3)
-    measure(tmp_path, use_lora=lora)
+    measure(tmp_path, use_lora=lora, lora_r=2, lora_alpha=4, lora_dropout=0.0)
     assert torch.rand(1) == drawn
     assert capsys.readouterr().out == ""
     assert [run[:2] for run in seen] == [(1, 256), (1, 256), (1, 512), (2, 256), (2, 256), (2, 512)]
@@ -153,7 +150,7 @@ def measure_as_on_a_gpu() -> None:
 
     micro_batch_tokens.run_once, micro_batch_tokens.PROBES = noted, (256, 512)
     found = micro_batch_tokens.measured_tokens(
-        ModelArguments(model_name_or_path="m"), args, TINY, attention.PER_EXAMPLE, FLOOR, STEP, prepare,
+        ModelArguments(model_name_or_path="m"), args, TINY, attention.PER_EXAMPLE, FLOOR, STEP, exchange,
         SimpleNamespace(not_for_activations=lambda tokens: 20_000 * MIB),
     )  # fmt: skip
     line = {"split": split.get_input_embeddings().weight.numel(), "dims": sorted(dims), "found": found.value}
