@@ -16,11 +16,7 @@ RENAMED = {  # transformers 4.31 -> 5.x, and two misspellings of the original RE
     "push_to_hub_token": "hub_token",
     "push_to_hub_model_id": "hub_model_id",
 }
-
-
 WRAP_CLASS = ("fsdp_transformer_layer_cls_to_wrap", "fsdp_transformer_later_cls_to_wrap")
-
-
 GONE = {  # flag -> what to do without it
     "use_mps_device": "an Apple GPU is used where there is one",
     "jit_mode_eval": "there is no such mode",

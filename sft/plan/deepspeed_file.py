@@ -29,8 +29,6 @@ TOP_LEVEL_KEYS = (
     "pipeline", "hybrid_engine", "data_efficiency", "weight_quantization", "use_data_before_expert_parallelism",
     "tensor_parallel", "expert_parallel", "sequence_parallel_size", "vocabulary_size", "timers", "datastates_ckpt",
 )  # fmt: skip
-
-
 # Keys of older files, and what to write in their place. DeepSpeed 0.19.8 stops at some of them; others it takes, and
 # transformers and Accelerate read the new name alone: they would train with another optimizer or another number type.
 OLD_KEYS = {
@@ -46,13 +44,9 @@ OLD_KEYS = {
     ("nebula", "compression_training", "quantize_training", "sparse_gradients", "eigenvalue", "sparse_attention",
      "elasticity", "graph_harvesting", "curriculum_learning", "progressive_layer_drop"), ""
 )  # fmt: skip
-
-
 # Optimizers that accelerate 1.15 (utils/deepspeed.py, map_pytorch_optim_to_deepspeed) replaces by the same algorithm on
 # the CPU. Any other becomes Adam with L2 regularisation instead of decoupled weight decay, without a word.
 KEPT_WHEN_OFFLOADED = ("adamw_torch", "adamw_torch_fused", "adagrad")
-
-
 # Numbers that the Trainer fills in from the model's width (transformers 5.23, integrations/deepspeed.py)
 FILLED_IN = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
 

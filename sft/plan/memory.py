@@ -23,20 +23,16 @@ from sft.job import world_size
 from sft.plan.model_sizes import Shape, kept_by_a_layer
 
 GIB = 2**30
-
 # Shares of a GPU's memory
 OUTSIDE = 0.8 * GIB  # driver, kernels and cuBLAS, which PyTorch's allocator does not see
 FRAGMENTS = 0.04  # pieces of the allocator's cache that no tensor fits into
 SPARE = 0.08  # what `auto` leaves free, for pieces that differ in size from step to step
-
 # Host memory of one process without weights, measured on an H100 (benchmarks/results/2026-11-24-h100-ladder.md): 0.9 to 1.2 GiB
 HOST_LIBRARIES = 1.2 * GIB
-
 # What a layer keeps, relative to one that computes in 16 bits (counted on LLaMA's shapes from 1.1 B to 7 B)
 COMPILED = 0.7  # norms, rotary embedding and SwiGLU are computed again
 LORA = 1.09  # each addition keeps its input
 WORK = 0.6  # relative to what it keeps: gradients of activations while its backward pass runs
-
 LOSS_CHUNK = 2**27  # logits that exist at a time: sft/step/loss.py, CHUNK_BYTES / 4
 LARGEST_BUDGET = 65_536  # tokens; tokens x feed-forward width stays within 32-bit indices
 ZERO3_LIVE = 10**9  # parameters: DeepSpeed's stage3_max_live_parameters

@@ -19,7 +19,6 @@ LADDER = (
     "tokens", "checkpointing", "fsdp", "8bit", "checkpointing fsdp", "checkpointing 8bit", "checkpointing fsdp 8bit",
     "checkpointing offload", "checkpointing lora", "checkpointing lora 4bit",
 )  # fmt: skip
-
 OFFLOAD = {  # what of ds_config.json takes or saves memory
     "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}, "reduce_bucket_size": "auto"},
     "data_types": {"grad_accum_dtype": "fp32"},

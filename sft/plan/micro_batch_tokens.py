@@ -17,7 +17,6 @@ from sft.step.loss import summed_loss
 from sft.step.packed_rows import PackedCollator
 
 PROBES = (4_096, 8_192)  # tokens; long enough that the loss already works on whole chunks
-
 Prepare = Callable[[PreTrainedModel], torch.nn.Module]  # makes a model compute as the run's will; returns its LossHead
 
 

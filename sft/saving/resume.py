@@ -94,7 +94,6 @@ def saved_identity(checkpoint: str) -> dict[str, str]:
 
 
 LAST_DIGITS = "the same examples are computed in another order or another way: losses differ in the last digits"
-
 # Settings that a resumed run must share, and what happens if one differs.
 EFFECT_OF_CHANGE = {
     "data": "the remaining steps train on other rows than the first ones did, and rows can be seen twice or never",
@@ -116,7 +115,6 @@ EFFECT_OF_CHANGE = {
     "precision": "steps are computed in another number format",
     "evaluation": "other evaluations decide when the run ends, or which checkpoint is exported",
 }
-
 # Every other flag that differs from its default is shared as well, but for those that the values above hold and those that
 # cannot change the weights: where and what is written, logged and uploaded, on which device, what happens at the end.
 HELD = re.compile(

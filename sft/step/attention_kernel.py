@@ -13,8 +13,6 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-
-
 BLOCKS = {  # by head size: rows (tokens x grouped heads) and keys of a block, as measured on an H100 (benchmarks/LOG.md)
     64: {
         "forward": {"rows": 64, "KEYS": 32, "num_warps": 4, "num_stages": 3},

@@ -98,8 +98,6 @@ def add_in_norm(norm: Node) -> None:
 OPTIONS: dict[str, Any] = {"triton.mix_order_reduction": False}
 # One object for all layers: with options of its own each layer would be compiled again, and the ninth not at all.
 OPTIONS_WITH_FUSED_NORMS = OPTIONS | {"joint_custom_post_pass": NormPass()}
-
-
 # A graph each for layers and the last one, with and without gradients, and for a placeholder's single position: past the compiler's
 # limit, which is 8 for all of them together, a layer would go on uncompiled.
 GRAPHS = 32

@@ -84,8 +84,6 @@ class PackedCollator:
 
 
 LEAST = 8  # tokens in common that are worth the bookkeeping
-
-
 GROUP = 1024  # tokens of a leader and its followers: the gradient of what they share is the work of one block, over all of them
 
 
