@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sft.job import UserError, say
 from sft.model import lora
+from sft.model.loading import numel
 from sft.saving.checkpoint import INCOMPLETE, describe_file, why_not_whole, write_json
 
 COMPLETE = "COMPLETE.json"
@@ -100,8 +101,8 @@ def gather_weights(trainer, dtype: torch.dtype, up_to_bytes: float = math.inf) -
 
 
 def count_weights(model: torch.nn.Module) -> tuple[int, int]:
-    """Weights of the whole model, and the trained ones (ZeRO-3 keeps a split tensor's size in `ds_numel`)."""
-    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+    """Weights of the whole model, and the trained ones."""
+    sizes = [(numel(p), p.requires_grad) for p in model.parameters()]
     return sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained)
 
 
