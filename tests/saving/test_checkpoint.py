@@ -11,8 +11,9 @@ import pytest
 import torch
 from saved_runs import choose, flags_for, losses, same_weights, train
 
-import utils
 from sft.job import UserError
+from sft.report import record
+from sft.run.trainer import SupervisedTrainer
 from sft.saving import checkpoint, rehearsal
 
 # ---- whole or absent
@@ -153,14 +154,14 @@ def test_the_old_checkpoint_goes_only_when_the_new_one_is_whole(tiny_llama, ques
 def test_a_writer_that_fails_keeps_the_checkpoint_before_and_says_so(
     tiny_llama, questions_csv, tmp_path, monkeypatch, capfd
 ):
-    real = utils.SupervisedTrainer._save_optimizer_and_scheduler
+    real = SupervisedTrainer._save_optimizer_and_scheduler
 
     def no_space_at_step_6(self, output_dir):
         if self.state.global_step == 6:
             raise OSError(28, "No space left on device")
         real(self, output_dir)
 
-    monkeypatch.setattr(utils.SupervisedTrainer, "_save_optimizer_and_scheduler", no_space_at_step_6)
+    monkeypatch.setattr(SupervisedTrainer, "_save_optimizer_and_scheduler", no_space_at_step_6)
     with pytest.raises(SystemExit) as stop:
         train(*flags_for(tiny_llama, questions_csv, tmp_path / "out"))
     assert stop.value.code == 2
@@ -197,7 +198,7 @@ def disk(tmp_path, monkeypatch):
 
     No picture is drawn: its size would decide which checkpoint is the one that no longer fits.
     """
-    monkeypatch.setattr(utils, "draw", lambda *_, **__: None)
+    monkeypatch.setattr(record, "draw", lambda *_, **__: None)
     folder = tmp_path / "out"
     folder.mkdir()
 
@@ -214,14 +215,14 @@ def disk(tmp_path, monkeypatch):
 
 def fill_at_step_5(monkeypatch, disk: Path, left_bytes: int) -> Path:
     """Someone else's file takes the disk's room between checkpoint-3 and checkpoint-6, all but so many bytes."""
-    real, filler = utils.SupervisedTrainer.training_step, disk / "of_someone_else"
+    real, filler = SupervisedTrainer.training_step, disk / "of_someone_else"
 
     def training_step(self, *args, **kwargs):
         if self.state.global_step == 4 and not filler.exists():
             filler.write_bytes(bytes(shutil.disk_usage(disk).free - left_bytes))
         return real(self, *args, **kwargs)
 
-    monkeypatch.setattr(utils.SupervisedTrainer, "training_step", training_step)
+    monkeypatch.setattr(SupervisedTrainer, "training_step", training_step)
     return filler
 
 
@@ -262,14 +263,14 @@ def test_a_full_disk_is_seen_before_a_save_and_named_at_the_export(disk, tiny_ll
 
 def test_a_disk_that_turns_read_only_loses_nothing(disk, tiny_llama, questions_csv, monkeypatch, capfd):
     output = disk("size=20m")
-    real = utils.SupervisedTrainer.training_step
+    real = SupervisedTrainer.training_step
 
     def training_step(self, *args, **kwargs):
         if self.state.global_step == 4:
             disk("remount,ro")
         return real(self, *args, **kwargs)
 
-    monkeypatch.setattr(utils.SupervisedTrainer, "training_step", training_step)
+    monkeypatch.setattr(SupervisedTrainer, "training_step", training_step)
     with pytest.raises(SystemExit) as stop:
         train(*flags_for(tiny_llama, questions_csv, output))
     assert stop.value.code == 2
@@ -288,7 +289,7 @@ def test_a_disk_that_turns_read_only_loses_nothing(disk, tiny_llama, questions_c
 def test_a_disk_too_small_for_the_run_stops_it_before_the_first_step(tiny_llama, questions_csv, tmp_path, monkeypatch):
     real = shutil.disk_usage
     monkeypatch.setattr(shutil, "disk_usage", lambda path: real(path)._replace(free=10**6))
-    monkeypatch.setattr(utils.SupervisedTrainer, "training_step", lambda *_: pytest.fail("a step was taken"))
+    monkeypatch.setattr(SupervisedTrainer, "training_step", lambda *_: pytest.fail("a step was taken"))
     with pytest.raises(
         UserError, match=r"3 checkpoints x .* GB \+ model .* free in .*would fail when the disk is full"
     ):
@@ -298,7 +299,7 @@ def test_a_disk_too_small_for_the_run_stops_it_before_the_first_step(tiny_llama,
 def test_a_folder_that_cannot_be_written_stops_the_run_before_the_first_step(
     tiny_llama, questions_csv, tmp_path, monkeypatch, capfd
 ):
-    monkeypatch.setattr(utils.SupervisedTrainer, "training_step", lambda *_: pytest.fail("a step was taken"))
+    monkeypatch.setattr(SupervisedTrainer, "training_step", lambda *_: pytest.fail("a step was taken"))
     monkeypatch.setattr(Path, "mkdir", refuse_to_write_below(tmp_path / "out", Path.mkdir))
     with pytest.raises(SystemExit):
         train(*flags_for(tiny_llama, questions_csv, tmp_path / "out"))

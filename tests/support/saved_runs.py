@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 import utils
 from sft.data.llama_tokenizer import load_llama_tokenizer
+from sft.run.trainer import SupervisedTrainer
 from sft.saving import checkpoint, resume
 
 RECIPE = "--num_train_epochs 2 --learning_rate 1e-2 --logging_steps 1 --model_max_length 64 --seed 3 --save_steps 3"
@@ -54,11 +55,11 @@ def choose(output: Path, wanted="True") -> str | None:
 
 def signal_at(monkeypatch, step: int, number=signal.SIGUSR1) -> None:
     """Send this process a signal in the first micro-batch of a step."""
-    real = utils.SupervisedTrainer.training_step
+    real = SupervisedTrainer.training_step
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        if self.state.global_step + 1 == step and not self.stops.micro_batches:
+        if self.state.global_step + 1 == step and not self.message.micro_batches:
             os.kill(os.getpid(), number)
         return real(self, model, inputs, num_items_in_batch)
 
-    monkeypatch.setattr(utils.SupervisedTrainer, "training_step", training_step)
+    monkeypatch.setattr(SupervisedTrainer, "training_step", training_step)

@@ -12,9 +12,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 from saved_runs import ZERO_2, choose, flags_for, losses, same_weights, signal_at, train
 
-import utils
 from sft.job import UserError
-from sft.run import trainer as trainer_module
+from sft.run import prepare
+from sft.run.trainer import SupervisedTrainer
 from sft.saving import rehearsal, resume
 
 # ---- exact resume
@@ -61,7 +61,7 @@ def test_a_run_with_random_numbers_in_its_steps_continues_bit_for_bit(tiny_llama
     train(*stopped)
     assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
     # and the comparison sees it when the random state is not restored
-    monkeypatch.setattr(utils.SupervisedTrainer, "_load_rng_state", lambda *_: None)
+    monkeypatch.setattr(SupervisedTrainer, "_load_rng_state", lambda *_: None)
     train(*flags_for(tiny_llama, questions_csv, tmp_path / "other", *more))
     assert losses(tmp_path / "other")[:4] == losses(tmp_path / "whole")[:4]
     assert losses(tmp_path / "other") != losses(tmp_path / "whole")
@@ -69,17 +69,15 @@ def test_a_run_with_random_numbers_in_its_steps_continues_bit_for_bit(tiny_llama
 
 def signal_rank_1_at_steps() -> None:
     """In a job's rank 1: send itself SIGUSR1 in the step named by SIGNAL_AT."""
-    import utils
-
-    real = utils.SupervisedTrainer.training_step
+    real = SupervisedTrainer.training_step
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         at = int(os.environ["SIGNAL_AT"])
-        if os.environ["RANK"] == "1" and self.state.global_step + 1 == at and not self.stops.micro_batches:
+        if os.environ["RANK"] == "1" and self.state.global_step + 1 == at and not self.message.micro_batches:
             os.kill(os.getpid(), signal.SIGUSR1)
         return real(self, model, inputs, num_items_in_batch)
 
-    utils.SupervisedTrainer.training_step = training_step
+    SupervisedTrainer.training_step = training_step
 
 
 @pytest.mark.slow
@@ -120,7 +118,7 @@ def test_a_run_that_is_resumed_at_its_end_takes_no_step_more(tiny_llama, questio
 
 def test_a_changed_run_is_listed_with_its_effects_and_refused(two_checkpoints, capsys):
     before = resume.saved_identity(str(two_checkpoints / "checkpoint-16"))
-    assert set(before) == {*resume.EFFECT_OF_CHANGE, "--attn_implementation"}  # chosen; other flags have their defaults
+    assert set(before) == set(resume.EFFECT_OF_CHANGE)  # no other flag differs from its default
     resume.refuse_changes("checkpoint-16", before, before, go_on=False)
     now = before | {"seed": "4, data None", "world_size": "2"}
     with pytest.raises(UserError) as refused:
@@ -147,7 +145,7 @@ def test_a_changed_run_is_listed_with_its_effects_and_refused(two_checkpoints, c
         ("--lr_scheduler_type cosine", {"schedule"}),
         ("--weight_decay 0.1", {"optimizer"}),
         ("--tokens_per_micro_batch 60", {"tokens_per_micro_batch"}),
-        ("--packing False", {"packing", "tokens_per_micro_batch", "share_prefixes", "--attn_implementation"}),
+        ("--packing False", {"packing", "tokens_per_micro_batch", "share_prefixes"}),
         ("--share_prefixes False", {"share_prefixes"}),
         ('--lr_scheduler_kwargs {"num_cycles":2}', {"--lr_scheduler_kwargs"}),
         ("--neftune_noise_alpha 5", {"--neftune_noise_alpha"}),
@@ -209,7 +207,7 @@ def test_an_adapter_does_not_continue_on_other_weights(tiny_llama, questions_csv
 
 def killed_in_the_export(monkeypatch, flags) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(utils, "export_model", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(prepare.Run, "_export", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             train(*flags)
 
@@ -233,7 +231,7 @@ def test_a_resumed_run_still_knows_its_best_checkpoint(tiny_llama, questions_csv
 def test_a_rehearsal_leaves_the_state_as_it_was(tiny_llama, questions_csv, tmp_path, monkeypatch):
     seen = []
 
-    def rehearse(trainer, dtype, real=trainer_module.rehearse):
+    def rehearse(trainer, dtype, real=prepare.rehearse):
         trainer.state.best_global_step, trainer.state.best_model_checkpoint = 7, "somewhere/checkpoint-7"
         trainer.state.log_history.append({"step": 0, "loss": 1.0})
         before = deepcopy(vars(trainer.state))
@@ -242,7 +240,7 @@ def test_a_rehearsal_leaves_the_state_as_it_was(tiny_llama, questions_csv, tmp_p
         trainer.state.best_global_step = trainer.state.best_model_checkpoint = None
         return what
 
-    monkeypatch.setattr(trainer_module, "rehearse", rehearse)
+    monkeypatch.setattr(prepare, "rehearse", rehearse)
     for small in (rehearsal.SMALL_BYTES, 0):
         monkeypatch.setattr(rehearsal, "SMALL_BYTES", small)
         train(*flags_for(tiny_llama, questions_csv, tmp_path / str(small), "--max_steps", "1"))

@@ -22,6 +22,7 @@ from sft import merge_lora
 from sft.flags import ModelArguments, TrainingArguments
 from sft.job import UserError
 from sft.model import lora, safe_loads
+from sft.run import prepare
 from sft.saving import checkpoint as whole_checkpoints
 from sft.saving import export
 
@@ -122,9 +123,7 @@ def test_deepspeed_states_that_run_code_are_refused(tiny_llama, questions_csv, t
 
 def only_checkpoints() -> None:
     """In a rank: end without an export, as a run that was killed before it."""
-    import utils
-
-    utils.export_model = lambda *_: os._exit(0)
+    prepare.Run._export = lambda *_: os._exit(0)
 
 
 def test_sharded_metadata_that_runs_code_is_refused(tmp_path, mark):
