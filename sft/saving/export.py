@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from sft.job import UserError, say
 from sft.model import lora
 from sft.model.loading import numel
-from sft.saving.checkpoint import INCOMPLETE, describe_file, why_not_whole, write_json
+from sft.saving.checkpoint import INCOMPLETE, describe_file, gather, why_not_whole, write_json
 
 COMPLETE = "COMPLETE.json"
 SMALL_BYTES = 4 * 2**30  # up to this size all tensors are hashed and the model is run, above it a sample is hashed
@@ -38,19 +38,15 @@ def is_already_finished(training_args) -> bool:
     """Whether `--resume_from_checkpoint` finds a finished model, as it does when a scheduler starts a run once more. Prints it."""
     folder = Path(training_args.output_dir)
     resumes = str(training_args.resume_from_checkpoint or False).lower() != "false"
-    if not resumes or training_args.overwrite_output_dir or not (folder / COMPLETE).is_file():
+    if not resumes or training_args.overwrite_output_dir or not gather((folder / COMPLETE).is_file())[0]:
         return False
     problem = why_not_whole(folder, COMPLETE)
     if problem:
-        say(
-            f"warning: {folder} does not hold the finished model that its {COMPLETE} lists: {problem}. The run goes on."
-        )
+        say(f"warning: the finished model that {folder / COMPLETE} lists is not there: {problem}. The run goes on.")
         return False
     step = json.loads((folder / COMPLETE).read_text("utf-8"))["step"]
-    say(
-        f"{folder} holds the finished and proved model of step {step:,}: nothing is left to do. To train again, "
-        "name another --output_dir or give --overwrite_output_dir True."
-    )
+    again = "To train again, name another --output_dir or give --overwrite_output_dir True."
+    say(f"{folder} holds the finished and proved model of step {step:,}: nothing is left to do. {again}")
     return True
 
 

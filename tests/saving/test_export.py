@@ -195,7 +195,7 @@ def test_a_finished_model_that_is_not_there_is_no_end(finished, capsys, damage, 
     damage(finished)
     assert not export.is_already_finished(resumed(finished))
     printed = capsys.readouterr().out
-    assert printed.startswith(f"warning: {finished} does not hold the finished model that its COMPLETE.json lists: ")
+    assert printed.startswith(f"warning: the finished model that {finished}/COMPLETE.json lists is not there: ")
     assert said in printed and printed.count("\n") == 1
 
 
