@@ -11,10 +11,11 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from sft.arithmetic import compute_dtype, describe_plan, plan, precision
 from sft.flags import ModelArguments, TrainingArguments
-from sft.job import Choice, say
+from sft.job import Choice, UserError, say
 from sft.model import loading
 from sft.plan import memory, memory_ladder
 from sft.plan.micro_batch_tokens import measured_tokens
+from sft.plan.proof import Proof, prove
 from sft.step import attention
 from sft.step.compiled_layers import choose_compilation, compile_layers, keep_residual_in_compute_type
 from sft.step.loss import loss_kernel
@@ -37,11 +38,13 @@ class Settled:
     prefixes: Choice
     sampler: PackedBatchSampler | None  # the run's micro-batches; None with --train_sampling_strategy
     packing: Packing | None  # what they hold; None in a padded run
+    proof: Proof  # that examples are computed together as each alone
     memory_plan: memory.Plan | None  # for these micro-batches
 
     def record(self) -> dict[str, dict[str, Any]]:
         """The sections of run_report.json that tell it."""
         sections: dict[str, dict[str, Any]] = {"batch": self.arithmetic, "precision": self.precision}
+        sections["proof"] = self.proof._asdict()
         sections["attention"] = {"name": self.attention.value, "reason": self.attention.reason}
         if self.packing:
             lines = {"line": str(self.packing), "shared_prefixes": str(self.prefixes)}
@@ -69,15 +72,12 @@ def settle(model_args: ModelArguments, args: TrainingArguments, dataset: Any) ->
     config, lengths = loading.load_config(model_args), dataset.lengths
     arithmetic = plan(args, len(dataset))
     say(describe_plan(model_args, args, len(dataset)))
-    with loading.whole_models(args):
-        with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(
-                copy.deepcopy(config), trust_remote_code=model_args.trust_remote_code
-            )
-        kernel_of_attention = choose_attention(model_args, args, config)
+    with loading.whole_models(args), torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(
+            copy.deepcopy(config), trust_remote_code=model_args.trust_remote_code
+        )
+    kernel_of_attention, proof = packed_or_padded(model_args, args, config, dataset)
     run_tokens = arithmetic["steps"] * arithmetic["examples_per_step"] * lengths.mean()
-
-    say(kernel_of_attention)
     compilation = Choice("compiled layers", False, "--packing False")
     if args.packing:
         compilation = choose_compilation(args, skeleton.num_parameters(), model_args.load_in_4bit, run_tokens)
@@ -87,6 +87,7 @@ def settle(model_args: ModelArguments, args: TrainingArguments, dataset: Any) ->
         say(loss)
     dropout = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in skeleton.modules())
     dropout |= getattr(config, "attention_dropout", 0.0) > 0 or (model_args.use_lora and model_args.lora_dropout != 0)
+    dropout |= getattr(config, "output_router_logits", False)  # its mean is over the tokens of a row
     prefixes = choose_prefixes(args, config, kernel_of_attention.value, attention.SHARE_PREFIXES, dropout)
 
     def prepare(probe: PreTrainedModel) -> LossHead:
@@ -134,20 +135,53 @@ def settle(model_args: ModelArguments, args: TrainingArguments, dataset: Any) ->
         prefixes=prefixes,
         sampler=sampler,
         packing=packing,
+        proof=proof,
         memory_plan=memory_plan,
     )
 
 
-def choose_attention(model_args: ModelArguments, args: TrainingArguments, config: PreTrainedConfig) -> Choice:
-    """The kernel for packed rows; padded batches have transformers' own choice, or the user's."""
+def packed_or_padded(
+    model_args: ModelArguments, args: TrainingArguments, config: PreTrainedConfig, dataset: Any
+) -> tuple[Choice, Proof]:
+    """The attention kernel, and the proof that examples are computed with it as each is alone.
+
+    A model that cannot be packed is padded, with the reason printed; `args.packing` is set to match.
+
+    Raises:
+        UserError: it can be computed in neither way.
+    """
+    why = None
+    if args.packing:
+        try:
+            with loading.whole_models(args):
+                choice = attention.choose_attention(
+                    config, args.device, compute_dtype(args), model_args.attn_implementation
+                )
+            if choice.value == attention.TRITON:
+                from sft.step import attention_kernel  # noqa: F401  its operator; a CPU's PyTorch comes without Triton
+            proof = prove(model_args, args, config, dataset, choice.value)
+            why = proof.fault
+        except (UserError, ValueError, ImportError) as error:  # transformers' own refusals of a kernel, too
+            why = str(error)
+        if why is None:
+            say(choice)
+            say(f"proof: {proof}")
+            return choice, proof
+        if model_args.attn_implementation:
+            raise UserError(
+                f"--attn_implementation {model_args.attn_implementation} cannot be used with packing: {why}. Leave the flag out."
+            )
+        say(f"packing: off, this run is padded: {why}")
+        args.packing = False
+    proof = prove(model_args, args, config, dataset, None)
+    if proof.fault:
+        raise UserError(
+            f"{model_args.model_name_or_path}: this model cannot be trained right here, not even padded: {proof.fault}."
+        )
     asked = model_args.attn_implementation
-    if not args.packing:
-        reason = "--attn_implementation" if asked else "transformers' choice for padded batches"
-        return Choice("attention", asked, reason)
-    choice = attention.choose_attention(config, args.device, compute_dtype(args), asked)
-    if choice.value == attention.TRITON:
-        from sft.step import attention_kernel  # noqa: F401  its operator; a CPU's PyTorch comes without Triton
-    return choice
+    choice = Choice("attention", asked, "--attn_implementation" if asked else "transformers' choice for padded batches")
+    say(f"proof: {proof}")
+    return choice, proof
 
 
 def _token_budget(

@@ -74,6 +74,7 @@ class Run:
         self.template = load_template(data_args.prompt_template)
         self.memory_plan = None
         self.identity: dict[str, str] = {}
+        self.before: dict[str, str] = {}  # the identity of the run that wrote the checkpoint
         self.resume: str | None = None
 
     @contextlib.contextmanager
@@ -86,20 +87,23 @@ class Run:
         """The checkpoint that this run continues from, if any. All ranks together.
 
         Raises:
-            UserError: token ids have no embedding, or another run made the checkpoint.
+            UserError: token ids have no embedding, or there is no such checkpoint.
         """
-        dataset, tokenizer = data_module["train_dataset"], data_module["data_collator"].tokenizer
+        tokenizer = data_module["data_collator"].tokenizer
         with all_ranks_or_none():
             check_ids(tokenizer, data_module, loading.load_config(self.model_args))
         self.resume = resume.choose_checkpoint(self.args)
-        before = resume.saved_identity(self.resume) if self.resume else {}
-        resume.keep_token_budget(self.resume, before, self.args)
-        config, digest = loading.load_config(self.model_args), tokenizer_digest(tokenizer)
-        flags = self.args, self.model_args, self.data_args
-        self.identity = resume.run_identity(*flags, dataset, config, engine(self.args), self.template, digest)
-        if self.resume:
-            resume.refuse_changes(self.resume, before, self.identity, self.args.resume_with_changes)
+        self.before = resume.saved_identity(self.resume) if self.resume else {}
+        resume.keep_token_budget(self.resume, self.before, self.args)
         return self.resume
+
+    def refuse_changes(self, settled: Settled, data_module: dict[str, Any]) -> None:
+        """Refuse to continue another run than this one. Raises UserError with every difference."""
+        flags, tokenizer = (self.args, self.model_args, self.data_args), data_module["data_collator"].tokenizer
+        dataset, digest = data_module["train_dataset"], tokenizer_digest(tokenizer)
+        self.identity = resume.run_identity(*flags, dataset, settled.config, engine(self.args), self.template, digest)
+        if self.resume:
+            resume.refuse_changes(self.resume, self.before, self.identity, self.args.resume_with_changes)
 
     def build_trainer(
         self,

@@ -1,7 +1,6 @@
 """Attention confined to each example of a packed row, and which kernel was chosen and why."""
 
 import contextlib
-import copy
 import importlib.util
 import inspect
 import os
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AttentionInterface, PreTrainedConfig
 
 from sft.job import Choice, UserError, swapped
 
@@ -36,6 +35,11 @@ def _one_row(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> lis
     return [tensor[0].transpose(0, 1).to(dtype) for tensor in (query, key, value)]
 
 
+def _require(cu_seq_lens: torch.Tensor | None) -> None:
+    if cu_seq_lens is None:
+        raise UserError("this model does not hand its attention the borders of packed examples (cu_seq_lens)")
+
+
 def triton(
     module: torch.nn.Module,
     query: torch.Tensor,  # as varlen's
@@ -50,7 +54,7 @@ def triton(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """As `varlen`, by the operator of sft/step/attention_kernel.py, which is imported where it is chosen: it needs Triton."""
-    assert cu_seq_lens_q is not None, "triton attention takes one packed row with its cu_seq_lens"
+    _require(cu_seq_lens_q)
     window = sliding_window or NO_WINDOW
     edges = cu_seq_lens_q, prefix_starts, prefix_lengths
     out, *_ = torch.ops.sft.packed_attention(*_one_row(query, key, value), *edges, scaling, window)
@@ -70,7 +74,7 @@ def varlen(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """FlashAttention over the examples of one packed row; (1, tokens, heads, head_dim) in the compute type."""
-    assert cu_seq_lens_q is not None, "varlen attention takes one packed row with its cu_seq_lens"
+    _require(cu_seq_lens_q)
     head_dim = query.shape[-1]
     missing = -head_dim % 8  # the kernel wants a multiple of 8; zeros change neither the scores nor the other outputs
     q, k, v = _one_row(query, key, value)
@@ -100,9 +104,7 @@ def per_example(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """PyTorch's attention on one example after another; (1, tokens, heads, head_dim)."""
-    assert cu_seq_lens_q is not None and query.shape[0] == 1, (
-        "per-example attention takes one packed row with its cu_seq_lens"
-    )
+    _require(cu_seq_lens_q)
     lengths = cu_seq_lens_q.diff().tolist()
     assert sliding_window is None or max(lengths) <= sliding_window, "choose() lets no sliding window come here"
     value = value.to(query.dtype)
@@ -133,14 +135,14 @@ AttentionInterface.register(PER_EXAMPLE, per_example)
 def choose_attention(
     model_config: PreTrainedConfig, device: torch.device, dtype: torch.dtype, requested: str | None = None
 ) -> Choice:
-    """The kernel for packed rows: the user's when it keeps examples apart, else the fastest that can run here.
+    """The kernel for packed rows: the user's, else the fastest that can run here.
 
     Args:
         dtype: the compute type.
         requested: `--attn_implementation`.
 
     Raises:
-        UserError: the requested kernel lets examples see each other, or cannot run here.
+        UserError: the requested kernel cannot run here. Whether it keeps examples apart is proved later (sft/plan/proof.py).
     """
     head_dim = getattr(model_config, "head_dim", None) or model_config.hidden_size // model_config.num_attention_heads
     where = f"{device.type}, {str(dtype).removeprefix('torch.')}, head_dim {head_dim}"
@@ -159,13 +161,7 @@ def choose_attention(
     if requested == TRITON and no_triton:
         raise UserError(f"--attn_implementation triton: {no_triton}. Leave the flag out, and varlen is used.")
     if requested not in (None, TRITON, VARLEN, PER_EXAMPLE):
-        problem = isolation_problem(model_config, device, dtype, requested)
-        if problem:
-            raise UserError(
-                f"--attn_implementation {requested} cannot be used with packing: {problem} "
-                "Leave the flag out to have a kernel chosen, or train padded with --packing False."
-            )
-        return Choice("attention", requested, f"--attn_implementation; keeps examples apart; {where}")
+        return Choice("attention", requested, f"--attn_implementation; {where}")
     name, reason = requested, "--attn_implementation; "
     if requested is None:
         name, reason = TRITON if can_varlen else PER_EXAMPLE, ""
@@ -189,57 +185,6 @@ def triton_problem(head_dim: int) -> str | None:
     if not any(compiler and shutil.which(compiler) for compiler in compilers):
         return "Triton needs a C compiler, and neither gcc nor clang is here"
     return None
-
-
-def isolation_problem(
-    model_config: PreTrainedConfig, device: torch.device, dtype: torch.dtype, implementation: str
-) -> str | None:
-    """What is wrong with a kernel for packed rows; None when two joined examples give what each gives alone.
-
-    Asked of the kernel, on a model of this architecture with small random weights, rather than of a list of names.
-    """
-    config = copy.deepcopy(model_config)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    grouped = config.num_key_value_heads < config.num_attention_heads
-    config.num_attention_heads, config.num_key_value_heads = 2, 1 if grouped else 2
-    config.hidden_size, config.intermediate_size, config.head_dim = 2 * head_dim, 32, head_dim
-    config.num_hidden_layers, config.vocab_size, config.pad_token_id = 2, 64, None
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:2]
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        try:
-            model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation, dtype=dtype)
-        except (ImportError, ValueError) as error:
-            return f"{error}."
-        for weight in model.parameters():
-            weight.data *= (
-                4 if weight.dim() > 1 else 1
-            )  # at the usual scale attention hardly moves the logits of a tiny model
-        model = model.to(device).eval()
-        first, second = torch.randint(1, 64, (2, 24)).to(device)
-
-    def logits(*examples: torch.Tensor) -> torch.Tensor:
-        starts = torch.tensor([24 * number for number in range(len(examples) + 1)], dtype=torch.int32, device=device)
-        return (
-            model(
-                input_ids=torch.cat(examples)[None],
-                position_ids=torch.arange(24, device=device).repeat(len(examples))[None],
-                cu_seq_lens_q=starts,
-                cu_seq_lens_k=starts,
-                max_length_q=24,
-                max_length_k=24,
-                use_cache=False,
-            )
-            .logits[0]
-            .float()
-        )
-
-    with torch.no_grad():
-        together, alone = logits(first, second), torch.cat([logits(first), logits(second)])
-    moved = (together - alone).norm() / alone.norm()
-    # Rounding is under 1e-2 in bf16; a second example that sees the first one moves by tens of percent.
-    return None if moved < 3e-2 else f"examples joined in a row see each other (logits move by {moved:.0%})."
 
 
 def stock_attention(model: torch.nn.Module) -> contextlib.AbstractContextManager:

@@ -1,5 +1,6 @@
 """The loss at labelled positions only: logits of all tokens x vocabulary never exist."""
 
+import contextlib
 import importlib.util
 import math
 from collections.abc import Callable
@@ -99,6 +100,21 @@ def with_liger(kernel: Any, logits: torch.Tensor, targets: torch.Tensor) -> tupl
     return losses, logits
 
 
+def of_bent_logits(kernel: Callable, scale: float, cap: float | None) -> Callable:
+    """A kernel for a model that multiplies its logits by `scale` (Granite, Cohere) and bends them: cap x tanh(logits / cap) (Gemma)."""
+
+    def bent(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = logits * scale
+        if cap is None:
+            losses, gradient = kernel(logits, targets)
+            return losses, gradient * scale
+        part = torch.tanh(logits / cap)
+        losses, gradient = kernel(part * cap, targets)
+        return losses, gradient * (1 - part * part) * scale
+
+    return bent
+
+
 def loss_kernel(device: torch.device, compiled: bool) -> tuple[Callable, Choice]:
     """What computes losses and their gradient from a chunk of logits, and why. No choice changes more than rounding.
 
@@ -128,5 +144,12 @@ def summed_loss(model: torch.nn.Module, head: torch.nn.Module, batch: dict[str, 
         batch: from `PackedCollator`.
     """
     inputs = {key: value for key, value in batch.items() if key not in ("labels", "label_targets")}
-    with swapped(head, positions=batch["label_positions"], targets=batch["label_targets"]):
-        return model(**inputs, use_cache=False).logits
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(swapped(head, positions=batch["label_positions"], targets=batch["label_targets"]))
+        for target, name, value in head.neutral:  # what the model does to logits is in the kernel
+            stack.enter_context(swapped(target, **{name: value}))
+        outputs = model(**inputs, use_cache=False)
+    auxiliary = getattr(outputs, "aux_loss", None)  # of a router: a mean over tokens, weighted as the trained ones
+    if auxiliary is None:
+        return outputs.logits
+    return outputs.logits + head.auxiliary * auxiliary * (batch["label_targets"] != IGNORE_INDEX).sum()

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
 from sft import IGNORE_INDEX
-from sft.step.loss import SummedLoss, losses_and_gradient
+from sft.step.loss import SummedLoss, losses_and_gradient, of_bent_logits
 
 
 def exchange(model: PreTrainedModel, kernel: Callable = losses_and_gradient, fused_norms: bool = False) -> "LossHead":
@@ -30,7 +30,8 @@ def exchange(model: PreTrainedModel, kernel: Callable = losses_and_gradient, fus
     if not isinstance(head, LossHead):
         head.plain = type(head) is torch.nn.Linear
         _become(head, LossHead)
-    head.kernel = kernel
+    head.kernel, head.neutral = _with_the_models_logits(model, kernel)
+    head.auxiliary = getattr(model.config, "router_aux_loss_coef", 0.0)
     last = [None, *(module for module in model.modules() if isinstance(module, LlamaDecoderLayer))][-1]
     if type(last) is LlamaDecoderLayer:  # a class derived from it may have another forward
         _become(last, LabelledLayer)
@@ -40,6 +41,24 @@ def exchange(model: PreTrainedModel, kernel: Callable = losses_and_gradient, fus
 
             _become(module, FusedNorm)
     return head
+
+
+def _with_the_models_logits(model: PreTrainedModel, kernel: Callable) -> tuple[Callable, list[tuple[Any, str, Any]]]:
+    """The kernel with what this model does to its logits after the head, and what keeps the model from doing it once more.
+
+    Names of transformers 5.17 to 5.23; a model that does something else is found out by sft/plan/proof.py.
+    """
+    config, causal = model.config, getattr(model, "get_base_model", lambda: model)()
+    scale, cap, neutral = 1.0, getattr(config, "final_logit_softcapping", None), []
+    if cap is not None:
+        neutral.append((config, "final_logit_softcapping", None))
+    if hasattr(config, "logits_scaling"):
+        scale = 1 / config.logits_scaling
+        neutral.append((config, "logits_scaling", 1.0))
+    if hasattr(causal, "logit_scale"):
+        scale = causal.logit_scale
+        neutral.append((causal, "logit_scale", 1.0))
+    return of_bent_logits(kernel, scale, cap) if neutral else kernel, neutral
 
 
 def _become(module: torch.nn.Module, kind: type) -> None:
@@ -61,6 +80,10 @@ class LossHead(torch.nn.Module):
     targets: torch.Tensor | None = None
     plain = False  # an `nn.Linear` and nothing more: its weight may be used directly
     kernel: Callable
+    neutral: list[
+        tuple[Any, str, Any]
+    ]  # attributes of the model that hold a value of no effect while the loss is computed
+    auxiliary = 0.0  # weight of a router's loss
 
     def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.targets is None:

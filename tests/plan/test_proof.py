@@ -1,0 +1,140 @@
+"""Proof by behaviour: what computes right passes, and each property fails when it is broken on purpose."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from packed_models import rows, small_llama
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from sft import IGNORE_INDEX
+from sft.plan import proof
+from sft.step.attention import PER_EXAMPLE
+from sft.step.modules import exchange
+from sft.step.packed_rows import PackedCollator
+
+SHAPE = {
+    "vocab_size": 211,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+SHAPE |= {"num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0}
+
+
+def proved(kind: str, kernel: str | None = PER_EXAMPLE, **config) -> proof.Proof:
+    model_args = SimpleNamespace(trust_remote_code=False)
+    args = SimpleNamespace(device=torch.device("cpu"), bf16=False, fp16=False, deepspeed=None)
+    return proof.prove(model_args, args, AutoConfig.for_model(kind, **(SHAPE | config)), rows(3, seed=1), kernel)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        ("llama", {}),
+        ("qwen3", {"head_dim": 16}),
+        ("granite", {"logits_scaling": 8.0}),  # logits divided after the head
+        ("cohere", {"logit_scale": 0.0625}),  # and multiplied
+        ("gemma2", {"head_dim": 16, "attn_logit_softcapping": None, "sliding_window": 512}),  # capped
+        ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
+    ],
+)
+def test_what_people_fine_tune_is_packed(kind, config):
+    found = proved(kind, **config)
+    assert found.fault is None and found.loss < 1e-5 and found.gradient < 2e-4, found
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "fault"),
+    [
+        (
+            "lfm2",
+            {"layer_types": ["conv", "full_attention"]},
+            "examples see each other",
+        ),  # a convolution over the border
+        ("bloom", {"n_layer": 2, "n_head": 4}, "examples see each other"),
+        (
+            "gemma2",
+            {"head_dim": 16, "sliding_window": 512},
+            "an example's loss is off",
+        ),  # scores of attention are capped
+    ],
+)
+def test_what_mixes_or_bends_is_seen_and_can_be_padded(kind, config, fault):
+    assert proved(kind, **config).fault.startswith(fault)
+    assert proved(kind, kernel=None, **config).fault is None
+
+
+def test_a_logits_transformation_that_is_left_out_is_seen(monkeypatch):
+    monkeypatch.setattr("sft.step.modules._with_the_models_logits", lambda model, kernel: (kernel, []))
+    assert "more to its logits" in proved("granite", logits_scaling=8.0).fault
+
+
+def way_of(model):
+    examples = proof.short_examples(rows(3, seed=1))
+    return examples, proof.losses_alone(model, examples)
+
+
+def large_weights() -> torch.nn.Module:
+    model = small_llama(attn_implementation="sdpa").eval()
+    for weight in model.parameters():
+        weight.data *= 4 if weight.dim() > 1 else 1
+    return model
+
+
+@pytest.mark.parametrize("broken", ["borders", "gradient", "nan", None])
+def test_each_property_fails_when_it_is_broken(broken):
+    model = large_weights()
+    examples, alone = way_of(model)
+    model.set_attn_implementation(PER_EXAMPLE)
+
+    def without_borders(batch: list[dict]) -> dict:
+        row = PackedCollator()(batch)
+        edges = torch.tensor([0, row["input_ids"].shape[1]], dtype=torch.int32)
+        return row | {"cu_seq_lens_q": edges, "cu_seq_lens_k": edges}
+
+    honest = proof.packed(model, exchange(model), without_borders if broken == "borders" else PackedCollator())
+
+    def way(batch: list[dict], which: int) -> torch.Tensor:
+        loss = honest(batch, which)
+        if broken == "gradient":
+            return loss.detach() + 0.5 * (loss - loss.detach())
+        return loss * float("nan") if broken == "nan" and which == 1 else loss
+
+    fault = proof.try_out(model, way, examples, alone).fault
+    wanted = {"borders": "examples see each other", "gradient": "an example's gradient"}
+    assert fault is None if broken is None else fault and wanted.get(broken, "") in fault
+
+
+def test_a_token_that_sees_later_ones_is_seen():
+    model = large_weights()
+    examples, alone = way_of(model)
+
+    def way(batch: list[dict], which: int) -> torch.Tensor:
+        ids = batch[which]["input_ids"]
+        return proof.stock(model, [batch[which] | {"input_ids": torch.cat([ids[-1:], ids[1:]])}], 0)
+
+    assert "a token sees later ones" in proof.try_out(model, way, examples, alone).fault
+
+
+def test_short_examples_have_something_trained_and_something_before_it():
+    long_prompt = {"input_ids": torch.arange(200), "labels": torch.full((200,), IGNORE_INDEX)}
+    (first, second) = proof.short_examples([long_prompt, rows(1)[0]])
+    assert len(first["input_ids"]) == proof.TOKENS and (first["labels"] != IGNORE_INDEX).sum() == proof.TOKENS // 2
+    assert (second["labels"] != IGNORE_INDEX).any() and (second["labels"] == IGNORE_INDEX).any()
+
+
+def test_the_routers_loss_is_added_by_its_share_of_trained_tokens():
+    from sft.step.loss import summed_loss
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("mixtral", **SHAPE, num_local_experts=4, num_experts_per_tok=2, sliding_window=None,
+                                  output_router_logits=True, router_aux_loss_coef=0.5, attn_implementation=PER_EXAMPLE)  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=PER_EXAMPLE, dtype=torch.float32)
+    head, batch = exchange(model), PackedCollator()(rows(3))
+    with_it = summed_loss(model, head, batch)
+    head.auxiliary = 0.0
+    without = summed_loss(model, head, batch)
+    trained = len(batch["label_targets"])
+    assert 0.5 * trained < float(with_it - without) < 4 * 0.5 * trained  # a balanced router's loss is about its top-k
