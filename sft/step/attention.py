@@ -124,11 +124,7 @@ def per_example(
 
 
 AttentionInterface.register(TRITON, triton)
-
-
 AttentionInterface.register(VARLEN, varlen)
-
-
 AttentionInterface.register(PER_EXAMPLE, per_example)
 
 
@@ -147,7 +143,7 @@ def choose_attention(
     head_dim = getattr(model_config, "head_dim", None) or model_config.hidden_size // model_config.num_attention_heads
     where = f"{device.type}, {str(dtype).removeprefix('torch.')}, head_dim {head_dim}"
     half = dtype in (torch.float16, torch.bfloat16)
-    # FlashAttention 2, which varlen_attn calls, needs an Ampere card or a newer one, and so do Triton's bf16 products.
+    # FlashAttention 2, which varlen_attn calls, needs an Ampere GPU or a newer one, and so do Triton's bf16 products.
     ampere = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     dropout = getattr(model_config, "attention_dropout", 0.0) > 0.0
     window = getattr(model_config, "sliding_window", None)
@@ -155,7 +151,7 @@ def choose_attention(
     no_triton = triton_problem(head_dim)
     if requested in (TRITON, VARLEN) and not can_varlen:
         raise UserError(
-            f"--attn_implementation {requested} needs a CUDA card of compute capability 8.0, bf16 or fp16, heads of at most 256 and "
+            f"--attn_implementation {requested} needs a GPU of compute capability 8.0, bf16 or fp16, heads of at most 256 and "
             f"no attention dropout; here it is {where}. Leave the flag out, and per_example is used."
         )
     if requested == TRITON and no_triton:

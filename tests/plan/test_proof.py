@@ -5,10 +5,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from packed_models import rows, small_llama
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from sft import IGNORE_INDEX
+from sft.flags import parser
+from sft.job import UserError
+from sft.model import loading
 from sft.plan import proof
+from sft.plan.settle import packed_or_padded
 from sft.step.attention import PER_EXAMPLE
 from sft.step.modules import exchange
 from sft.step.packed_rows import PackedCollator
@@ -116,6 +120,26 @@ def test_a_token_that_sees_later_ones_is_seen():
         return proof.stock(model, [batch[which] | {"input_ids": torch.cat([ids[-1:], ids[1:]])}], 0)
 
     assert "a token sees later ones" in proof.try_out(model, way, examples, alone).fault
+
+
+def leaky(module, query, key, value, attention_mask, scaling, **kwargs):
+    out = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=scaling, enable_gqa=True
+    )
+    return out.transpose(1, 2), None
+
+
+def test_a_kernel_of_the_users_must_keep_examples_apart(tiny_llama):
+    AttentionInterface.register("leaky", leaky)
+    assert proved("llama", kernel="leaky").fault.startswith("examples see each other")
+    args = parser().parse_known_args(["--use_cpu", "True", "--model_name_or_path", str(tiny_llama)])[0]
+    args.device, dataset = torch.device("cpu"), rows(3, seed=1)
+    for kernel in ("leaky", "flash_attention_2"):
+        args.attn_implementation = kernel
+        with pytest.raises(UserError, match=f"--attn_implementation {kernel} cannot be used with packing: .*"):
+            packed_or_padded(args, args, loading.load_config(args), dataset)
+    args.attn_implementation = None
+    assert packed_or_padded(args, args, loading.load_config(args), dataset)[0].value == PER_EXAMPLE
 
 
 def test_short_examples_have_something_trained_and_something_before_it():
