@@ -129,13 +129,13 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(poisoned
 def test_a_gradient_that_is_not_finite_stops_with_the_rows_of_the_step(
     tiny_llama, questions_csv, tmp_path, monkeypatch
 ):
-    real, sent = StepMessage.send, []
+    real, sent = StepMessage.exchange, []
 
-    def infinite_at_step_2(self, grad_norm, *others):
+    def infinite_at_step_2(self, grad_norm, *others, **more):
         sent.append(grad_norm)
-        real(self, torch.tensor(float("inf")) if len(sent) == 2 else grad_norm, *others)
+        return real(self, torch.tensor(float("inf")) if len(sent) == 2 else grad_norm, *others, **more)
 
-    monkeypatch.setattr(StepMessage, "send", infinite_at_step_2)
+    monkeypatch.setattr(StepMessage, "exchange", infinite_at_step_2)
     with pytest.raises(UserError) as stopped:
         train(*flags_for(tiny_llama, questions_csv, tmp_path / "out"))
     message = str(stopped.value)
