@@ -4,6 +4,7 @@ The recipe knows none of it. Here the record is kept, checkpoints and the export
 """
 
 import contextlib
+import json
 import sys
 import time
 from collections.abc import Iterator
@@ -53,6 +54,9 @@ CHECKS = (  # what can be known from the flags alone; all problems are raised to
     evaluation_problems,
     tracker_problems,
 )
+
+
+ATTENTION = "--attn_implementation"  # its entry in a checkpoint's identity: the kernel that computed
 
 
 class Run:

@@ -147,6 +147,7 @@ def test_a_changed_run_is_listed_with_its_effects_and_refused(two_checkpoints, c
         ("--tokens_per_micro_batch 60", {"tokens_per_micro_batch"}),
         ("--packing False", {"packing", "tokens_per_micro_batch", "share_prefixes"}),
         ("--share_prefixes False", {"share_prefixes"}),
+        ("--attn_implementation sdpa", {"--attn_implementation"}),
         ('--lr_scheduler_kwargs {"num_cycles":2}', {"--lr_scheduler_kwargs"}),
         ("--neftune_noise_alpha 5", {"--neftune_noise_alpha"}),
         ("--label_smoothing_factor 0.1", {"--label_smoothing_factor"}),
