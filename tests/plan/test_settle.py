@@ -91,8 +91,9 @@ def test_each_choice_is_printed_once_with_its_reason(run):
 
 def test_the_memory_plan_is_printed_for_the_micro_batches_that_run(run):
     packing, planned = run.record["packing"], run.record["memory_plan"]
-    assert max(run.trained) == packing["fullest"] == planned["tokens_per_micro_batch"] < 70
-    assert len(run.trained) == packing["micro_batches"] * run.record["batch"]["steps"] > run.record["batch"]["steps"]
+    count = packing["micro_batches"] * run.record["batch"]["steps"]
+    assert packing["micro_batches"] > 1 and len(run.trained) >= count  # the export is proved on one more
+    assert max(run.trained[:count]) == packing["fullest"] == planned["tokens_per_micro_batch"] < 70
     assert f"  micro-batches of up to {packing['fullest']} tokens (several in a step)" in run.printed
     assert f"of up to {packing['fullest']} tokens per step and device" in packing["line"]
     assert packing["max_tokens"] == 70 and packing["reason"] == "--tokens_per_micro_batch"

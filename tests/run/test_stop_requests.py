@@ -274,4 +274,4 @@ def test_torchrun_restarts_a_killed_worker_and_the_weights_are_those_of_a_quiet_
     assert resumed[1:] in (["80"], ["120"])  # a quick machine is further on by the time that the kill arrives
     assert losses(tmp_path / "disturbed") == losses(tmp_path / "quiet")
     assert same_weights(tmp_path / "disturbed", tmp_path / "quiet")
-    assert export.is_finished(tmp_path / "disturbed")
+    assert (tmp_path / "disturbed" / export.COMPLETE).is_file()
