@@ -4,7 +4,6 @@ The recipe knows none of it. Here the record is kept, checkpoints and the export
 """
 
 import contextlib
-import json
 import sys
 import time
 from collections.abc import Iterator
