@@ -72,6 +72,16 @@ def watched(tiny_llama, questions_csv, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def watched_adapter(tiny_llama, questions_csv, tmp_path_factory):
+    """An adapter, and no whole model."""
+    pytest.importorskip("peft")
+    from watched import watch
+
+    folder = tmp_path_factory.mktemp("watched") / "adapter"
+    return watch(tiny_llama, questions_csv, folder, "--use_lora True --max_steps 3 --learning_rate 0.1")
+
+
+@pytest.fixture(scope="session")
 def watched_padded(tiny_llama, questions_csv, tmp_path_factory):
     """The same run, padded."""
     from watched import EVALUATED, watch

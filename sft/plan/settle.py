@@ -96,16 +96,20 @@ def settle(model_args: ModelArguments, args: TrainingArguments, dataset: Any) ->
     def sampler_within(tokens: int) -> PackedBatchSampler:
         return PackedBatchSampler.of(args, lengths, arithmetic, max_tokens=tokens)
 
+    def memory_plan_of(*step: int) -> memory.Plan | None:
+        with loading.whole_models(args):  # layers are built to be measured
+            return memory_ladder.plan(model_args, args, shape, *step)
+
     shape = memory.Shape.of(config, model_args.lora_target_modules)
     if not args.packing:
         sampler, packing = None, None
         if args.train_sampling_strategy == "random":
             padded = args.per_device_train_batch_size
             sampler = PackedBatchSampler.of(args, lengths, arithmetic, padded=padded)
-        memory_plan = memory_ladder.plan(model_args, args, shape)
+        memory_plan = memory_plan_of()
     else:
         step_tokens = sampler_within(int(lengths.sum(dtype="int64"))).fullest()
-        asked = memory_ladder.plan(model_args, args, shape, step_tokens, compilation.value)
+        asked = memory_plan_of(step_tokens, compilation.value)
         budget = _token_budget(model_args, args, config, kernel_of_attention.value, step_tokens, prepare, asked)
         sampler = sampler_within(budget.value)
         packing = describe(

@@ -126,7 +126,7 @@ def token_weighted_loop(
         if index < owned:
             total += loss.detach().double()
             tokens += trained
-        trainer.control = trainer.callback_handler.on_prediction_step(trainer.args, trainer.state, trainer.control)
+        trainer.callback_handler.on_prediction_step(trainer.args, trainer.state, trainer.control)
     both = torch.stack([total, torch.tensor(float(tokens), dtype=torch.float64, device=total.device)])
     every = trainer.accelerator.gather(both[None])
     loss_total, token_total = every.sum(dim=0).tolist()

@@ -55,6 +55,9 @@ CHECKS = (  # what can be known from the flags alone; all problems are raised to
 )
 
 
+ATTENTION = "--attn_implementation"  # its entry in a checkpoint's identity: the kernel that computed
+
+
 class Run:
     """One run's flags and record, from the parsed command line to the exported model.
 

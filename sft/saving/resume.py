@@ -119,7 +119,7 @@ EFFECT_OF_CHANGE = {
 # cannot change the weights: where and what is written, logged and uploaded, on which device, what happens at the end.
 HELD = re.compile(
     "data_path|source|target|prompt_template|eval_split|allow_control_tokens|gpt2_files|model_name_or_path|use_lora|lora_.*|fsdp|"
-    "load_in_4bit|per_device_train_batch_size|gradient_accumulation_steps|data_seed|lr_scheduler_type|warmup_steps|max_steps|"
+    "load_in_4bit|attn_implementation|per_device_train_batch_size|gradient_accumulation_steps|data_seed|lr_scheduler_type|warmup_steps|max_steps|"
     "num_train_epochs|optim|adam_.*|weight_decay|bf16|fp16|activation_checkpointing(_kwargs)?|"  # the last: 5.23's other names
     "(log|logging|hub|trackio|save|plan|resume|do)_.*|cache_dir|data_cache_dir|trust_remote_code|merge_lora|check_data|output_dir|"
     "overwrite_output_dir|restore_callback_states_from_checkpoint|disable_tqdm|report_to|run_name|project|enable_jit_checkpoint|"

@@ -75,9 +75,15 @@ def flags(*argv: str):
     return parsed
 
 
+SHAPES: dict[tuple[str, str], model_sizes.Shape] = {}  # what a layer keeps is measured once for each
+
+
 def plan_of(config, *argv: str, step_tokens: int | None = None) -> memory.Plan:
     parsed = flags("--plan_gpu_gib", "80", *argv)
-    return memory_ladder.plan(parsed, parsed, model_sizes.Shape.of(config, parsed.lora_target_modules), step_tokens)
+    key = config.to_json_string(), str(parsed.lora_target_modules)
+    if key not in SHAPES:
+        SHAPES[key] = model_sizes.Shape.of(config, parsed.lora_target_modules)
+    return memory_ladder.plan(parsed, parsed, SHAPES[key], step_tokens)
 
 
 def test_a_shape_is_the_models():

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import importlib.util
 import io
 import json
 import math
@@ -128,12 +129,23 @@ def test_a_line_by_hand():
     )
 
 
-def test_a_terminal_has_a_bar_under_the_lines(tiny_llama, questions_csv, tmp_path):
+@pytest.fixture(scope="module")
+def on_a_terminal(tiny_llama, questions_csv, tmp_path_factory):
+    """Four steps whose stderr is a terminal, with a tracker where one is installed."""
     terminal = io.StringIO()
     terminal.isatty = lambda: True
+    tracker = "--report_to tensorboard" if importlib.util.find_spec("tensorboard") else "--report_to none"
+    folder = tmp_path_factory.mktemp("terminal") / "model"
     with contextlib.redirect_stderr(terminal):
-        run = watch(tiny_llama, questions_csv, tmp_path / "model", EVALUATED, "--eval_samples 0 --max_steps 4")
-    assert "4/4" in terminal.getvalue() and "evaluating" in terminal.getvalue()
+        run = watch(
+            tiny_llama, questions_csv, folder, EVALUATED, "--eval_samples 0 --max_steps 4 --disable_tqdm False", tracker
+        )
+    return run, terminal.getvalue()
+
+
+def test_a_terminal_has_a_bar_under_the_lines(on_a_terminal):
+    run, shown = on_a_terminal
+    assert "4/4" in shown and "evaluating" in shown
     assert [line.split("  ")[0] for line in run.printed.splitlines() if line.startswith("step ")] == [
         "step 1/4", "step 2/4", "step 3/4", "step 4/4"
     ]  # fmt: skip
@@ -372,9 +384,8 @@ def test_the_snippet_of_the_card_answers_as_the_command_does(watched):
     assert printed == answer_of(watched.folder, "Name three primary colours.")
 
 
-def test_the_snippet_of_an_adapter(tiny_llama, questions_csv, tmp_path):
-    pytest.importorskip("peft")
-    run = watch(tiny_llama, questions_csv, tmp_path / "model", "--use_lora True --max_steps 3 --learning_rate 0.1")
+def test_the_snippet_of_an_adapter(watched_adapter):
+    run = watched_adapter
     code, printed = run_the_snippet(run.folder)
     assert "needs `pip install peft`" in code and "library_name: peft" in (run.folder / "README.md").read_text()
     assert printed == answer_of(run.folder, "Name three primary colours.")
@@ -384,11 +395,11 @@ def test_the_snippet_of_an_adapter(tiny_llama, questions_csv, tmp_path):
 # --------------------------------------------------------------------------------------------------------- trackers
 
 
-def test_a_tracker_gets_the_names_of_the_record(tiny_llama, questions_csv, tmp_path):
+def test_a_tracker_gets_the_names_of_the_record(on_a_terminal):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    run = watch(tiny_llama, questions_csv, tmp_path / "model", EVALUATED, "--report_to tensorboard --max_steps 4")
+    run, _ = on_a_terminal
     (events,) = run.folder.rglob("events.out.tfevents.*")
     tracked = EventAccumulator(str(events))
     tracked.Reload()

@@ -12,6 +12,7 @@ import utils
 from sft.data.llama_tokenizer import load_llama_tokenizer
 from sft.report import speed
 from sft.report.speed import Meter, ModelFlops
+from sft.run.trainer import SupervisedTrainer
 from sft.step.counts import CountingCollator, TokenCounts, take_counts
 
 # ---------------------------------------------------------------------------------------------------------- counting
@@ -195,7 +196,7 @@ def test_memory_is_what_the_system_says():
 def test_memory_is_what_the_allocator_says(tiny_llama, questions_csv, tmp_path, monkeypatch):
     """Half a GiB is taken and freed inside step 4: that line shows it, to the byte, and those before it do not."""
     ballast, steps, expected, reserved = 2**29, [], [], []
-    step, read = utils.SupervisedTrainer.training_step, Meter.read
+    step, read = SupervisedTrainer.training_step, Meter.read
 
     def step_with_ballast(self, *arguments):
         result = step(self, *arguments)
@@ -210,7 +211,7 @@ def test_memory_is_what_the_allocator_says(tiny_llama, questions_csv, tmp_path, 
         reserved.append(torch.cuda.memory_reserved() / 2**30)
         return numbers
 
-    monkeypatch.setattr(utils.SupervisedTrainer, "training_step", step_with_ballast)
+    monkeypatch.setattr(SupervisedTrainer, "training_step", step_with_ballast)
     monkeypatch.setattr(Meter, "read", read_and_ask_the_allocator)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -236,7 +237,7 @@ def test_memory_is_what_the_allocator_says(tiny_llama, questions_csv, tmp_path, 
 @pytest.mark.slow
 def test_tokens_per_second_against_a_stopwatch(tiny_llama, questions_csv, tmp_path, monkeypatch):
     """Steps of 60 ms; the stopwatch runs from the first micro-batch to the last one's end."""
-    ends, step = [], utils.SupervisedTrainer.training_step
+    ends, step = [], SupervisedTrainer.training_step
 
     def slow_step(self, *arguments):
         ends.append(time.perf_counter())
@@ -245,7 +246,7 @@ def test_tokens_per_second_against_a_stopwatch(tiny_llama, questions_csv, tmp_pa
         ends.append(time.perf_counter())
         return result
 
-    monkeypatch.setattr(utils.SupervisedTrainer, "training_step", slow_step)
+    monkeypatch.setattr(SupervisedTrainer, "training_step", slow_step)
     flags = (
         "--per_device_train_batch_size 8 --learning_rate 1e-3 --save_strategy no --logging_steps 1 --num_train_epochs 2"
     )

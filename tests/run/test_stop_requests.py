@@ -129,13 +129,13 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(poisoned
 def test_a_gradient_that_is_not_finite_stops_with_the_rows_of_the_step(
     tiny_llama, questions_csv, tmp_path, monkeypatch
 ):
-    real, sent = StepMessage.send, []
+    real, sent = StepMessage.exchange, []
 
-    def infinite_at_step_2(self, grad_norm, *others):
+    def infinite_at_step_2(self, grad_norm, *others, **more):
         sent.append(grad_norm)
-        real(self, torch.tensor(float("inf")) if len(sent) == 2 else grad_norm, *others)
+        return real(self, torch.tensor(float("inf")) if len(sent) == 2 else grad_norm, *others, **more)
 
-    monkeypatch.setattr(StepMessage, "send", infinite_at_step_2)
+    monkeypatch.setattr(StepMessage, "exchange", infinite_at_step_2)
     with pytest.raises(UserError) as stopped:
         train(*flags_for(tiny_llama, questions_csv, tmp_path / "out"))
     message = str(stopped.value)
@@ -274,4 +274,4 @@ def test_torchrun_restarts_a_killed_worker_and_the_weights_are_those_of_a_quiet_
     assert resumed[1:] in (["80"], ["120"])  # a quick machine is further on by the time that the kill arrives
     assert losses(tmp_path / "disturbed") == losses(tmp_path / "quiet")
     assert same_weights(tmp_path / "disturbed", tmp_path / "quiet")
-    assert export.is_finished(tmp_path / "disturbed")
+    assert (tmp_path / "disturbed" / export.COMPLETE).is_file()

@@ -383,8 +383,8 @@ def test_the_script_gives_the_same_curve_padded_and_packed_on_one_and_two_ranks(
         assert curve == pytest.approx(reference, rel=1e-6), name
         assert largest_error(weights[name], weights["padded"]) < 1e-6, name
     assert "attention: per_example (cpu, float32, head_dim 8)" in printed
-    assert "asked 2 micro-batches of 2 x 64 tokens per device and step; runs 1 of at most" in printed
-    assert re.search(r"runs 2 of at most \d+ \(budget 60, --tokens_per_micro_batch\)", printed)
+    assert re.search(r"packing: 1 micro-batch of .* \(padded: 2 of 2 x 64; budget 128, ", printed)
+    assert re.search(r"packing: 2 micro-batches of .*; budget 60, --tokens_per_micro_batch\)", printed)
     with pytest.raises(UserError, match="--tokens_per_micro_batch 8: the longest example has"):
         utils.train(
             load_llama_tokenizer, [*shared, "--output_dir", str(tmp_path / "none"), "--tokens_per_micro_batch", "8"]

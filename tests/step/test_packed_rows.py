@@ -203,10 +203,9 @@ def test_what_is_saved_is_said():
     data = templated_rows(6)
     shared = sum(group_by_prefix(data[:3]).lengths) + sum(group_by_prefix(data[3:]).lengths)
     tokens = sum(len(one["input_ids"]) for one in data)
-    on = packed_rows.with_measured_share(packed_rows.Choice(True, "why"), [data[:3], data[3:], []])
-    assert str(on) == f"shared prefixes: on (why: {shared / tokens:.0%} of the first {tokens} tokens)" and shared > 30
-    off = packed_rows.Choice(False, "why")
-    assert packed_rows.with_measured_share(off, [data]) == off
+    said = packed_rows.measured_share([data[:3], data[3:], []])
+    assert said == f"{shared / tokens:.0%} of the first {tokens} tokens" and shared > 30
+    assert packed_rows.measured_share([[]]) == "0% of the first 0 tokens"
 
 
 def test_rows_are_found_by_their_tokens():

@@ -3,7 +3,6 @@
 import pytest
 import torch
 import transformers
-from watched import watch
 
 from sft.step import attention
 
@@ -40,12 +39,11 @@ def test_a_pipeline_answers_as_the_samples_do(watched):
         assert answer["generated_text"] == sample["answer"]
 
 
-def test_peft_loads_an_adapter(tiny_llama, questions_csv, tmp_path):
+def test_peft_loads_an_adapter(watched_adapter):
     peft = pytest.importorskip("peft")
-    run = watch(tiny_llama, questions_csv, tmp_path / "model", "--use_lora True --max_steps 3 --learning_rate 0.1")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(run.folder)
-    loaded = peft.AutoPeftModelForCausalLM.from_pretrained(run.folder)
-    in_memory = as_trained(run)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(watched_adapter.folder)
+    loaded = peft.AutoPeftModelForCausalLM.from_pretrained(watched_adapter.folder)
+    in_memory = as_trained(watched_adapter)
     assert log_likelihood(loaded, tokenizer) == pytest.approx(in_memory, rel=1e-5)
     with loaded.disable_adapter():
         assert log_likelihood(loaded, tokenizer) < in_memory - 0.5

@@ -100,13 +100,13 @@ def test_two_ranks_continue_bit_for_bit(tiny_llama, questions_csv, tmp_path, how
 
 def test_a_run_that_is_resumed_at_its_end_takes_no_step_more(tiny_llama, questions_csv, tmp_path, monkeypatch):
     flags = flags_for(
-        tiny_llama, questions_csv, tmp_path / "out", "--max_steps", "6", "--resume_from_checkpoint", "True"
+        tiny_llama, questions_csv, tmp_path / "out", "--max_steps", "2", "--resume_from_checkpoint", "True"
     )
     killed_in_the_export(monkeypatch, flags)
-    assert choose(tmp_path / "out").endswith("checkpoint-6")
-    before = (tmp_path / "out" / "checkpoint-6" / "model.safetensors").read_bytes()
+    assert choose(tmp_path / "out").endswith("checkpoint-2")
+    before = (tmp_path / "out" / "checkpoint-2" / "model.safetensors").read_bytes()
     trainer = train(*flags)
-    assert trainer.state.global_step == 6
+    assert trainer.state.global_step == 2
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
     with pytest.raises(SystemExit) as ended:  # and once more: it is finished
         train(*flags)
@@ -118,7 +118,7 @@ def test_a_run_that_is_resumed_at_its_end_takes_no_step_more(tiny_llama, questio
 
 def test_a_changed_run_is_listed_with_its_effects_and_refused(two_checkpoints, capsys):
     before = resume.saved_identity(str(two_checkpoints / "checkpoint-16"))
-    assert set(before) == set(resume.EFFECT_OF_CHANGE)  # no other flag differs from its default
+    assert set(before) == {*resume.EFFECT_OF_CHANGE, "--attn_implementation"}  # chosen; other flags have their defaults
     resume.refuse_changes("checkpoint-16", before, before, go_on=False)
     now = before | {"seed": "4, data None", "world_size": "2"}
     with pytest.raises(UserError) as refused:
@@ -147,6 +147,7 @@ def test_a_changed_run_is_listed_with_its_effects_and_refused(two_checkpoints, c
         ("--tokens_per_micro_batch 60", {"tokens_per_micro_batch"}),
         ("--packing False", {"packing", "tokens_per_micro_batch", "share_prefixes"}),
         ("--share_prefixes False", {"share_prefixes"}),
+        ("--attn_implementation sdpa", {"--attn_implementation"}),
         ('--lr_scheduler_kwargs {"num_cycles":2}', {"--lr_scheduler_kwargs"}),
         ("--neftune_noise_alpha 5", {"--neftune_noise_alpha"}),
         ("--label_smoothing_factor 0.1", {"--label_smoothing_factor"}),
@@ -212,13 +213,13 @@ def killed_in_the_export(monkeypatch, flags) -> None:
             train(*flags)
 
 
-BEST = "--load_best_model_at_end True --eval_strategy steps --eval_steps 2 --save_steps 2 --max_steps 6 --eval_split 0.1 --eval_samples 0"
+BEST = "--load_best_model_at_end True --eval_strategy steps --eval_steps 1 --save_steps 1 --max_steps 3 --eval_split 0.1 --eval_samples 0"
 
 
 @pytest.mark.parametrize("limit", [1, 2])
 def test_a_resumed_run_still_knows_its_best_checkpoint(tiny_llama, questions_csv, tmp_path, monkeypatch, limit):
     # at a learning rate of 0 the first evaluation stays the best; a falling loss makes the last one the best
-    rate, best = ("1e-2", 6) if limit == 1 else ("0", 2)
+    rate, best = ("1e-2", 3) if limit == 1 else ("0", 1)
     flags = flags_for(tiny_llama, questions_csv, tmp_path / "out", *BEST.split(), "--learning_rate", rate)
     flags += ["--save_total_limit", str(limit), "--resume_from_checkpoint", "True"]
     killed_in_the_export(monkeypatch, flags)

@@ -1,0 +1,115 @@
+"""Each choice of a run is made once, printed once with its reason, and is what the run then does."""
+
+import dataclasses
+import inspect
+import shutil
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from scripts import ROOT
+from transformers import AutoConfig
+from watched import watch
+
+from sft.arithmetic import Arithmetic, Precision
+from sft.plan import memory_ladder, settle
+from sft.step.packed_rows import PackedCollator
+
+DECISIONS = {  # where each is asked for
+    "arithmetic": (Arithmetic, "of"),
+    "precision": (Precision, "of"),
+    "attention": (settle, "choose_attention"),
+    "compiled layers": (settle, "choose_compilation"),
+    "shared prefixes": (settle, "choose_prefixes"),
+    "loss": (settle, "loss_kernel"),
+    "token budget": (settle, "_token_budget"),
+    "packing": (settle, "describe"),
+    "memory plan": (memory_ladder, "plan"),
+    "all": (settle, "settle"),
+}
+
+
+@pytest.fixture(scope="module")
+def run(tiny_llama, questions_csv, tmp_path_factory):
+    """Micro-batches of at most 70 tokens, several in a step: what was decided, how often, and what was trained on."""
+    folder = tmp_path_factory.mktemp("settle")
+    model = shutil.copytree(tiny_llama, folder / "model")  # another path: no other test has read its config
+    asked, found, config_reads, trained = Counter(), {}, Counter(), []
+    read_config, collate = AutoConfig.from_pretrained, PackedCollator.__call__
+
+    def counted(name, real):
+        def call(*args, **kwargs):
+            asked[name] += 1
+            found[name] = real(*args, **kwargs)
+            return found[name]
+
+        return call
+
+    def counted_read(name, *args, **kwargs):
+        caller = Path(inspect.currentframe().f_back.f_code.co_filename)
+        config_reads[str(name)] += caller.is_relative_to(ROOT / "sft")  # transformers' loaders read it for themselves
+        return read_config(name, *args, **kwargs)
+
+    def noted(self, examples):
+        trained.append(sum(len(example["input_ids"]) for example in examples))
+        return collate(self, examples)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, (home, attribute) in DECISIONS.items():
+            patch.setattr(home, attribute, counted(name, getattr(home, attribute)))
+        patch.setattr(AutoConfig, "from_pretrained", counted_read)
+        patch.setattr(PackedCollator, "__call__", noted)
+        recipe = "--per_device_train_batch_size 2 --gradient_accumulation_steps 3 --tokens_per_micro_batch 70"
+        done = watch(model, questions_csv, folder / "out", recipe)
+    return SimpleNamespace(
+        settled=found["all"], asked=asked, config_reads=config_reads[str(model)], trained=trained, **vars(done)
+    )
+
+
+def test_each_choice_is_made_once(run):
+    assert run.asked == dict.fromkeys(DECISIONS, 1)
+    assert run.config_reads == 1
+
+
+def test_each_choice_is_printed_once_with_its_reason(run):
+    lines, settled = run.printed.splitlines(), run.settled
+    for choice in (settled.attention, settled.compilation, settled.prefixes, settled.precision, settled.packing):
+        assert lines.count(str(choice)) == 1, choice
+    for begins in (
+        "attention: ",
+        "compiled layers: ",
+        "shared prefixes: ",
+        "precision: ",
+        "packing: ",
+        "memory plan: ",
+    ):
+        assert sum(line.startswith(begins) for line in lines) == 1, begins
+    assert run.printed.count("examples per optimizer step") == 1
+    assert run.printed.count("optimizer steps per epoch") == 1
+
+
+def test_the_memory_plan_is_printed_for_the_micro_batches_that_run(run):
+    packing, planned = run.record["packing"], run.record["memory_plan"]
+    count = packing["micro_batches"] * run.record["batch"]["steps"]
+    assert packing["micro_batches"] > 1 and len(run.trained) >= count  # the export is proved on one more
+    assert max(run.trained[:count]) == packing["fullest"] == planned["tokens_per_micro_batch"] < 70
+    assert f"  micro-batches of up to {packing['fullest']} tokens (several in a step)" in run.printed
+    assert f"of up to {packing['fullest']} tokens per step and device" in packing["line"]
+    assert packing["max_tokens"] == 70 and packing["reason"] == "--tokens_per_micro_batch"
+
+
+def test_what_is_settled_cannot_be_changed(run):
+    for field in dataclasses.fields(settle.Settled):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(run.settled, field.name, None)
+
+
+def test_the_run_does_what_is_settled(run):
+    trainer, settled = run.trainer, run.settled
+    assert trainer.sampler is settled.sampler
+    assert trainer.head.kernel is settled.kernel
+    assert trainer.model.config._attn_implementation == settled.attention.value == "per_example"
+    assert trainer.args.gradient_accumulation_steps == settled.packing.micro_batches
+    assert run.record["packing"]["shared_prefixes"] == str(settled.prefixes)
+    assert settled.prefixes.value and run.record["final"]["shared_share"] > 0

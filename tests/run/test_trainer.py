@@ -1,0 +1,59 @@
+"""The Trainer is whole when it is built, and overrides little of the stock one that is private."""
+
+import ast
+
+import pytest
+from scripts import ROOT
+from transformers import Trainer
+
+from sft.run.trainer import SupervisedTrainer
+
+
+def assigned(source: str) -> list[str]:
+    """What a text assigns to a trainer from outside, in whatever way.
+
+    "trainer.a = 1; run.trainer.b += 1; setattr(trainer, 'c', 1)" -> ["trainer.a", "run.trainer.b", "setattr(trainer, 'c', 1)"]
+    """
+
+    def is_trainer(node: ast.AST) -> bool:
+        return ast.unparse(node).split(".")[-1] in ("trainer", "_trainer")
+
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Load) and is_trainer(node.value):
+            found.append(ast.unparse(node))
+        elif isinstance(node, ast.Call) and node.args and is_trainer(node.args[0]):
+            name = ast.unparse(node.func).split(".")[-1]
+            found += [ast.unparse(node)] * (name in ("setattr", "swapped"))
+    return found
+
+
+def test_nothing_is_attached_to_a_trainer_from_outside():
+    files = [path for path in ROOT.rglob("*.py") if not {"tests", ".venv"} & set(path.relative_to(ROOT).parts)]
+    assert {ROOT / "utils.py", ROOT / "sft/run/prepare.py", ROOT / "benchmarks/bench_step.py"} <= set(files)
+    found = {path: assigned(path.read_text(encoding="utf-8")) for path in files if path.name != "trainer.py"}
+    assert {path: names for path, names in found.items() if names} == {}
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("trainer.meter = None", ["trainer.meter"]),
+        ("run.trainer.a, b = 1, 2", ["run.trainer.a"]),
+        ("trainer.steps += 1\ndel trainer.c", ["trainer.steps", "trainer.c"]),
+        ("for trainer.x in y: pass", ["trainer.x"]),
+        ("setattr(trainer, name, 1)", ["setattr(trainer, name, 1)"]),
+        ("with swapped(self.trainer, a=1): pass", ["swapped(self.trainer, a=1)"]),
+        ("trainer.state.best_global_step = 1\nx = trainer.meter\ntrainer.train()", []),
+    ],
+)
+def test_an_attachment_would_be_seen(source, expected):
+    assert sorted(assigned(source)) == sorted(expected)
+
+
+def test_few_private_methods_are_overridden():
+    private = {name for name in vars(SupervisedTrainer) if name.startswith("_") and not name.startswith("__")}
+    overridden = {name for name in private if hasattr(Trainer, name)}
+    assert len(overridden) <= 5, overridden
+    assert "_run_epoch" in overridden, "the search finds them"
+    assert "_get_train_sampler" not in overridden
