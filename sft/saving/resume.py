@@ -175,7 +175,7 @@ def run_identity(
         "examples_per_step": str(args.world_size * per_device * accumulation),
         "micro_batch": f"{per_device} per device x {accumulation}",
         "packing": str(args.packing),
-        "tokens_per_micro_batch": str(args.tokens_per_micro_batch) if args.packing else "-",
+        "tokens_per_micro_batch": str(args.tokens_per_micro_batch or "auto") if args.packing else "-",
         "share_prefixes": str(args.share_prefixes) if args.packing else "-",
         "seed": f"{args.seed}, data {args.data_seed}",
         "schedule": f"{args.lr_scheduler_type.value}, warmup {args.warmup_steps}, {args.num_train_epochs} epochs, max_steps {args.max_steps}",
@@ -194,7 +194,9 @@ def run_identity(
     flags = {
         name: as_text(value)
         for name, value in sorted(given.items())
-        if (value or None) != (defaults.get(name) or None) and not HELD.fullmatch(name) and name not in identity
+        if (value or None) not in (defaults.get(name) or None, "auto")
+        and not HELD.fullmatch(name)
+        and name not in identity
     }
     evaluation = {name: value for name, value in flags.items() if EVALUATION.fullmatch(name)}
     judged = args.load_best_model_at_end or args.early_stopping_patience or "plateau" in identity["schedule"]
@@ -204,8 +206,8 @@ def run_identity(
 
 def keep_token_budget(checkpoint: str | None, before: dict[str, str], args) -> None:
     """`--tokens_per_micro_batch auto` measures the GPU's memory; a continued run takes the number that the run began with."""
-    if args.packing and args.tokens_per_micro_batch == "auto" and before.get("tokens_per_micro_batch", "-") != "-":
-        args.tokens_per_micro_batch = before["tokens_per_micro_batch"]
+    if args.packing and args.tokens_per_micro_batch is None and before.get("tokens_per_micro_batch", "-") != "-":
+        args.tokens_per_micro_batch = int(before["tokens_per_micro_batch"])
         say(f"--tokens_per_micro_batch auto: {args.tokens_per_micro_batch}, as in {checkpoint}")
 
 
