@@ -5,6 +5,7 @@ python -m sft.flags        prints the table of this project's own flags
 
 import dataclasses
 import os
+import re
 import sys
 from argparse import ArgumentTypeError
 from collections.abc import Callable
@@ -15,19 +16,18 @@ from typing import Any
 import torch
 import transformers
 
-from sft.flags_2023 import is_true, read_json, translate
+from sft.flags_2023 import is_true, names_in, read_json, translate, unknown_flags
 from sft.job import UserError, all_ranks_or_none, say, world_size
 from sft.launchers import read_environment
-from sft.trainer_flags import unknown_flags
+from sft.trainer_flags import FIELDS, OTHER_DEFAULTS, trainer_problems
 
 
 def flag(default: Any, help_text: str) -> Any:
     return field(default=default, metadata={"help": help_text})
 
 
-def _other_default(name: str, value: Any) -> Any:
-    """One of the Trainer's own arguments with another default and its own help."""
-    return field(default=value, metadata=transformers.TrainingArguments.__dataclass_fields__[name].metadata)
+def _other_default(name: str) -> Any:
+    return field(default=OTHER_DEFAULTS[name], metadata=FIELDS[name].metadata)
 
 
 @dataclass
@@ -153,11 +153,11 @@ class TrainingArguments(transformers.TrainingArguments):
         "run_report.json. Up to 128 forward passes more for each evaluation. 0: none.",
     )
     early_stopping_patience: int = flag(0, "Stop after this many evaluations in a row without a lower loss. 0: never.")
-    # a broken run must show; the dataset has no unused columns; every weight gets a gradient; logits would fill the memory
-    logging_nan_inf_filter: bool = _other_default("logging_nan_inf_filter", False)
-    remove_unused_columns: bool = _other_default("remove_unused_columns", False)
-    ddp_find_unused_parameters: bool | None = _other_default("ddp_find_unused_parameters", False)
-    prediction_loss_only: bool = _other_default("prediction_loss_only", True)
+    # with other defaults than the Trainer's, and why: sft/trainer_flags.py
+    logging_nan_inf_filter: bool = _other_default("logging_nan_inf_filter")
+    remove_unused_columns: bool = _other_default("remove_unused_columns")
+    ddp_find_unused_parameters: bool | None = _other_default("ddp_find_unused_parameters")
+    prediction_loss_only: bool = _other_default("prediction_loss_only")
 
     def __getstate__(self) -> dict:
         """Leave the hub's token out of every pickle: the Trainer puts one into the folder that it uploads."""
@@ -201,9 +201,12 @@ def parser() -> transformers.HfArgumentParser:
         description="Instruction-tune a causal language model on a CSV of prompts and responses.",
         allow_abbrev=False,
     )
+    known._negative_number_matcher = re.compile(r"-\.?\d")  # -1e-5 is one too; Python 3.11 knows no exponent
     for name, read in AUTO.items():
         action = known._option_string_actions[f"--{name}"]
         action.type, action.default = read, "auto"
+    # its type is text or a boolean, and HfArgumentParser (5.23) takes the boolean alone
+    known._option_string_actions["--include_num_input_tokens_seen"].type = lambda t: "no" if t == "False" else t
     return known
 
 
@@ -253,7 +256,7 @@ def _read(
     problems += _read_fsdp_config(flags)
     if (flags.fsdp_config or {}).get("cpu_offload") and not flags.use_cpu and flags.ddp_backend is None:
         flags.ddp_backend = "cuda:nccl,cpu:gloo"  # the norm of gradients that lie in host memory is summed by gloo
-    problems += _contradictions(flags)
+    problems += _contradictions(flags) + trainer_problems(flags, names_in(argv))
     if problems and flags.plan_only:
         raise UserError(problems)
     for check in checks:
@@ -290,7 +293,6 @@ def _drop_fsdp_where_nothing_is_sharded(flags) -> list[str]:
 
 def _contradictions(flags) -> list[str]:
     plans, fsdp_recomputes = flags.plan_only, (flags.fsdp_config or {}).get("activation_checkpointing")
-    at_least_1 = ("model_max_length", "per_device_train_batch_size", "gradient_accumulation_steps")
     refused_when: dict[str, Any] = {
         "--model_name_or_path is missing: the model to tune, a folder or a hub repository.": not flags.model_name_or_path,
         "--data_path is missing: the CSV file to train on.": not flags.data_path and not plans,
@@ -301,16 +303,8 @@ def _contradictions(flags) -> list[str]:
         '--gradient_checkpointing True and "activation_checkpointing" in --fsdp_config both recompute. '
         "Choose one.": flags.gradient_checkpointing and fsdp_recomputes,
         "--bf16 and --fp16 are two compute types. Choose one; bf16 where the GPU has it.": flags.bf16 and flags.fp16,
-        "--average_tokens_across_devices False makes the loss depend on which rank has which example, which packing "
-        "changes. Remove the flag, or add --packing False.": flags.packing and not flags.average_tokens_across_devices,
-        f"--train_sampling_strategy {flags.train_sampling_strategy} changes which examples share a step, to save "
-        "padding. Packing computes no padding and keeps the steps: remove the flag, or add --packing "
-        "False.": flags.packing and flags.train_sampling_strategy != "random",
         f"--save_dtype {flags.save_dtype}: choose float32, bfloat16 or float16.": flags.save_dtype
         not in (None, "float32", "bfloat16", "float16"),
-    }
-    refused_when |= {
-        f"--{name} {getattr(flags, name)}: it must be at least 1.": getattr(flags, name) < 1 for name in at_least_1
     }
     return [message for message, refused in refused_when.items() if refused]
 
@@ -320,7 +314,7 @@ def flags_table() -> str:
     rows = ["| flag | default | what it does |", "|---|---|---|"]
     for kind in (ModelArguments, DataArguments, TrainingArguments):
         for f in dataclasses.fields(kind):
-            if f.name in transformers.TrainingArguments.__dataclass_fields__:
+            if f.name in FIELDS:
                 continue
             default = "auto" if f.name in AUTO else f.default
             rows.append(f"| `--{f.name}` | {'' if default is None else f'`{default}`'} | {f.metadata['help']} |")

@@ -1,9 +1,11 @@
-"""Translate the flags of 2023 to today's."""
+"""Translate the flags of 2023 to today's, and name the flag that was meant by an unknown one."""
 
+import difflib
 import json
 import os
 from pathlib import Path
 
+import transformers
 from transformers.hf_argparser import string_to_bool as is_true
 
 RENAMED = {  # transformers 4.31 -> 5.x, and two misspellings of the original README's parameter table
@@ -15,6 +17,8 @@ RENAMED = {  # transformers 4.31 -> 5.x, and two misspellings of the original RE
     "per_gpu_eval_batch_size": "per_device_eval_batch_size",
     "push_to_hub_token": "hub_token",
     "push_to_hub_model_id": "hub_model_id",
+    "activation_checkpointing": "gradient_checkpointing",  # a newer name, which not every supported version knows
+    "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
 }
 WRAP_CLASS = ("fsdp_transformer_layer_cls_to_wrap", "fsdp_transformer_later_cls_to_wrap")
 FSDP_WORDS = {
@@ -148,6 +152,10 @@ def _split_into_flags(argv: list[str]) -> list[tuple[str, list[str]]]:
     return flags
 
 
+def names_in(argv: list[str]) -> set[str]:
+    return {name for name, _ in _split_into_flags(argv)}
+
+
 def _quoted(name: str, values: list[str]) -> str:
     """A flag as it is printed, without secrets."""
     values = ["***" for _ in values] if name.endswith("hub_token") else values
@@ -159,3 +167,59 @@ def _is_ratio(value: str) -> bool:
         return 0 <= float(value) < 1
     except ValueError:
         return False
+
+
+TYPED = {  # what people type -> what is meant; letters' distance would choose worse
+    "lr": "learning_rate",
+    "batch_size": "per_device_train_batch_size",
+    "train_batch_size": "per_device_train_batch_size",
+    "micro_batch_size": "per_device_train_batch_size",
+    "eval_batch_size": "per_device_eval_batch_size",
+    "accumulation_steps": "gradient_accumulation_steps",
+    "grad_accum": "gradient_accumulation_steps",
+    "epochs": "num_train_epochs",
+    "num_epochs": "num_train_epochs",
+    "steps": "max_steps",
+    "lora": "use_lora",
+    "lora_rank": "lora_r",
+    "qlora": "load_in_4bit",
+    "model": "model_name_or_path",
+    "model_name": "model_name_or_path",
+    "model_path": "model_name_or_path",
+    "base_model": "model_name_or_path",
+    "data": "data_path",
+    "dataset": "data_path",
+    "train_file": "data_path",
+    "validation_file": "eval_data_path",
+    "output": "output_dir",
+    "max_length": "model_max_length",
+    "max_seq_length": "model_max_length",
+    "cutoff_len": "model_max_length",
+    "warmup": "warmup_steps",
+    "lr_schedular": "lr_scheduler_type",
+    "lr_scheduler": "lr_scheduler_type",
+    "scheduler": "lr_scheduler_type",
+    "optimizer": "optim",
+    "resume": "resume_from_checkpoint",
+    "cpu": "use_cpu",
+}
+LAUNCHERS = ("nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port", "num_processes", "num_gpus")
+
+
+def unknown_flags(known: transformers.HfArgumentParser, words: list[str]) -> list[str]:
+    """One problem for each word that `parse_known_args` left over, with the nearest flag there is."""
+    flags = [word for word in words if word.startswith("-")]
+    if not flags:
+        return [f"{word!r} belongs to no flag. A value with spaces needs quotes." for word in words]
+    return [_unknown_flag(known, word) for word in flags]
+
+
+def _unknown_flag(known: transformers.HfArgumentParser, word: str) -> str:
+    name = word.split("=")[0].lstrip("-").replace("-", "_")
+    if name in LAUNCHERS:
+        return f"--{name} is the launcher's flag. Write it before the script: torchrun --{name} … llama_training.py …"
+    options = [option.lstrip("-") for option in known._option_string_actions if "-" not in option.lstrip("-")]
+    meant = TYPED.get(name)
+    near = [meant] if meant in options else [option for option in options if option.startswith(name)]
+    near = near or difflib.get_close_matches(name, options, n=1, cutoff=0.6)
+    return f"unknown flag --{name}." + (f" Did you mean --{near[0]}?" if near else " `--help` lists every flag.")
