@@ -71,9 +71,9 @@ def output_dir_problems(flags) -> list[str]:
     if not flags.output_dir or flags.check_data:
         return []
     output_dir = Path(flags.output_dir)
-    there = next(folder for folder in (output_dir.absolute(), *output_dir.absolute().parents) if folder.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        return [f"{output_dir}: {there} is not a folder that can be written to. Name another --output_dir."]
+    why = _why_not_made(output_dir.absolute()) if rank() == 0 else None
+    if why:
+        return [f"{output_dir}: {why}. Name another --output_dir."]
     if flags.overwrite_output_dir or str(flags.resume_from_checkpoint or False).lower() != "false":
         return []
     old = newest_first(output_dir)
@@ -86,6 +86,22 @@ def output_dir_problems(flags) -> list[str]:
         f"{output_dir}: it holds a finished model. Name another --output_dir, or give --overwrite_output_dir True."
     )
     return [finished] if old or any(output_dir.glob("*.safetensors")) else []
+
+
+def _why_not_made(folder: Path) -> str | None:
+    """Make the folder, and remove what was made of it."""
+    made: list[Path] = []
+    try:
+        for parent in (*reversed(folder.parents), folder):
+            if not parent.is_dir():
+                parent.mkdir()
+                made.append(parent)
+        return None if os.access(folder, os.W_OK) else "it cannot be written to"
+    except OSError as error:
+        return f"it cannot be made ({error.filename}: {error.strerror})"
+    finally:
+        for parent in reversed(made):
+            parent.rmdir()
 
 
 def saved_identity(checkpoint: str) -> dict[str, str]:
