@@ -209,7 +209,6 @@ def load_model(
 LoadTokenizer = Callable[[ModelArguments, TrainingArguments], PreTrainedTokenizerBase]
 
 
-@job.new_store_for_each_attempt()
 def train(load_tokenizer: LoadTokenizer, argv: list[str] | None = None) -> prepare.SupervisedTrainer:
     """Everything, in the order in which it happens. What can be known before weights load is refused before they do."""
     model_args, data_args, args = parse(argv, prepare.CHECKS)

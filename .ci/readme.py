@@ -1,4 +1,4 @@
-"""Rewrite the parts of README.md that come from the code: the flags and the map. `make readme`; tests/docs/test_readme.py compares.
+"""Rewrite what comes from the code: README.md's flags and map, and docs/flags.md. `make readme`; tests/docs/test_readme.py compares.
 
 Such a part stands between <!-- begin NAME --> and <!-- end NAME -->.
 """
@@ -7,10 +7,12 @@ import ast
 import sys
 from pathlib import Path
 
+import transformers
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from sft import flags  # noqa: E402
+from sft import flags, trainer_flags  # noqa: E402
 
 OTHER_FILES = {  # what is not Python and so has no docstring
     "ds_config.json": "DeepSpeed: ZeRO stage 2, optimizer on the CPU; edit the 2 to a 3 for stage 3.",
@@ -39,6 +41,26 @@ def render(readme: str) -> str:
     return readme
 
 
+def flags_page() -> str:
+    """docs/flags.md, for the version of transformers that is installed."""
+    version = ".".join(transformers.__version__.split(".")[:2])
+    return f"""# Flags
+
+`make readme` writes this page from the code. `--help` has the same texts.
+
+## Of this project
+
+{flags.flags_table()}
+
+## Of the Trainer
+
+Every field of `transformers.TrainingArguments` (transformers {version}), and what becomes of it here. A refused flag ends the run in
+one sentence when it has another value than its default.
+
+{trainer_flags.trainer_table()}
+"""
+
+
 def code_map() -> str:
     """Every file a reader may open, and the first sentence of its docstring."""
     python = [
@@ -64,3 +86,4 @@ def first_line(path: Path) -> str:
 if __name__ == "__main__":
     path = ROOT / "README.md"
     path.write_text(render(path.read_text(encoding="utf-8")), encoding="utf-8")
+    (ROOT / "docs" / "flags.md").write_text(flags_page(), encoding="utf-8")

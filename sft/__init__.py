@@ -1,6 +1,8 @@
 """Everything behind utils.py, in floors. A floor imports only the floors above it in this list.
 
-job, flags_2023, flags, arithmetic    ranks and errors; flags; examples and steps
+job                                   ranks, printed lines, errors
+flags_2023, launchers, trainer_flags  what a command line or a launcher may say besides today's flags
+flags, arithmetic                     each flag once; examples, steps and number types
 data, model, step                     the recipe: rows to tokens; weights; one optimizer step. They do not know each other
 plan                                  what is decided, and printed, before a weight is loaded
 saving, report                        checkpoints and export; the record of a run. They do not know each other either

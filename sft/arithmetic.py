@@ -1,65 +1,98 @@
-"""Examples, steps and number types of a run, each computed once."""
+"""Compute the examples, steps and number types of a run, each once."""
 
-import math
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
 
 import torch
 
-from sft.flags import ModelArguments, TrainingArguments
+from sft.flags import ModelArguments
+from sft.job import UserError
 
 
-def compute_dtype(training_args: TrainingArguments) -> torch.dtype:
-    return torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else torch.float32
+def compute_dtype(flags: Any) -> torch.dtype:
+    return torch.bfloat16 if flags.bf16 else torch.float16 if flags.fp16 else torch.float32
 
 
-def export_dtype(training_args: TrainingArguments) -> torch.dtype:
-    """The type of the exported weights: --save_dtype, else the compute type."""
-    return getattr(torch, training_args.save_dtype) if training_args.save_dtype else compute_dtype(training_args)
+def export_dtype(args: Any) -> torch.dtype:
+    return getattr(torch, args.save_dtype) if args.save_dtype else compute_dtype(args)
 
 
-def plan(args: TrainingArguments, examples: int) -> dict[str, int]:
-    """The arithmetic of the run."""
-    step = args.world_size * args.per_device_train_batch_size * args.gradient_accumulation_steps
-    steps_per_epoch = math.ceil(examples / step)
-    return {
-        "ranks": args.world_size,
-        "per_device": args.per_device_train_batch_size,
-        "accumulation": args.gradient_accumulation_steps,
-        "examples_per_step": step,
-        "steps_per_epoch": steps_per_epoch,
-        "steps": args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch),
-    }
+@dataclass(frozen=True)
+class Arithmetic:
+    """How many examples and steps; run_report.json keeps it as `batch`."""
+
+    ranks: int
+    per_device: int
+    accumulation: int
+    examples_per_step: int
+    steps_per_epoch: int
+    steps: int
+
+    @classmethod
+    def of(cls, args: Any, examples: int) -> "Arithmetic":
+        """From TrainingArguments whose accumulation is still the user's. A UserError when no step is left."""
+        ranks, per_device = args.world_size, args.per_device_train_batch_size
+        accumulation = args.gradient_accumulation_steps
+        step = ranks * per_device * accumulation
+        steps_per_epoch = ceil(examples / step)
+        if args.dataloader_drop_last:
+            # the stock samplers (--packing False with another --train_sampling_strategy) drop a micro-batch, ours a step
+            ours = args.packing or args.train_sampling_strategy == "random"
+            steps_per_epoch = examples // step if ours else ceil(examples // (ranks * per_device) / accumulation)
+        if steps_per_epoch == 0:
+            raise UserError(
+                f"--dataloader_drop_last True drops all {examples} examples: an optimizer step takes {step} ({ranks} ranks x "
+                f"{per_device} per device x {accumulation} accumulation). Remove the flag, or make the step smaller."
+            )
+        steps = args.max_steps if args.max_steps > 0 else ceil(args.num_train_epochs * steps_per_epoch)
+        return cls(ranks, per_device, accumulation, step, steps_per_epoch, steps)
+
+    def lines(self, examples: int, device: str) -> str:
+        """What a user checks first: `4 GPUs x 2 per device x 8 accumulation = 64 examples per optimizer step`, and the steps."""
+        one, many = ("CPU process", "CPU processes") if device == "cpu" else ("GPU", "GPUs")
+        return (
+            f"{self.ranks} {one if self.ranks == 1 else many} x {self.per_device} per device x {self.accumulation} "
+            f"accumulation = {self.examples_per_step} examples per optimizer step\n"
+            f"{examples:,} examples: {self.steps_per_epoch:,} optimizer steps per epoch, {self.steps:,} in this run"
+        )
 
 
-def precision(model_args: ModelArguments, args: TrainingArguments) -> dict[str, str]:
+@dataclass(frozen=True)
+class Precision:
     """The number type of each part."""
-    names = {"weights": torch.float32, "gradients": torch.float32, "optimizer": torch.float32}
-    names |= {"compute": compute_dtype(args), "export": export_dtype(args)}
-    if args.deepspeed and args.hf_deepspeed_config.get_value("data_types.grad_accum_dtype") != "fp32":
-        names["gradients"] = names["compute"]  # sft/plan/deepspeed_file.py warns of it
-    types = {part: str(dtype).removeprefix("torch.") for part, dtype in names.items()}
-    if model_args.use_lora:
-        types["frozen"] = "4 bits (nf4)" if model_args.load_in_4bit else types["compute"]
-    return types
 
+    compute: torch.dtype
+    export: torch.dtype
+    gradients: torch.dtype
+    summed: torch.dtype  # gradients, while they are added up between GPUs
+    frozen: torch.dtype | str | None  # weights under LoRA
+    weights: torch.dtype = torch.float32
+    optimizer: torch.dtype = torch.float32
 
-def describe_plan(model_args: ModelArguments, args: TrainingArguments, examples: int) -> str:
-    """The arithmetic of the run and its number types, in the lines that a user checks first."""
-    arithmetic, types = plan(args, examples), precision(model_args, args)
-    device = "CPU process" if args.device.type == "cpu" else "GPU"
-    frozen = f"frozen weights in {types['frozen']}; trained additions: " if "frozen" in types else ""
-    gradients = "gradients and optimizer state"
-    if types["gradients"] != types["weights"]:
-        gradients = f"optimizer state, gradients summed in {types['gradients']}"
-    elif args.fsdp and args.world_size > 1 and types["compute"] != types["weights"]:
-        gradients = f"gradients (added up between GPUs in {types['compute']}) and optimizer state"  # accelerate 1.15, dataclasses.py
-    many = "" if args.world_size == 1 else "s" if device == "GPU" else "es"
-    return "\n".join(
-        [
-            "{ranks} {device} x {per_device} per device x {accumulation} accumulation = {examples_per_step} examples per "
-            "optimizer step".format(device=device + many, **arithmetic),
-            f"{examples:,} examples: {arithmetic['steps_per_epoch']:,} optimizer steps per epoch, "
-            f"{arithmetic['steps']:,} in this run",
-            f"precision: {frozen}{types['weights']} weights, {gradients}, {types['compute']} compute, "
-            f"exported as {types['export']}",
-        ]
-    )
+    @classmethod
+    def of(cls, model_args: ModelArguments, args: Any) -> "Precision":
+        compute = compute_dtype(args)
+        in_compute = args.deepspeed and args.hf_deepspeed_config.get_value("data_types.grad_accum_dtype") != "fp32"
+        gradients = compute if in_compute else torch.float32  # sft/plan/deepspeed_file.py warns of it
+        summed = compute if args.fsdp and args.world_size > 1 else gradients  # accelerate 1.15, dataclasses.py
+        frozen = ("4 bits (nf4)" if model_args.load_in_4bit else compute) if model_args.use_lora else None
+        return cls(compute, export_dtype(args), gradients, summed, frozen)
+
+    def record(self) -> dict[str, str]:
+        """The types by name, as run_report.json keeps them."""
+        names = ("weights", "gradients", "optimizer", "compute", "export", "frozen")
+        return {name: str(getattr(self, name)).removeprefix("torch.") for name in names if getattr(self, name)}
+
+    def __str__(self) -> str:
+        types = self.record()
+        frozen = f"frozen weights in {types['frozen']}; trained additions: " if self.frozen else ""
+        gradients = "gradients and optimizer state"
+        if self.gradients != self.weights:
+            gradients = f"optimizer state, gradients summed in {types['gradients']}"
+        elif self.summed != self.gradients:
+            gradients = f"gradients (added up between GPUs in {types['compute']}) and optimizer state"
+        return (
+            f"precision: {frozen}{types['weights']} weights, {gradients}, "
+            f"{types['compute']} compute, exported as {types['export']}"
+        )

@@ -4,81 +4,67 @@ python -m sft.flags        prints the table of this project's own flags
 """
 
 import dataclasses
-import difflib
-import json
 import os
 import re
 import sys
+from argparse import ArgumentTypeError
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
+from typing import Any
 
 import torch
 import transformers
 
-from sft.flags_2023 import _is_true, translate
-from sft.job import UserError, say, world_size
+from sft.flags_2023 import is_true, names_in, read_json, translate, unknown_flags
+from sft.job import UserError, all_ranks_or_none, say, world_size
+from sft.launchers import read_environment
+from sft.trainer_flags import FIELDS, OTHER_DEFAULTS, trainer_problems
+
+
+def flag(default: Any, help_text: str) -> Any:
+    return field(default=default, metadata={"help": help_text})
+
+
+def _other_default(name: str) -> Any:
+    return field(default=OTHER_DEFAULTS[name], metadata=FIELDS[name].metadata)
 
 
 @dataclass
 class ModelArguments:
     """Which model, and how it computes."""
 
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Model to tune: a folder, or a repository on the Hugging Face hub."}
+    model_name_or_path: str | None = flag(None, "Model to tune: a folder, or a repository on the Hugging Face hub.")
+    cache_dir: str | None = flag(None, "Folder for models downloaded from the hub. Default: the hub's own cache.")
+    trust_remote_code: bool = flag(False, "Run Python code from the model's repository. LLaMA and XGen need none.")
+    attn_implementation: str | None = flag(
+        None,
+        "Attention kernel. Default: chosen for the device. One that lets packed examples see each other is refused.",
     )
-    cache_dir: str | None = field(
-        default=None, metadata={"help": "Folder for models downloaded from the hub. Default: the hub's own cache."}
+    gpt2_files: str | None = flag(
+        None, "XGen only: a folder with GPT-2's vocab.json and merges.txt, where tiktoken cannot download them."
     )
-    trust_remote_code: bool = field(
-        default=False,
-        metadata={"help": "Run Python code that a model repository ships. Neither LLaMA nor XGen needs it here."},
+    use_lora: bool = flag(
+        False,
+        "Train low-rank additions (LoRA) to frozen weights: no gradients or optimizer state for the model, a "
+        "few tenths of a percent of it are trained. Saves an adapter.",
     )
-    attn_implementation: str | None = field(
-        default=None,
-        metadata={
-            "help": "Attention kernel. Default: chosen for the device and said. One that lets packed examples see "
-            "each other is refused."
-        },
-    )
-    gpt2_files: str | None = field(
-        default=None,
-        metadata={
-            "help": "XGen only: a folder with GPT-2's vocab.json and merges.txt, for machines where tiktoken cannot "
-            "download them."
-        },
-    )
-    use_lora: bool = field(
-        default=False,
-        metadata={
-            "help": "Train low-rank additions (LoRA) to frozen weights: no gradients or optimizer state for the model, a "
-            "few tenths of a percent of it are trained. Saves an adapter."
-        },
-    )
-    lora_r: int = field(default=16, metadata={"help": "Rank of the additions."})
-    lora_alpha: int | None = field(
-        default=None, metadata={"help": "The additions are scaled by alpha / r. Default: twice the rank."}
-    )
-    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the additions, during training."})
+    lora_r: int = flag(16, "Rank of the additions.")
+    lora_alpha: int | None = flag(None, "The additions are scaled by alpha / r. Default: twice the rank.")
+    lora_dropout: float = flag(0.05, "Dropout before the additions, during training.")
     lora_target_modules: list[str] | None = field(
         default=None,
-        metadata={
-            "help": "Layers that get one: names such as q_proj v_proj. Default all-linear: every linear layer but the head."
-        },
+        metadata={"help": "Layers that get one, such as q_proj v_proj. Default: every linear layer but the head."},
     )
-    load_in_4bit: bool = field(
-        default=False,
-        metadata={
-            "help": "Hold the frozen weights in 4 bits (QLoRA, NF4): a quarter of bf16's memory, slower steps, and a "
-            "model that is tuned around the rounding. Needs --use_lora, bitsandbytes and a GPU."
-        },
+    load_in_4bit: bool = flag(
+        False,
+        "Hold the frozen weights in 4 bits (QLoRA, NF4): a quarter of bf16's memory, slower steps, and a "
+        "model tuned around the rounding. Needs --use_lora, bitsandbytes and a GPU.",
     )
-    merge_lora: bool = field(
-        default=False,
-        metadata={
-            "help": "After training write the whole model, additions merged in, instead of the adapter alone. Needs host "
-            "memory for the whole model in float32. Later: python -m sft.merge_lora."
-        },
+    merge_lora: bool = flag(
+        False,
+        "After training write the whole model, additions merged in, instead of the adapter alone. Needs host "
+        "memory for the whole model in float32. Later: python -m sft.merge_lora.",
     )
 
 
@@ -86,48 +72,33 @@ class ModelArguments:
 class DataArguments:
     """Which rows, and what becomes of them."""
 
-    data_path: str | None = field(default=None, metadata={"help": "CSV file with one training example in each row."})
-    source: str = field(default="prompt", metadata={"help": "Column that holds the prompts."})
-    target: str = field(default="response", metadata={"help": "Column that holds the responses."})
-    prompt_template: str = field(
-        default="none",
-        metadata={
-            "help": "'none': the source column is the whole prompt. 'alpaca': wrap it in the Alpaca prompt. Else a "
-            "text file with one {instruction} in it."
-        },
+    data_path: str | None = flag(None, "CSV file with one training example in each row.")
+    source: str = flag("prompt", "Column that holds the prompts.")
+    target: str = flag("response", "Column that holds the responses.")
+    prompt_template: str = flag(
+        "none",
+        "'none': the source column is the whole prompt. 'alpaca': wrap it in the Alpaca prompt. Else a "
+        "text file with one {instruction} in it.",
     )
-    eval_data_path: str | None = field(
-        default=None,
-        metadata={
-            "help": "CSV file with the evaluation rows, of the same columns as --data_path. Prompts that are also trained on are counted."
-        },
+    eval_data_path: str | None = flag(
+        None, "CSV file with the evaluation rows, in the same columns. Prompts that are also trained on are counted."
     )
-    eval_split: float = field(
-        default=0.0,
-        metadata={
-            "help": "Share of --data_path's rows held out for evaluation, the same rows in every run: 0.02 is one in 50. "
-            "Rows with the same prompt stay on one side."
-        },
+    eval_split: float = flag(
+        0.0,
+        "Share of --data_path's rows held out for evaluation, the same rows in every run: 0.02 is one in 50. "
+        "Rows with the same prompt stay on one side.",
     )
-    data_cache_dir: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder for the tokenized rows, about 4 bytes for each token. It can be deleted at any time. "
-            "Default: ~/.cache/sft-tokenized-rows."
-        },
+    data_cache_dir: str | None = flag(
+        None,
+        "Folder for the tokenized rows, about 4 bytes a token; delete it at will. Default: ~/.cache/sft-tokenized-rows.",
     )
-    allow_control_tokens: bool = field(
-        default=False,
-        metadata={
-            "help": "Let a literal </s> or <|endoftext|> in a cell become the control token. Off: it is text like any other."
-        },
+    allow_control_tokens: bool = flag(
+        False, "Let a literal </s> or <|endoftext|> in a cell become the control token. Off: it is text like any other."
     )
-    check_data: bool = field(
-        default=False,
-        metadata={
-            "help": "Audit the data instead of training: prints the findings, writes data_report.json and a picture of the "
-            "lengths to --output_dir. Costs about as much as tokenizing; exit code 1 when the run would be useless."
-        },
+    check_data: bool = flag(
+        False,
+        "Audit the data instead of training: prints the findings, writes data_report.json and a picture of the "
+        "lengths to --output_dir. Costs about as much as tokenizing; exit code 1 when the run would be useless.",
     )
 
 
@@ -135,101 +106,85 @@ class DataArguments:
 class TrainingArguments(transformers.TrainingArguments):
     """The Trainer's own arguments, a few of them with another default, and this project's."""
 
-    model_max_length: int = field(
-        default=512,
-        metadata={"help": "Longest example in tokens, prompt and response together. Longer ones are cut and counted."},
+    model_max_length: int = flag(
+        512, "Longest example in tokens, prompt and response. Longer ones are cut and counted."
     )
-    packing: bool = field(
-        default=True,
-        metadata={
-            "help": "Fill micro-batches with whole examples end to end: same examples and gradient in each optimizer "
-            "step, no padding. False: padded."
-        },
+    packing: bool = flag(
+        True,
+        "Fill micro-batches with whole examples end to end: same examples and gradient in each optimizer "
+        "step, no padding. False: padded.",
     )
-    tokens_per_micro_batch: str = field(
-        default="auto",
-        metadata={
-            "help": "Most tokens in one packed micro-batch. auto: per device x --model_max_length, and on a GPU as many as its "
-            "measured memory has room for, up to a whole step. A number: less memory, more micro-batches, the same gradient."
-        },
+    tokens_per_micro_batch: int | None = flag(
+        None,
+        "Most tokens in one packed micro-batch. auto: per device x --model_max_length, and on a GPU as many as its "
+        "measured memory has room for, up to a whole step. A number: less memory, more micro-batches, the same gradient.",
     )
-    share_prefixes: bool = field(
-        default=True,
-        metadata={
-            "help": "Compute what prompts of a packed micro-batch begin with alike, such as their template, once for all of them: "
-            "same losses and gradients. False: in each of them."
-        },
+    share_prefixes: bool = flag(
+        True,
+        "Compute what several prompts of a micro-batch begin with, such as a template, once: same losses, same gradients.",
     )
-    compile_layers: str = field(
-        default="auto",
-        metadata={
-            "help": "Compile the decoder layers of a packed run (torch.compile): the first step takes about 30 s longer, the "
-            "others little more than half as long. auto: on a GPU, when the run is long enough. True or False."
-        },
+    compile_layers: bool | None = flag(
+        None,
+        "Compile the decoder layers of a packed run (torch.compile): the first step takes about 30 s longer, the "
+        "others little more than half as long. auto: on a GPU, when the run is long enough. True or False.",
     )
-    save_dtype: str | None = field(
-        default=None,
-        metadata={
-            "help": "Type of the exported weights: float32, bfloat16 or float16. Default: the compute type. "
-            "Checkpoints to resume from are always float32."
-        },
+    save_dtype: str | None = flag(
+        None,
+        "Type of the exported weights: float32, bfloat16 or float16. Default: the compute type. "
+        "Checkpoints to resume from are always float32.",
     )
-    overwrite_output_dir: bool = field(
-        default=False,
-        metadata={"help": "Train into an output folder that already holds a finished model, and replace that model."},
+    overwrite_output_dir: bool = flag(
+        False, "Train into a folder that already holds a finished model, and replace that."
     )
-    plan_only: bool = field(
-        default=False,
-        metadata={
-            "help": "Print the memory plan and stop. Reads the model's config alone: no GPU, no weights, no data."
-        },
+    plan_only: bool = flag(False, "Print the memory plan and stop. Reads the model's config: no GPU, weights or data.")
+    plan_gpu_gib: float | None = flag(None, "With --plan_only: plan for a GPU of this many GiB. Default: the one here.")
+    plan_world_size: int | None = flag(None, "With --plan_only: plan for this many GPUs. Default: torchrun's number.")
+    save_rehearsal: bool = flag(
+        True,
+        "Before the first step, gather and save once into a scratch folder and compare the disk's free space with "
+        "all that the run will keep: seconds now instead of a failure after days.",
     )
-    plan_gpu_gib: float | None = field(
-        default=None,
-        metadata={"help": "With --plan_only: plan for a GPU with this much memory, such as 80. Default: the one here."},
+    resume_with_changes: bool = flag(
+        False, "Resume although data, model or settings differ from the checkpoint's. Each difference is printed."
     )
-    plan_world_size: int | None = field(
-        default=None, metadata={"help": "With --plan_only: plan for this many GPUs. Default: torchrun's number."}
+    eval_samples: int = flag(
+        4,
+        "Answer this many evaluation prompts after each evaluation, greedily, and keep the answers in "
+        "run_report.json. Up to 128 forward passes more for each evaluation. 0: none.",
     )
-    save_rehearsal: bool = field(
-        default=True,
-        metadata={
-            "help": "Before the first step, gather and save once into a scratch folder and compare the disk's free space with "
-            "all that the run will keep: seconds now instead of a failure after days."
-        },
-    )
-    resume_with_changes: bool = field(
-        default=False,
-        metadata={
-            "help": "Resume although data, model or settings differ from the checkpoint's. Each difference is said."
-        },
-    )
-    eval_samples: int = field(
-        default=4,
-        metadata={
-            "help": "Answer this many evaluation prompts after each evaluation, greedily, and keep the answers in "
-            "run_report.json. Up to 128 forward passes more for each evaluation. 0: none."
-        },
-    )
-    early_stopping_patience: int = field(
-        default=0,
-        metadata={"help": "Stop after this many evaluations in a row without a lower evaluation loss. 0: never."},
-    )
-    # Defaults of the Trainer that would hide something or keep more than this project uses.
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Hide NaN and infinite losses from the log. Off: a broken run must show."}
-    )
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Kept off: the dataset has no such columns."})
-    ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "Search for parameters without a gradient in each step. None here has none."}
-    )
-    prediction_loss_only: bool = field(
-        default=True, metadata={"help": "Evaluate the loss alone: logits of an evaluation set do not fit in memory."}
-    )
+    early_stopping_patience: int = flag(0, "Stop after this many evaluations in a row without a lower loss. 0: never.")
+    # with other defaults than the Trainer's, and why: sft/trainer_flags.py
+    logging_nan_inf_filter: bool = _other_default("logging_nan_inf_filter")
+    remove_unused_columns: bool = _other_default("remove_unused_columns")
+    ddp_find_unused_parameters: bool | None = _other_default("ddp_find_unused_parameters")
+    prediction_loss_only: bool = _other_default("prediction_loss_only")
 
     def __getstate__(self) -> dict:
         """Leave the hub's token out of every pickle: the Trainer puts one into the folder that it uploads."""
         return vars(self) | {"hub_token": None}
+
+    def to_dict(self) -> dict[str, Any]:
+        values = super().to_dict()
+        return values | {name: "auto" for name in AUTO if values[name] is None}
+
+
+def _tokens(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+def _auto_or(read: Callable[[str], Any], values: str, text: str) -> Any:
+    try:
+        return None if text == "auto" else read(text)
+    except (ValueError, ArgumentTypeError):
+        raise ArgumentTypeError(f"{text!r} is neither auto nor {values}") from None
+
+
+AUTO = {  # flags that are None where the user wrote auto, or nothing, and how they are read
+    "tokens_per_micro_batch": partial(_auto_or, _tokens, "a number of tokens"),
+    "compile_layers": partial(_auto_or, is_true, "True or False"),
+}
 
 
 class Parser(transformers.HfArgumentParser):
@@ -241,48 +196,35 @@ class Parser(transformers.HfArgumentParser):
 
 def parser() -> transformers.HfArgumentParser:
     """The command line's parser. Abbreviated flags are unknown flags: a typo must not become another flag."""
-    return Parser(
+    known = Parser(
         (ModelArguments, DataArguments, TrainingArguments),
         description="Instruction-tune a causal language model on a CSV of prompts and responses.",
         allow_abbrev=False,
     )
+    known._negative_number_matcher = re.compile(r"-\.?\d")  # -1e-5 is one too; Python 3.11 knows no exponent
+    for name, read in AUTO.items():
+        action = known._option_string_actions[f"--{name}"]
+        action.type, action.default = read, "auto"
+    # its type is text or a boolean, and HfArgumentParser (5.23) takes the boolean alone
+    known._option_string_actions["--include_num_input_tokens_seen"].type = lambda t: "no" if t == "False" else t
+    return known
 
 
 def parse(
     argv: list[str] | None = None, checks: tuple[Callable[..., list[str]], ...] = ()
 ) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
-    """Parse a command line, of today or of 2023, and say what was translated.
+    """Parse a command line, of today or of 2023, and print what was translated.
 
     Args:
         argv: the words after the script's name; default `sys.argv[1:]`.
-        checks: functions of the parsed flags (a namespace) that return problems; everything that can be known before
-            anything slow is raised at once.
+        checks: functions of the parsed flags (a namespace) that return problems.
 
     Raises:
-        UserError: with every problem found.
+        UserError: on every rank, with every problem that any rank found, before anything slow.
     """
-    argv, notices, problems = translate(list(sys.argv[1:] if argv is None else argv))
     known = parser()
-    flags, unknown = known.parse_known_args(argv)
-    problems += unknown_flags(known, unknown)
-    if not flags.use_cpu and not torch.accelerator.is_available() and not flags.plan_only:
-        flags.use_cpu = True
-        notices.append("no GPU was found: this run is on the CPU")
-    if flags.use_cpu:  # where it is installed, accelerate imports DeepSpeed, which (0.19.8) warns that it found no GPU
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    elif flags.accelerator_config is None and flags.dataloader_pin_memory:
-        flags.accelerator_config = {"non_blocking": True}  # copies do not wait for the work that the GPU has in hand
-    problems += _read_fsdp_config(flags)
-    if (flags.fsdp_config or {}).get("cpu_offload") and not flags.use_cpu and flags.ddp_backend is None:
-        flags.ddp_backend = "cuda:nccl,cpu:gloo"  # the norm of gradients that lie in host memory is summed by gloo
-    problems += _contradictions(flags)
-    if problems and flags.plan_only:
-        raise UserError(problems)
-    for check in checks:
-        problems += check(flags)
-    if problems:
-        raise UserError(problems)
-    notices += _drop_fsdp_where_nothing_is_sharded(flags)
+    with all_ranks_or_none():
+        flags, notices = _read(known, list(sys.argv[1:] if argv is None else argv), checks)
     for notice in notices:
         say(notice)
     try:
@@ -295,21 +237,33 @@ def parse(
     return model_args, data_args, training_args
 
 
-def unknown_flags(known: transformers.HfArgumentParser, words: list[str]) -> list[str]:
-    """One problem for each word that `parse_known_args` left over, with the nearest flag there is."""
-    flags = [word for word in words if word.startswith("-")]
-    if not flags:
-        return [f"{word!r} belongs to no flag. A value with spaces needs quotes." for word in words]
-    return [_unknown_flag(known, word) for word in flags]
-
-
-def _unknown_flag(known: transformers.HfArgumentParser, word: str) -> str:
-    name = word.split("=")[0]
-    options = [option for option in known._option_string_actions if "-" not in option.lstrip("-")]
-    name = "--" + name.lstrip("-").replace("-", "_")
-    near = [option for option in options if option.startswith(name)]
-    near = near or difflib.get_close_matches(name, options, n=1, cutoff=0.6)
-    return f"unknown flag {name}." + (f" Did you mean {near[0]}?" if near else " `--help` lists every flag.")
+def _read(
+    known: transformers.HfArgumentParser, argv: list[str], checks: tuple[Callable[..., list[str]], ...]
+) -> tuple[Any, list[str]]:
+    """The flags as a namespace, and notices of what was changed in them."""
+    argv, notices, problems = translate(argv)
+    flags, unknown = known.parse_known_args(argv)
+    problems += unknown_flags(known, unknown)
+    for found, more in zip((notices, problems), read_environment(flags, argv)):
+        found += more
+    if not flags.use_cpu and not torch.accelerator.is_available() and not flags.plan_only:
+        flags.use_cpu = True
+        notices.append("no GPU was found: this run is on the CPU")
+    if flags.use_cpu:  # where it is installed, accelerate imports DeepSpeed, which (0.19.8) warns that it found no GPU
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    elif flags.accelerator_config is None and flags.dataloader_pin_memory:
+        flags.accelerator_config = {"non_blocking": True}  # copies do not wait for the work that the GPU has in hand
+    problems += _read_fsdp_config(flags)
+    if (flags.fsdp_config or {}).get("cpu_offload") and not flags.use_cpu and flags.ddp_backend is None:
+        flags.ddp_backend = "cuda:nccl,cpu:gloo"  # the norm of gradients that lie in host memory is summed by gloo
+    problems += _contradictions(flags) + trainer_problems(flags, names_in(argv))
+    if problems and flags.plan_only:
+        raise UserError(problems)
+    for check in checks:
+        problems += check(flags)
+    if problems:
+        raise UserError(problems)
+    return flags, notices + _drop_fsdp_where_nothing_is_sharded(flags)
 
 
 def _read_fsdp_config(flags) -> list[str]:
@@ -318,18 +272,13 @@ def _read_fsdp_config(flags) -> list[str]:
     transformers 5.23 parses `--fsdp true` as the text, and then refuses it as an unknown word of the former spelling.
     """
     if isinstance(flags.fsdp, str) and flags.fsdp.lower() in ("true", "false"):
-        flags.fsdp = _is_true(flags.fsdp) or None
-    given = flags.fsdp_config
-    flags.fsdp_config = None
-    if given is None:
-        return []
+        flags.fsdp = is_true(flags.fsdp) or None
+    given, flags.fsdp_config = flags.fsdp_config, None
     try:
-        flags.fsdp_config = json.loads(given if given.lstrip().startswith("{") else Path(given).read_text("utf-8"))
-    except OSError as error:
-        return [f"--fsdp_config {given}: {error.strerror}. Give a JSON file, or the JSON itself in quotes."]
+        flags.fsdp_config = read_json("--fsdp_config", given) if given else None
+        return []
     except ValueError as error:
-        return [f"--fsdp_config {given}: not JSON ({error})."]
-    return []
+        return [str(error)]
 
 
 def _drop_fsdp_where_nothing_is_sharded(flags) -> list[str]:
@@ -343,57 +292,32 @@ def _drop_fsdp_where_nothing_is_sharded(flags) -> list[str]:
 
 
 def _contradictions(flags) -> list[str]:
-    problems = [
-        f"--{name} is missing: {what}."
-        for name, what in (
-            ("model_name_or_path", "the model to tune, a folder or a hub repository"),
-            ("data_path", "the CSV file to train on"),
-            ("output_dir", "the folder for the tuned model"),
-        )
-        if not getattr(flags, name) and (name == "model_name_or_path" or not flags.plan_only)
-    ]
-    if not flags.plan_only and (flags.plan_gpu_gib or flags.plan_world_size):
-        problems.append("--plan_gpu_gib and --plan_world_size plan for another machine. Add --plan_only True.")
-    if flags.fsdp and flags.deepspeed:
-        problems.append("--fsdp and --deepspeed both shard the model. Choose one.")
-    if flags.gradient_checkpointing and (flags.fsdp_config or {}).get("activation_checkpointing"):
-        problems.append(
-            '--gradient_checkpointing True and "activation_checkpointing" in --fsdp_config both recompute. Choose one.'
-        )
-    if flags.bf16 and flags.fp16:
-        problems.append("--bf16 and --fp16 are two compute types. Choose one; bf16 where the GPU has it.")
-    if flags.tokens_per_micro_batch != "auto" and not re.fullmatch("[1-9][0-9]*", flags.tokens_per_micro_batch):
-        problems.append(f"--tokens_per_micro_batch {flags.tokens_per_micro_batch}: give auto or a number of tokens.")
-    if flags.compile_layers not in ("auto", "True", "False"):
-        problems.append(f"--compile_layers {flags.compile_layers}: choose auto, True or False.")
-    if flags.packing and not flags.average_tokens_across_devices:
-        problems.append(
-            "--average_tokens_across_devices False makes the loss depend on which rank has which example, which packing "
-            "changes. Remove the flag, or add --packing False."
-        )
-    if flags.save_dtype not in (None, "float32", "bfloat16", "float16"):
-        problems.append(f"--save_dtype {flags.save_dtype}: choose float32, bfloat16 or float16.")
-    for name in ("model_max_length", "per_device_train_batch_size", "gradient_accumulation_steps"):
-        if getattr(flags, name) < 1:
-            problems.append(f"--{name} {getattr(flags, name)}: it must be at least 1.")
-    if flags.train_sampling_strategy != "random" and flags.packing:
-        problems.append(
-            f"--train_sampling_strategy {flags.train_sampling_strategy} changes which examples share a step, to save "
-            "padding. Packing computes no padding and keeps the steps: remove the flag, or add --packing False."
-        )
-    return problems
+    plans, fsdp_recomputes = flags.plan_only, (flags.fsdp_config or {}).get("activation_checkpointing")
+    refused_when: dict[str, Any] = {
+        "--model_name_or_path is missing: the model to tune, a folder or a hub repository.": not flags.model_name_or_path,
+        "--data_path is missing: the CSV file to train on.": not flags.data_path and not plans,
+        "--output_dir is missing: the folder for the tuned model.": not flags.output_dir and not plans,
+        "--plan_gpu_gib and --plan_world_size plan for another machine. Add --plan_only True.": not plans
+        and (flags.plan_gpu_gib or flags.plan_world_size),
+        "--fsdp and --deepspeed both shard the model. Choose one.": flags.fsdp and flags.deepspeed,
+        '--gradient_checkpointing True and "activation_checkpointing" in --fsdp_config both recompute. '
+        "Choose one.": flags.gradient_checkpointing and fsdp_recomputes,
+        "--bf16 and --fp16 are two compute types. Choose one; bf16 where the GPU has it.": flags.bf16 and flags.fp16,
+        f"--save_dtype {flags.save_dtype}: choose float32, bfloat16 or float16.": flags.save_dtype
+        not in (None, "float32", "bfloat16", "float16"),
+    }
+    return [message for message, refused in refused_when.items() if refused]
 
 
 def flags_table() -> str:
     """This project's own flags as a Markdown table, from the fields above."""
-    inherited = {f.name: f.default for f in dataclasses.fields(transformers.TrainingArguments)}
     rows = ["| flag | default | what it does |", "|---|---|---|"]
     for kind in (ModelArguments, DataArguments, TrainingArguments):
         for f in dataclasses.fields(kind):
-            if f.name in inherited and inherited[f.name] == f.default:
+            if f.name in FIELDS:
                 continue
-            default = "" if f.default in (None, dataclasses.MISSING) else f"`{f.default}`"
-            rows.append(f"| `--{f.name}` | {default} | {f.metadata['help']} |")
+            default = "auto" if f.name in AUTO else f.default
+            rows.append(f"| `--{f.name}` | {'' if default is None else f'`{default}`'} | {f.metadata['help']} |")
     return "\n".join(rows)
 
 

@@ -1,10 +1,12 @@
-"""The flags of 2023, translated to today's."""
+"""Translate the flags of 2023 to today's, and name the flag that was meant by an unknown one."""
 
+import difflib
 import json
 import os
 from pathlib import Path
 
 import transformers
+from transformers.hf_argparser import string_to_bool as is_true
 
 RENAMED = {  # transformers 4.31 -> 5.x, and two misspellings of the original README's parameter table
     "evaluation_strategy": "eval_strategy",
@@ -15,8 +17,16 @@ RENAMED = {  # transformers 4.31 -> 5.x, and two misspellings of the original RE
     "per_gpu_eval_batch_size": "per_device_eval_batch_size",
     "push_to_hub_token": "hub_token",
     "push_to_hub_model_id": "hub_model_id",
+    "activation_checkpointing": "gradient_checkpointing",  # a newer name, which not every supported version knows
+    "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
 }
 WRAP_CLASS = ("fsdp_transformer_layer_cls_to_wrap", "fsdp_transformer_later_cls_to_wrap")
+FSDP_WORDS = {
+    "full_shard": True,
+    "shard_grad_op": False,
+    "auto_wrap": True,
+    "offload": True,
+}  # -> reshard_after_forward
 GONE = {  # flag -> what to do without it
     "use_mps_device": "an Apple GPU is used where there is one",
     "jit_mode_eval": "there is no such mode",
@@ -34,10 +44,6 @@ GONE = {  # flag -> what to do without it
 }
 
 
-def _is_true(value: str) -> bool:
-    return transformers.hf_argparser.string_to_bool(value)
-
-
 def translate(argv: list[str]) -> tuple[list[str], list[str], list[str]]:
     """Rewrite the flags of 2023 as today's.
 
@@ -46,73 +52,90 @@ def translate(argv: list[str]) -> tuple[list[str], list[str], list[str]]:
     Returns: the arguments to parse, one notice for each change, and the problems (a value that has no translation).
     """
     flags = _split_into_flags(argv)
-    out, notices, problems = [], [], []
-    fsdp_config: dict[str, object] = {}
-    fsdp_old: list[str] = []
-
+    out: list[str] = []
+    notices, problems, fsdp_old = [], [], []
+    fsdp_config: dict[str, object] = {
+        "version": 2,
+        "cpu_ram_efficient_loading": True,
+    }  # rank 0 reads, others get shards
+    warmup = [
+        f"--{name} {values[0]}" for name, values in flags if name == "warmup_steps" and values and values[0] != "0"
+    ]
     for name, values in flags:
-        old = " ".join([f"--{name}", *(value if " " not in value else f'"{value}"' for value in values)]).strip()
-        new: list[str] | None = None
-        if name in RENAMED:
-            if name == "warmup_ratio" and not (values and _is_ratio(values[0])):
-                problems.append(f"`{old}`: a ratio lies between 0 and 1. For a number of steps use --warmup_steps.")
-                continue
-            new = [f"--{RENAMED[name]}", *values]
-        elif name in WRAP_CLASS and values:
-            fsdp_config["transformer_layer_cls_to_wrap"] = values
-            fsdp_old.append(old)
-            continue
-        elif name == "fsdp" and values and values[0].lower() not in ("true", "false"):
-            words = " ".join(values).split()
-            known = {"full_shard": True, "shard_grad_op": False}
-            unknown = [word for word in words if word not in (*known, "auto_wrap", "offload")]
-            if unknown:
-                problems.append(
-                    f"`{old}`: FSDP2 has no {unknown[0]!r}. Known words: full_shard, shard_grad_op, auto_wrap, offload."
-                )
-                continue
-            fsdp_config["reshard_after_forward"] = all(known.get(word, True) for word in words)
-            if "offload" in words:
-                fsdp_config["cpu_offload"] = True
-            fsdp_old.insert(0, old)
-            continue
-        elif name == "group_by_length":
-            wanted = not values or _is_true(values[0])
-            new = ["--train_sampling_strategy", "group_by_length"] if wanted else []
-        elif name == "include_tokens_per_second":
-            new = []  # tokens per second are on every logged line
-        elif name == "save_safetensors":
-            if values and not _is_true(values[0]):
-                problems.append(f"`{old}`: models are always saved as safetensors, never as pickles. Remove the flag.")
-                continue
-            new = []
-        elif name == "logging_dir" and values:
-            os.environ["TENSORBOARD_LOGGING_DIR"] = values[0]
-            notices.append(f"`{old}` is now the environment variable TENSORBOARD_LOGGING_DIR (set for this run)")
-            continue
-        elif name in GONE:
-            problems.append(f"`--{name}` no longer exists: {GONE[name]}. Remove the flag.")
-            continue
-
-        if new is None:
-            out += [f"--{name}", *values] if name else values
-        else:
-            out += new
-            notices.append(f"`{old}` is now `{' '.join(new)}`" if new else f"`{old}` is no longer needed")
-
-    if fsdp_old:
-        given = _value_of(out, "fsdp_config")
-        if given is not None and Path(given).is_file():
-            given = Path(given).read_text(encoding="utf-8")
+        old = _quoted(name, values)
         try:
-            # one rank reads the checkpoint into host memory and hands the others their shards
-            defaults = {"version": 2, "cpu_ram_efficient_loading": True}
-            merged = {**defaults, **fsdp_config, **json.loads(given or "{}")}
+            if name in WRAP_CLASS and values:
+                fsdp_config["transformer_layer_cls_to_wrap"] = values
+                fsdp_old.append(old)
+            elif name == "fsdp" and values and values[0].lower() not in ("true", "false"):
+                fsdp_config |= _fsdp_words(" ".join(values).split())
+                fsdp_old.insert(0, old)
+            elif name == "warmup_ratio" and warmup:
+                notices.append(f"`{old}` is ignored: {warmup[-1]} wins, as it did in transformers 4")
+            else:
+                new, notice = _today(name, values)
+                out += new
+                notices += [f"`{old}` {notice}"] * bool(notice)
         except ValueError as error:
-            return out, notices, [*problems, f"--fsdp_config {given}: neither a JSON file nor JSON ({error})."]
-        out = [*_without(out, "fsdp_config"), "--fsdp", "true", "--fsdp_config", json.dumps(merged)]
-        notices.append(f"`{' '.join(fsdp_old)}` is now `--fsdp true --fsdp_config '{json.dumps(merged)}'`")
+            problems.append(f"`{old}`: {error}" if name not in GONE else str(error))
+    if fsdp_old:
+        given = [values[-1] for name, values in _split_into_flags(out) if name == "fsdp_config" and values]
+        try:
+            fsdp_config |= read_json("--fsdp_config", given[-1]) if given else {}
+        except ValueError as error:
+            problems.append(str(error))
+        out = [
+            word for name, values in _split_into_flags(out) if name != "fsdp_config" for word in (f"--{name}", *values)
+        ]
+        out += ["--fsdp", "true", "--fsdp_config", json.dumps(fsdp_config)]
+        notices.append(f"`{' '.join(fsdp_old)}` is now `--fsdp true --fsdp_config '{json.dumps(fsdp_config)}'`")
     return out, notices, problems
+
+
+def _today(name: str, values: list[str]) -> tuple[list[str], str]:
+    """One flag in today's words, and what to print about it. A ValueError says what to do where there are none."""
+    new = [f"--{name}", *values] if name else values
+    if name in GONE:
+        raise ValueError(f"`--{name}` no longer exists: {GONE[name]}. Remove the flag.")
+    if name == "warmup_ratio" and not (values and _is_ratio(values[0])):
+        raise ValueError("a ratio lies between 0 and 1. For a number of steps use --warmup_steps.")
+    if name == "save_safetensors" and values and not is_true(values[0]):
+        raise ValueError("models are always saved as safetensors, never as pickles. Remove the flag.")
+    if name == "logging_dir" and values:
+        os.environ["TENSORBOARD_LOGGING_DIR"] = values[0]
+        return [], "is now the environment variable TENSORBOARD_LOGGING_DIR (set for this run)"
+    if name == "group_by_length" and (not values or is_true(values[0])):
+        new = ["--train_sampling_strategy", "group_by_length"]
+    elif name in ("group_by_length", "save_safetensors", "include_tokens_per_second"):
+        return [], "is no longer needed"  # tokens per second are on every logged line
+    elif name in RENAMED:
+        new = [f"--{RENAMED[name]}", *values]
+    else:
+        return new, ""
+    return new, f"is now `{_quoted(new[0][2:], new[1:])}`"
+
+
+def _fsdp_words(words: list[str]) -> dict[str, object]:
+    unknown = [word for word in words if word not in FSDP_WORDS]
+    if unknown:
+        raise ValueError(f"FSDP2 has no {unknown[0]!r}. Known words: {', '.join(FSDP_WORDS)}.")
+    config: dict[str, object] = {"reshard_after_forward": all(FSDP_WORDS[word] for word in words)}
+    return config | ({"cpu_offload": True} if "offload" in words else {})
+
+
+def read_json(flag: str, given: str) -> dict:
+    """Read a flag's value, JSON or the path of a JSON file. A ValueError with the flag's name says what is wrong."""
+    try:
+        found = json.loads(given if given.lstrip().startswith("{") else Path(given).read_text("utf-8"))
+    except OSError as error:
+        raise ValueError(
+            f"{flag} {given}: {error.strerror}. Give a JSON file, or the JSON itself in quotes."
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{flag} {given}: not JSON ({error}).") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{flag} {given}: give a JSON object, such as {{}}.")
+    return found
 
 
 def _split_into_flags(argv: list[str]) -> list[tuple[str, list[str]]]:
@@ -129,6 +152,16 @@ def _split_into_flags(argv: list[str]) -> list[tuple[str, list[str]]]:
     return flags
 
 
+def names_in(argv: list[str]) -> set[str]:
+    return {name for name, _ in _split_into_flags(argv)}
+
+
+def _quoted(name: str, values: list[str]) -> str:
+    """A flag as it is printed, without secrets."""
+    values = ["***" for _ in values] if name.endswith("hub_token") else values
+    return " ".join([f"--{name}", *(f'"{value}"' if " " in value else value for value in values)])
+
+
 def _is_ratio(value: str) -> bool:
     try:
         return 0 <= float(value) < 1
@@ -136,9 +169,57 @@ def _is_ratio(value: str) -> bool:
         return False
 
 
-def _value_of(argv: list[str], name: str) -> str | None:
-    return next((values[-1] for flag, values in reversed(_split_into_flags(argv)) if flag == name and values), None)
+TYPED = {  # what people type -> what is meant; letters' distance would choose worse
+    "lr": "learning_rate",
+    "batch_size": "per_device_train_batch_size",
+    "train_batch_size": "per_device_train_batch_size",
+    "micro_batch_size": "per_device_train_batch_size",
+    "eval_batch_size": "per_device_eval_batch_size",
+    "accumulation_steps": "gradient_accumulation_steps",
+    "grad_accum": "gradient_accumulation_steps",
+    "epochs": "num_train_epochs",
+    "num_epochs": "num_train_epochs",
+    "steps": "max_steps",
+    "lora": "use_lora",
+    "lora_rank": "lora_r",
+    "qlora": "load_in_4bit",
+    "model": "model_name_or_path",
+    "model_name": "model_name_or_path",
+    "model_path": "model_name_or_path",
+    "base_model": "model_name_or_path",
+    "data": "data_path",
+    "dataset": "data_path",
+    "train_file": "data_path",
+    "validation_file": "eval_data_path",
+    "output": "output_dir",
+    "max_length": "model_max_length",
+    "max_seq_length": "model_max_length",
+    "cutoff_len": "model_max_length",
+    "warmup": "warmup_steps",
+    "lr_schedular": "lr_scheduler_type",
+    "lr_scheduler": "lr_scheduler_type",
+    "scheduler": "lr_scheduler_type",
+    "optimizer": "optim",
+    "resume": "resume_from_checkpoint",
+    "cpu": "use_cpu",
+}
+LAUNCHERS = ("nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port", "num_processes", "num_gpus")
 
 
-def _without(argv: list[str], name: str) -> list[str]:
-    return [w for flag, values in _split_into_flags(argv) if flag != name for w in (f"--{flag}", *values)]
+def unknown_flags(known: transformers.HfArgumentParser, words: list[str]) -> list[str]:
+    """One problem for each word that `parse_known_args` left over, with the nearest flag there is."""
+    flags = [word for word in words if word.startswith("-")]
+    if not flags:
+        return [f"{word!r} belongs to no flag. A value with spaces needs quotes." for word in words]
+    return [_unknown_flag(known, word) for word in flags]
+
+
+def _unknown_flag(known: transformers.HfArgumentParser, word: str) -> str:
+    name = word.split("=")[0].lstrip("-").replace("-", "_")
+    if name in LAUNCHERS:
+        return f"--{name} is the launcher's flag. Write it before the script: torchrun --{name} … llama_training.py …"
+    options = [option.lstrip("-") for option in known._option_string_actions if "-" not in option.lstrip("-")]
+    meant = TYPED.get(name)
+    near = [meant] if meant in options else [option for option in options if option.startswith(name)]
+    near = near or difflib.get_close_matches(name, options, n=1, cutoff=0.6)
+    return f"unknown flag --{name}." + (f" Did you mean --{near[0]}?" if near else " `--help` lists every flag.")

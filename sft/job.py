@@ -3,16 +3,17 @@
 import json
 import os
 import signal
+import socket
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
-from torch.distributed import PrefixStore, TCPStore
+from torch.distributed import PrefixStore, Store, TCPStore
 
 # peft 0.21 (and sft/plan/micro_batch_tokens.py, for transformers 5.17) read a name that transformers 5.23 is about to drop
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
@@ -33,17 +34,17 @@ class UserError(Exception):
 
 
 def rank() -> int:
-    """This process's rank in the job, as torchrun sets it; 0 without torchrun."""
+    """This process's rank in the job, as its launcher sets it; 0 without one."""
     return int(os.environ.get("RANK", "0"))
 
 
 def local_rank() -> int:
-    """This process's rank on its machine, as torchrun sets it; 0 without torchrun."""
+    """This process's rank on its machine, as its launcher sets it; 0 without one."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def world_size() -> int:
-    """The number of processes in the job, as torchrun sets it; 1 without torchrun."""
+    """The number of processes in the job, as the launcher sets it; 1 without one."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -91,68 +92,58 @@ def swapped(target: Any, **values: Any) -> Iterator[None]:
 
 @contextmanager
 def one_message_for_user_errors() -> Iterator[None]:
-    """End a UserError in one message on stderr (the lowest failing rank's copy) and exit code 2 from every rank."""
+    """End a UserError in one message on stderr and exit code 2 from every rank, however the ranks were started."""
     try:
         yield
     except UserError as error:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, to the ranks that end a moment after the first
-        problems = _collect_errors_of_all_ranks(error.problems)
-        if problems:
-            head = problems if len(problems) == 1 else [f"{len(problems)} problems", *(f"  - {p}" for p in problems)]
-            print(printable("error: " + "\n".join(head)), file=sys.stderr, flush=True)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher's, to the ranks that end a moment after the first
+        if _meeting is None:
+            _print_problems(error.problems)
+        else:
+            _meeting.leave(error.problems)
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         raise SystemExit(2) from None
+    except Exception as error:
+        if _meeting is not None:  # the other ranks would wait for this one
+            what = f"{type(error).__name__}: {error}"
+            _meeting.leave([f"rank {rank()} on {_meeting.host} ended with {what} (traceback in its own output)."])
+        raise
+    except SystemExit as error:
+        if _meeting is not None and error.code:  # it has printed why
+            _meeting.leave([])
+        raise
+    finally:
+        if _meeting is not None:
+            _meeting.close()
 
 
-def _collect_errors_of_all_ranks(problems: list[str], patience: timedelta = timedelta(seconds=20)) -> list[str]:
-    """Wait for the other ranks' ends and return the problems that this rank should print (none, if another does).
-
-    torchrun stops every process as soon as one has failed, so a rank that left first would cut off the others'
-    exit codes, and with them the message of a rank that knows more. A rank that does not fail is not waited for
-    longer than `patience`.
-    """
-    if world_size() == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return problems if rank() == 0 or not problems else []
-    agent = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=patience)
-    # The agent's store outlives a restart of the workers: each attempt meets under its own name.
-    store = PrefixStore(f"user_error/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", agent)
-    everyone = [str(index) for index in range(world_size())]
-    store.set(str(rank()), json.dumps(problems))
-    try:
-        store.wait(everyone, patience)
-    except torch.distributed.DistStoreError:
-        everyone = [name for name in everyone if store.check([name])]
-    if str(rank()) != everyone[0]:
-        found: list[str] = []
-    else:
-        found = list(dict.fromkeys(problem for name in everyone for problem in json.loads(store.get(name))))
-    # The store may live in this machine's agent: no rank leaves before all have read.
-    store.set(f"read/{rank()}", "")
-    with suppress(torch.distributed.DistStoreError):  # a rank that was killed meanwhile reads nothing
-        store.wait([f"read/{name}" for name in everyone], patience)
-    return found
+def _print_problems(problems: list[str]) -> None:
+    head = problems if len(problems) == 1 else [f"{len(problems)} problems", *(f"  - {p}" for p in problems)]
+    if problems:
+        print(printable("error: " + "\n".join(head)), file=sys.stderr, flush=True)
 
 
 @contextmanager
 def all_ranks_or_none() -> Iterator[None]:
     """Raise on every rank the UserErrors that any rank met inside.
 
-    A file that is missing on one machine of several must not leave the other machines waiting in a collective. The
-    wait here has no NCCL in it and lasts as long as the slowest rank's work.
+    A file that is missing on one machine of several must not leave the other machines waiting in a collective. It needs
+    no process group, and waits as long as the slowest rank works.
     """
-    group = None
-    if torch.distributed.is_initialized() and world_size() > 1:
-        group = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=7))
+    global _meeting
     problems: list[str] = []
+    if world_size() > 1 and "RANK" in os.environ and _meeting is None:
+        _meeting = Meeting()
     try:
         yield
     except UserError as error:
         problems = error.problems
-    if group is not None:
-        every: list[list[str]] = [[]] * world_size()
-        torch.distributed.all_gather_object(every, problems, group=group)
-        problems = list(dict.fromkeys(problem for found in every for problem in found))
+    if _meeting is not None:
+        try:
+            problems = _meeting.exchange(problems)
+        except torch.distributed.DistError:
+            problems.append("rank 0, or torchrun's agent, has ended while others waited for it: see its own output.")
     if problems:
         raise UserError(problems)
 
@@ -167,39 +158,151 @@ def sync(*paths: str | os.PathLike) -> None:
             os.close(handle)
 
 
-_kept: list[TCPStore] = []  # the process group talks through it until the process ends
+SAYS_AFTER_S = 5.0  # of waiting for other ranks; later, six times that, because ranks have different work
 
 
-@contextmanager
-def new_store_for_each_attempt(patience_s: float = 600) -> Iterator[None]:
-    """Around a run: MASTER_PORT is that of this attempt's store. It does nothing without --max_restarts."""
-    agent_port = os.environ.get("MASTER_PORT", "")
-    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
-    if restarts == 0 or world_size() == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        yield
-        return
-    address = os.environ["MASTER_ADDR"]
-    agent = PrefixStore("attempt", TCPStore(address, int(agent_port), is_master=False))
-    if rank() == 0:
-        store = TCPStore(address, 0, world_size(), is_master=True, wait_for_workers=False)
-        agent.set("port", str(store.port))
-    else:
-        store = _current_store(address, agent, time.monotonic() + patience_s)
-    _kept.append(store)
-    os.environ["MASTER_PORT"] = str(store.port)
+class Meeting:
+    """Where the ranks of a job tell each other what they refuse: a store of keys, served by rank 0 or torchrun's agent.
+
+    A thread of each rank watches for another that leaves, and ends the process when the rank itself does not notice: it may
+    wait for the other in a collective.
+    """
+
+    POLL_S, GRACE_S, PATIENCE_S = 0.3, 3.0, 8.0  # patience: with ranks that have not started, or hang
+
+    def __init__(self) -> None:
+        self.host, self.rounds = socket.gethostname(), 0
+        self.leaving, self.only_one_thread = threading.Event(), threading.Lock()
+        self.store = _open_store()
+        self.store.set(f"host/{rank()}", self.host)
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def exchange(self, problems: list[str]) -> list[str]:
+        """Wait until every rank is here, printing for whom after a while, and return the problems of all."""
+        self.rounds += 1
+        began, patience_s = time.monotonic(), SAYS_AFTER_S * (1 if self.rounds == 1 else 6)
+        missing = self._meet(str(self.rounds), problems, patience_s)
+        while missing:
+            if rank() == min(set(range(world_size())) - set(missing)):
+                names = [f"{index} on {self._host(index) or '? (not started yet)'}" for index in missing[:8]]
+                _print_wait(f"{len(missing)} of {world_size()} ranks: rank {', '.join(names)}", began)
+            patience_s *= 2
+            missing = self._wait_for(str(self.rounds), patience_s)
+        return _united(self._read(str(self.rounds), range(world_size())).values())
+
+    def leave(self, problems: list[str]) -> None:
+        """Tell every rank that this one leaves; when all do, print their problems, once on each machine."""
+        self.leaving.set()
+        self.only_one_thread.acquire()
+        try:
+            self.store.set("one leaves", "")
+            missing = self._meet("leaving", problems, self.PATIENCE_S)
+            found = self._read("leaving", [index for index in range(world_size()) if index not in missing])
+            if rank() == next(index for index in found if self._host(index) == self.host):
+                _print_problems(_united(found.values()))
+            # a launcher kills the others when the first has failed
+            self._meet("printed", [], 1 if missing else self.PATIENCE_S)
+        except torch.distributed.DistError:  # whoever served the store has been killed
+            _print_problems(problems)
+
+    def close(self) -> None:
+        """Leave, rank 0 as the last because it may serve the store."""
+        self.leaving.set()
+        with suppress(torch.distributed.DistError):
+            for name in ("leaving", "printed"):  # for a rank that leaves later; this one has nothing to say
+                if not self.store.check([f"{name}/{rank()}"]):
+                    self.store.set(f"{name}/{rank()}", "null")
+            self._meet("left", [], self.PATIENCE_S if rank() == 0 else 0)
+
+    def _meet(self, name: str, problems: list[str], seconds: float) -> list[int]:
+        self.store.set(f"{name}/{rank()}", json.dumps(problems))
+        return self._wait_for(name, seconds)
+
+    def _wait_for(self, name: str, seconds: float) -> list[int]:
+        """The ranks that have not set their key after these seconds."""
+        until = time.monotonic() + seconds
+        keys = [f"{name}/{index}" for index in range(world_size())]
+        while not self.store.check(keys):  # `wait` with a timeout would print C++ warnings (torch 2.13)
+            if time.monotonic() > until:
+                return [index for index, key in enumerate(keys) if not self.store.check([key])]
+            time.sleep(0.05)
+        return []
+
+    def _read(self, name: str, ranks: Iterable[int]) -> dict[int, list[str]]:
+        found = {index: json.loads(self.store.get(f"{name}/{index}")) for index in ranks}
+        return {index: problems for index, problems in found.items() if problems is not None}
+
+    def _host(self, index: int) -> str:
+        return self.store.get(f"host/{index}").decode() if self.store.check([f"host/{index}"]) else ""
+
+    def _watch(self) -> None:
+        while not self.leaving.wait(self.POLL_S):
+            try:
+                one_leaves = self.store.check(["one leaves"])
+            except torch.distributed.DistError:
+                return  # whoever served the store has been killed
+            if one_leaves and not self.leaving.wait(self.GRACE_S):
+                self.leave([])
+                self.close()
+                os._exit(2)
+
+
+_meeting: Meeting | None = None
+
+
+def _united(found: Iterable[list[str]]) -> list[str]:
+    return list(dict.fromkeys(problem for problems in found for problem in problems))
+
+
+def _open_store() -> Store:
+    """Connect to torchrun's store, or to rank 0's, which serves one at MASTER_PORT for the process group too.
+
+    The store of torchrun's agent outlives a restart of the workers (--max_restarts). There, rank 0 of each attempt serves a
+    new one, so that its ranks do not meet the keys of dead ones, and MASTER_PORT becomes that one's.
+    """
+    here = torch.accelerator.device_count() or world_size()
+    os.environ.setdefault("LOCAL_RANK", str(rank() % here))  # not set by hand, and Accelerate needs it
     try:
-        yield
-    finally:
-        os.environ["MASTER_PORT"] = agent_port
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    except (KeyError, ValueError):
+        raise UserError("RANK and WORLD_SIZE are set. Set MASTER_ADDR and MASTER_PORT too, or use torchrun.") from None
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return PrefixStore("sft", _serve(address, port) if rank() == 0 else _connect(address, lambda: port))
+    agent = TCPStore(address, port, is_master=False)
+    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0":
+        return PrefixStore("sft", agent)
+    if rank() == 0:
+        store = _serve(address, 0)
+        agent.set("sft/port", str(store.port))
+    else:
+        store = _connect(address, lambda: int(agent.get("sft/port")))  # an earlier attempt's, until rank 0 has set it
+    os.environ["MASTER_PORT"] = str(store.port)
+    return PrefixStore("sft", store)
 
 
-def _current_store(address: str, agent: PrefixStore, until: float) -> TCPStore:
-    """Connect to the store of this attempt's rank 0: the one of an earlier attempt has died with its process."""
+def _serve(address: str, port: int) -> TCPStore:
+    try:
+        return TCPStore(address, port, is_master=True, wait_for_workers=False, multi_tenant=port != 0)
+    except torch.distributed.DistError as error:
+        raise UserError(f"MASTER_PORT {port}: rank 0 cannot serve there ({error}). Choose another port.") from error
+
+
+def _connect(address: str, port: Callable[[], int]) -> TCPStore:
+    """Connect to rank 0's store when it is there. A plain socket tries first: TCPStore prints C++ warnings (torch 2.13)."""
+    began, patience_s = time.monotonic(), SAYS_AFTER_S
     while True:
         try:
-            port = int(agent.get("port"))
-            return TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=2))
-        except torch.distributed.DistError:
-            if time.monotonic() > until:
-                raise
-            time.sleep(0.2)
+            with socket.create_connection((address, port()), timeout=2):
+                return TCPStore(address, port(), is_master=False, wait_for_workers=False)
+        except (OSError, torch.distributed.DistError) as error:
+            waited = time.monotonic() - began
+            if waited > 1800:  # as long as PyTorch waits for a process group
+                raise UserError(f"rank 0 does not answer at {address}:{port()}: {error}") from error
+        if waited > patience_s and (local_rank() == 0 or rank() == 1):
+            _print_wait(f"rank 0 at {address}:{port()}", began)
+            patience_s *= 2
+        time.sleep(0.2)
+
+
+def _print_wait(whom: str, began: float) -> None:
+    print(f"rank {rank()} has waited {time.monotonic() - began:.0f} s for {whom}", flush=True)

@@ -5,7 +5,7 @@ import shlex
 
 import pytest
 
-from sft import flags
+from sft import flags, flags_2023
 from sft.flags import parse
 from sft.flags_2023 import translate
 from sft.job import UserError
@@ -97,6 +97,76 @@ def test_other_names_of_2023(old, new):
 def test_a_value_is_not_taken_for_a_flag_and_bare_flags_stay_bare():
     flags = ["--learning_rate", "-1e-5", "--bf16", "--data_path", "a b.csv"]
     assert translate(flags) == (flags, [], [])
+
+
+def test_a_token_is_not_printed():
+    argv, notices, _ = translate(["--push_to_hub_token", "hf_secret"])
+    assert (argv, notices) == (["--hub_token", "hf_secret"], ["`--push_to_hub_token ***` is now `--hub_token ***`"])
+
+
+def test_warmup_steps_win_over_a_ratio_as_they_did():
+    both = ["--warmup_steps", "100", "--warmup_ratio", "0.1"]
+    notice = "`--warmup_ratio 0.1` is ignored: --warmup_steps 100 wins, as it did in transformers 4"
+    for argv in (both, [*both[2:], *both[:2]]):
+        assert translate(argv) == (both[:2], [notice], [])
+    argv, _, _ = translate(["--warmup_steps", "0", "--warmup_ratio", "0.1"])
+    assert argv == ["--warmup_steps", "0", "--warmup_steps", "0.1"]  # the last one counts
+
+
+def test_json_on_the_command_line_may_be_long():
+    config = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"] * 300}
+    seen = (lambda flags: [str(flags.fsdp_config == config)],)
+    assert problems_of("--fsdp", "true", "--fsdp_config", json.dumps(config), checks=seen) == ["True"]
+    argv, _, problems = translate(["--fsdp", "full_shard", "--fsdp_config", json.dumps(config)])
+    assert problems == [] and json.loads(argv[-1])["transformer_layer_cls_to_wrap"] == ["LlamaDecoderLayer"] * 300
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("none.json", "No such file or directory. Give a JSON file, or the JSON itself in quotes."),
+        ("{", "not JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1))."),
+    ],
+)
+def test_a_config_that_cannot_be_read_is_one_sentence(given, said):
+    assert problems_of("--fsdp", "true", "--fsdp_config", given) == [f"--fsdp_config {given}: {said}"]
+    assert translate(["--fsdp", "full_shard", "--fsdp_config", given])[2] == [f"--fsdp_config {given}: {said}"]
+
+
+def test_flags_that_are_auto_or_a_value():
+    def parsed(*words: str) -> tuple:
+        seen = []
+        problems_of(*words, checks=(lambda f: seen.append((f.tokens_per_micro_batch, f.compile_layers)) or ["stop"],))
+        return seen[0]
+
+    assert parsed() == parsed("--tokens_per_micro_batch", "auto", "--compile_layers", "auto") == (None, None)
+    assert parsed("--tokens_per_micro_batch", "2048", "--compile_layers", "False") == (2048, False)
+    for words in (("--tokens_per_micro_batch", "0"), ("--tokens_per_micro_batch", "many")):
+        assert f"{words[1]!r} is neither auto nor a number of tokens" in problems_of(*words)[0]
+    assert "'fast' is neither auto nor True or False" in problems_of("--compile_layers", "fast")[0]
+
+
+def test_auto_is_recorded_as_the_user_wrote_it(tmp_path):
+    args = flags.TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    assert (args.tokens_per_micro_batch, args.to_dict()["tokens_per_micro_batch"]) == (None, "auto")
+    args = flags.TrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, tokens_per_micro_batch=9, compile_layers=True
+    )
+    assert (args.to_dict()["tokens_per_micro_batch"], args.to_dict()["compile_layers"]) == (9, True)
+
+
+@pytest.mark.parametrize("typed", flags_2023.TYPED)
+def test_what_people_type_is_known(typed):
+    meant = flags_2023.TYPED[typed]
+    assert f"--{meant}" in flags.parser()._option_string_actions
+    assert f"--{typed}" not in flags.parser()._option_string_actions
+    assert problems_of(f"--{typed}", "1") == [f"unknown flag --{typed}. Did you mean --{meant}?"]
+
+
+def test_a_launchers_flag_belongs_before_the_script():
+    assert problems_of("--nproc-per-node=4") == [
+        "--nproc_per_node is the launcher's flag. Write it before the script: torchrun --nproc_per_node … llama_training.py …"
+    ]
 
 
 def test_unknown_flags_are_all_named_with_the_nearest_known_one():

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from sft import arithmetic
+from sft.arithmetic import Arithmetic
 from sft.data.csv_rows import read_csv
 from sft.data.template import load_template
 from sft.data.token_cache import CUT, KEPT, TokenizedRows
@@ -201,23 +201,23 @@ def token_findings(rows: TokenizedRows, tokenizer: Any, vocabulary_size: int) ->
 
 def plan(lengths: np.ndarray, args: TrainingArguments) -> tuple[dict[str, Any], list[Finding]]:
     """Steps, what padding would cost (one epoch, shuffled, cut into micro-batches), and points that are never reached."""
-    size, planned = args.per_device_train_batch_size, arithmetic.plan(args, len(lengths))
+    size, planned = args.per_device_train_batch_size, Arithmetic.of(args, len(lengths))
     padded = np.random.default_rng(args.seed).permutation(lengths)
     padded = np.pad(padded, (0, -len(padded) % size)).reshape(-1, size)
     padded_tokens = int(padded.max(axis=1).astype(np.int64) @ np.count_nonzero(padded, axis=1))
     tokens = int(lengths.sum(dtype=np.int64))
     points = (("save", args.save_strategy, args.save_steps), ("eval", args.eval_strategy, args.eval_steps))
     return {
-        "examples_per_optimizer_step": planned["examples_per_step"],
-        "steps_per_epoch": planned["steps_per_epoch"],
-        "steps": planned["steps"],
+        "examples_per_optimizer_step": planned.examples_per_step,
+        "steps_per_epoch": planned.steps_per_epoch,
+        "steps": planned.steps,
         "padded_tokens_per_epoch": padded_tokens,
         "padding_share": 1 - tokens / padded_tokens,
         "packing_speedup": padded_tokens / tokens,
     }, [
-        Finding(f"--{name}_steps {every:g} is beyond the run's {planned['steps']} steps: that point is never reached")
+        Finding(f"--{name}_steps {every:g} is beyond the run's {planned.steps} steps: that point is never reached")
         for name, strategy, every in points
-        if strategy == "steps" and every and every > planned["steps"]
+        if strategy == "steps" and every and every > planned.steps
     ]
 
 

@@ -50,7 +50,7 @@ class Setting:
     def __init__(self, flags: dict[str, Any], step_tokens: int | None = None, compiled: bool = False):
         given = SimpleNamespace(**flags)
         self.flags, self.given_step_tokens = flags, step_tokens
-        self.compiled = compiled or given.compile_layers == "True"
+        self.compiled = compiled or bool(given.compile_layers)
         file = _deepspeed_file(given.deepspeed)
         zero, fsdp = file.get("zero_optimization", {}), (given.fsdp_config or {}) if given.fsdp else {}
         self.cuda = given.plan_gpu_gib is not None or (torch.cuda.is_available() and not given.use_cpu)
@@ -60,8 +60,7 @@ class Setting:
         self.floor_tokens = given.per_device_train_batch_size * given.model_max_length
         self.longest, self.packing = given.model_max_length, given.packing
         self.step_tokens = step_tokens or self.floor_tokens * given.gradient_accumulation_steps
-        asked = given.tokens_per_micro_batch
-        self.tokens_asked = None if asked == "auto" else int(asked)
+        self.tokens_asked = given.tokens_per_micro_batch
         self.compute = torch.bfloat16 if given.bf16 else torch.float16 if given.fp16 else torch.float32
         self.half = self.compute.itemsize == 2
         self.optimizer = getattr(given.optim, "value", given.optim)

@@ -35,7 +35,7 @@ def cheaper_runs(plan: Plan) -> Iterator[tuple[str, Plan]]:
     # name: already so, possible, what to paste, the flags with their new values
     changes: dict[str, tuple[bool, bool, str, dict[str, Any]]] = {
         "tokens": (False, s.packing and fewer < plan.tokens, f"--tokens_per_micro_batch {fewer}",
-                   {"tokens_per_micro_batch": str(fewer)}),
+                   {"tokens_per_micro_batch": fewer}),
         "checkpointing": (s.checkpointing, True, "--gradient_checkpointing True", {"gradient_checkpointing": True}),
         "fsdp": (s.engine != "ddp", many, '--fsdp "full_shard auto_wrap"', fsdp),
         "8bit": ("8bit" in s.optimizer, s.engine != "zero" and not s.lora_rank, f"--optim {optim}", {"optim": optim}),

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from sft.arithmetic import compute_dtype, describe_plan, plan, precision
+from sft.arithmetic import Arithmetic, Precision, compute_dtype
 from sft.flags import ModelArguments, TrainingArguments
 from sft.job import Choice, UserError, say
 from sft.model import loading
@@ -30,8 +30,8 @@ class Settled:
 
     config: PreTrainedConfig
     device: torch.device
-    arithmetic: dict[str, int]  # examples and steps
-    precision: dict[str, str]  # number type of each part
+    arithmetic: Arithmetic
+    precision: Precision
     attention: Choice
     compilation: Choice  # of the decoder layers
     kernel: Callable  # computes the losses: sft/step/loss.py
@@ -43,7 +43,7 @@ class Settled:
 
     def record(self) -> dict[str, dict[str, Any]]:
         """The sections of run_report.json that tell it."""
-        sections: dict[str, dict[str, Any]] = {"batch": self.arithmetic, "precision": self.precision}
+        sections: dict[str, dict[str, Any]] = {"batch": asdict(self.arithmetic), "precision": self.precision.record()}
         sections["proof"] = self.proof._asdict()
         sections["attention"] = {"name": self.attention.value, "reason": self.attention.reason}
         if self.packing:
@@ -70,14 +70,14 @@ def settle(model_args: ModelArguments, args: TrainingArguments, dataset: Any) ->
         dataset: the SupervisedDataset to train on.
     """
     config, lengths = loading.load_config(model_args), dataset.lengths
-    arithmetic = plan(args, len(dataset))
-    say(describe_plan(model_args, args, len(dataset)))
+    arithmetic, precision = Arithmetic.of(args, len(dataset)), Precision.of(model_args, args)
+    say(f"{arithmetic.lines(len(dataset), args.device.type)}\n{precision}")
     with loading.whole_models(args), torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(
             copy.deepcopy(config), trust_remote_code=model_args.trust_remote_code
         )
     kernel_of_attention, proof = packed_or_padded(model_args, args, config, dataset)
-    run_tokens = arithmetic["steps"] * arithmetic["examples_per_step"] * lengths.mean()
+    run_tokens = arithmetic.steps * arithmetic.examples_per_step * lengths.mean()
     compilation = Choice("compiled layers", False, "--packing False")
     if args.packing:
         compilation = choose_compilation(args, skeleton.num_parameters(), model_args.load_in_4bit, run_tokens)
@@ -132,7 +132,7 @@ def settle(model_args: ModelArguments, args: TrainingArguments, dataset: Any) ->
         config=config,
         device=args.device,
         arithmetic=arithmetic,
-        precision=precision(model_args, args),
+        precision=precision,
         attention=kernel_of_attention,
         compilation=compilation,
         kernel=kernel,
@@ -200,8 +200,8 @@ def _token_budget(
     """Most tokens of a micro-batch: asked for, the padded run's number, or on a GPU as many as memory has room for."""
     what, floor = "tokens per micro-batch", args.per_device_train_batch_size * args.model_max_length
     ceiling = min(largest_step, memory.LARGEST_BUDGET)
-    if args.tokens_per_micro_batch != "auto":
-        return Choice(what, int(args.tokens_per_micro_batch), "--tokens_per_micro_batch")
+    if args.tokens_per_micro_batch is not None:
+        return Choice(what, args.tokens_per_micro_batch, "--tokens_per_micro_batch")
     if args.device.type != "cuda" or kernel_of_attention in ("sdpa", "eager"):
         return Choice(what, floor, "per device x --model_max_length")
     if ceiling <= floor:

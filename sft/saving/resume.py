@@ -71,9 +71,9 @@ def output_dir_problems(flags) -> list[str]:
     if not flags.output_dir or flags.check_data:
         return []
     output_dir = Path(flags.output_dir)
-    there = next(folder for folder in (output_dir.absolute(), *output_dir.absolute().parents) if folder.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        return [f"{output_dir}: {there} is not a folder that can be written to. Name another --output_dir."]
+    why = _why_not_made(output_dir.absolute()) if rank() == 0 else None
+    if why:
+        return [f"{output_dir}: {why}. Name another --output_dir."]
     if flags.overwrite_output_dir or str(flags.resume_from_checkpoint or False).lower() != "false":
         return []
     old = newest_first(output_dir)
@@ -86,6 +86,22 @@ def output_dir_problems(flags) -> list[str]:
         f"{output_dir}: it holds a finished model. Name another --output_dir, or give --overwrite_output_dir True."
     )
     return [finished] if old or any(output_dir.glob("*.safetensors")) else []
+
+
+def _why_not_made(folder: Path) -> str | None:
+    """Make the folder, and remove what was made of it."""
+    made: list[Path] = []
+    try:
+        for parent in (*reversed(folder.parents), folder):
+            if not parent.is_dir():
+                parent.mkdir()
+                made.append(parent)
+        return None if os.access(folder, os.W_OK) else "it cannot be written to"
+    except OSError as error:
+        return f"it cannot be made ({error.filename}: {error.strerror})"
+    finally:
+        for parent in reversed(made):
+            parent.rmdir()
 
 
 def saved_identity(checkpoint: str) -> dict[str, str]:
@@ -175,7 +191,7 @@ def run_identity(
         "examples_per_step": str(args.world_size * per_device * accumulation),
         "micro_batch": f"{per_device} per device x {accumulation}",
         "packing": str(args.packing),
-        "tokens_per_micro_batch": str(args.tokens_per_micro_batch) if args.packing else "-",
+        "tokens_per_micro_batch": str(args.tokens_per_micro_batch or "auto") if args.packing else "-",
         "share_prefixes": str(args.share_prefixes) if args.packing else "-",
         "seed": f"{args.seed}, data {args.data_seed}",
         "schedule": f"{args.lr_scheduler_type.value}, warmup {args.warmup_steps}, {args.num_train_epochs} epochs, max_steps {args.max_steps}",
@@ -194,7 +210,9 @@ def run_identity(
     flags = {
         name: as_text(value)
         for name, value in sorted(given.items())
-        if (value or None) != (defaults.get(name) or None) and not HELD.fullmatch(name) and name not in identity
+        if (value or None) not in (defaults.get(name) or None, "auto")
+        and not HELD.fullmatch(name)
+        and name not in identity
     }
     evaluation = {name: value for name, value in flags.items() if EVALUATION.fullmatch(name)}
     judged = args.load_best_model_at_end or args.early_stopping_patience or "plateau" in identity["schedule"]
@@ -204,8 +222,8 @@ def run_identity(
 
 def keep_token_budget(checkpoint: str | None, before: dict[str, str], args) -> None:
     """`--tokens_per_micro_batch auto` measures the GPU's memory; a continued run takes the number that the run began with."""
-    if args.packing and args.tokens_per_micro_batch == "auto" and before.get("tokens_per_micro_batch", "-") != "-":
-        args.tokens_per_micro_batch = before["tokens_per_micro_batch"]
+    if args.packing and args.tokens_per_micro_batch is None and before.get("tokens_per_micro_batch", "-") != "-":
+        args.tokens_per_micro_batch = int(before["tokens_per_micro_batch"])
         say(f"--tokens_per_micro_batch auto: {args.tokens_per_micro_batch}, as in {checkpoint}")
 
 

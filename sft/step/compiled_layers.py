@@ -25,8 +25,8 @@ def choose_compilation(args: Any, parameters: int, quantized: bool, tokens: floa
         tokens: that all ranks together train on in the whole run.
     """
     seconds = 6 * parameters * tokens / (args.world_size * FLOPS_PER_S)
-    if args.compile_layers != "auto":
-        on, why = args.compile_layers == "True", "--compile_layers"
+    if args.compile_layers is not None:
+        on, why = args.compile_layers, "--compile_layers"
     elif args.device.type != "cuda":
         on, why = False, f"on a {args.device.type} the gain does not pay for the compiler"
     elif quantized:

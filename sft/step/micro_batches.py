@@ -13,6 +13,7 @@ import torch
 import transformers
 from torch.utils.data import Sampler
 
+from sft.arithmetic import Arithmetic
 from sft.job import UserError
 
 
@@ -130,7 +131,7 @@ class PackedBatchSampler(Sampler[list[int]]):
 
     @classmethod
     def of(
-        cls, args: transformers.TrainingArguments, lengths: np.ndarray, arithmetic: dict[str, int], **size: int
+        cls, args: transformers.TrainingArguments, lengths: np.ndarray, arithmetic: Arithmetic, **size: int
     ) -> "PackedBatchSampler":
         """The sampler of a run: what the padded recipe fixes, and `max_tokens` or `padded`.
 
@@ -148,11 +149,11 @@ class PackedBatchSampler(Sampler[list[int]]):
             )
         return cls(
             lengths,
-            examples_per_step=arithmetic["examples_per_step"],
+            examples_per_step=arithmetic.examples_per_step,
             world_size=args.world_size,
             rank=args.process_index,
             seed=args.seed if args.data_seed is None else args.data_seed,
-            epochs=-(-arithmetic["steps"] // arithmetic["steps_per_epoch"]),
+            epochs=-(-arithmetic.steps // arithmetic.steps_per_epoch),
             drop_last=args.dataloader_drop_last,
             **size,
         )

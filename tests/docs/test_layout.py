@@ -6,7 +6,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 FLOORS: list[set[str]] = [  # from the ground up; those on one line do not import each other
     {"job"},
-    {"flags_2023"},
+    {"flags_2023", "launchers"},
+    {"trainer_flags"},
     {"flags"},
     {"arithmetic"},
     {"data", "model", "step"},

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import make_tiny_llama
 import pytest
 import readme
+import transformers
 from scripts import ROOT
 from torch.distributed.run import get_args_parser
 
@@ -157,6 +158,14 @@ def test_flags_and_map_are_the_codes():
     assert "sft/run/trainer.py  " in README
     behind = README.replace("sft/run/trainer.py  ", "sft/gone.py  ")
     assert readme.render(behind) == README
+
+
+def test_the_page_of_flags_is_the_codes():
+    page, made = (ROOT / "docs" / "flags.md").read_text(encoding="utf-8"), readme.flags_page()
+    version = re.search(r"\(transformers ([\d.]+)\)", page)[1]
+    if transformers.__version__.startswith(f"{version}."):
+        assert page == made, "docs/flags.md is behind the code: make readme"
+    assert page.split("## Of the Trainer")[0] == made.split("## Of the Trainer")[0]
 
 
 def test_the_map_names_every_file():

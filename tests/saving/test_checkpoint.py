@@ -14,7 +14,7 @@ from saved_runs import choose, flags_for, losses, same_weights, train
 from sft.job import UserError
 from sft.report import record
 from sft.run.trainer import SupervisedTrainer
-from sft.saving import checkpoint, rehearsal
+from sft.saving import checkpoint, rehearsal, resume
 
 # ---- whole or absent
 
@@ -279,8 +279,25 @@ def test_a_disk_that_turns_read_only_loses_nothing(disk, tiny_llama, questions_c
     assert "checkpoint-3 is untouched" in said
     assert checkpoint.why_not_whole(output / "checkpoint-3") is None
     # and a run that begins there is refused before anything is loaded
-    with pytest.raises(UserError, match=r"out is not a folder that can be written to\. Name another --output_dir"):
+    with pytest.raises(
+        UserError, match=r"new: it cannot be made \(.*: Read-only file system\)\. Name another --output_dir"
+    ):
         train(*flags_for(tiny_llama, questions_csv, output / "new"))
+
+
+def test_an_output_folder_is_made_once_before_anything_is_loaded(tmp_path):
+    def problems(folder) -> list[str]:
+        flags = {"output_dir": str(folder), "check_data": False, "overwrite_output_dir": False}
+        return resume.output_dir_problems(SimpleNamespace(**flags, resume_from_checkpoint=None))
+
+    assert problems(tmp_path / "a" / "b") == problems(tmp_path) == []
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("")
+    inside, long = tmp_path / "file" / "out", tmp_path / ("x" * 300)
+    assert problems(inside) == [
+        f"{inside}: it cannot be made ({inside.parent}: File exists). Name another --output_dir."
+    ]
+    assert problems(long) == [f"{long}: it cannot be made ({long}: File name too long). Name another --output_dir."]
 
 
 # ---- rehearsal

@@ -1,0 +1,51 @@
+"""Read what a launcher decides through the environment: take it as if it were the flag, or refuse it."""
+
+import os
+
+# `accelerate launch` sets these, and Accelerate obeys them. Read at import, because the Trainer sets some of them too.
+ACCELERATE = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
+
+REFUSED = {  # variable -> the flag that does it here
+    "USE_DEEPSPEED": "give the script --deepspeed FILE",
+    "USE_FSDP": "give the script --fsdp full_shard",
+    "USE_MEGATRON_LM": "there is no Megatron-LM here",
+    "USE_PARALLELISM_CONFIG": "give the script --fsdp full_shard or --deepspeed FILE",
+    "DYNAMO_BACKEND": "layers are compiled by --compile_layers, a whole model by --torch_compile True",
+}
+
+STARTED = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpirun"}  # processes
+
+
+def read_environment(flags, argv: list[str]) -> tuple[list[str], list[str]]:
+    """Change the flags as the environment says; the notices of it, and the problems.
+
+    ACCELERATE_MIXED_PRECISION=bf16 -> flags.bf16 = True, and a notice
+    """
+    notices, problems = [], []
+    for name, instead in REFUSED.items():
+        value = ACCELERATE.get(f"ACCELERATE_{name}", "no")
+        if value.lower() not in ("no", "false", "0", ""):
+            problems.append(f"ACCELERATE_{name}={value} (accelerate launch): switch it off there; {instead}.")
+    precision = ACCELERATE.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    asked = [name for name in ("bf16", "fp16") if getattr(flags, name)]
+    if precision not in ("no", *asked):
+        source = f"ACCELERATE_MIXED_PRECISION={precision} (accelerate launch)"
+        given = [word for word in argv if word.split("=")[0] in ("--bf16", "--fp16")]
+        if precision in ("bf16", "fp16") and not given:
+            setattr(flags, precision, True)
+            notices.append(f"{source} is taken as --{precision} True")
+        else:
+            against = f" and {given[0]} ask for different compute types" if given else " is no compute type here"
+            problems.append(f"{source}{against}. Choose --bf16 True or --fp16 True, and `no` there.")
+    if ACCELERATE.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes") and not flags.use_cpu:
+        flags.use_cpu = True
+        notices.append("ACCELERATE_USE_CPU (accelerate launch) is taken as --use_cpu True")
+    for name, launcher in STARTED.items():
+        if "RANK" not in os.environ and int(os.environ.get(name) or 1) > 1:
+            problems.append(
+                f"{launcher} started {os.environ[name]} processes that do not know their rank: each would train alone into "
+                "the same folder. Let it start torchrun, once on each machine (examples/slurm.sh), or set RANK, WORLD_SIZE, "
+                "LOCAL_RANK, MASTER_ADDR and MASTER_PORT for each process."
+            )
+            break
+    return notices, problems

@@ -1,0 +1,238 @@
+"""What becomes of each of the Trainer's own arguments: honoured, translated or refused; and which values cannot work."""
+
+import dataclasses
+import importlib.util
+import inspect
+import math
+import os
+import re
+from typing import Any
+
+import huggingface_hub
+import torch
+import transformers
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
+
+from sft.flags_2023 import read_json
+
+FIELDS = {f.name: f for f in dataclasses.fields(transformers.TrainingArguments)}
+
+OTHER_DEFAULTS = {  # than the Trainer's
+    "logging_nan_inf_filter": False,  # a broken run must show
+    "remove_unused_columns": False,
+    "ddp_find_unused_parameters": False,  # every weight gets a gradient
+    "prediction_loss_only": True,  # the logits of an evaluation would fill the memory
+}
+HONOURED = """
+output_dir per_device_train_batch_size num_train_epochs max_steps learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps
+optim optim_args optim_target_modules weight_decay adam_beta1 adam_beta2 adam_epsilon gradient_accumulation_steps max_grad_norm bf16
+fp16 tf32 gradient_checkpointing gradient_checkpointing_kwargs torch_compile torch_compile_backend torch_compile_mode
+use_liger_kernel liger_kernel_config torch_empty_cache_steps logging_strategy logging_steps logging_first_step log_on_each_node
+log_level log_level_replica report_to run_name project trackio_space_id trackio_bucket_id trackio_static_space_id eval_strategy
+eval_steps eval_delay per_device_eval_batch_size eval_on_start save_only_model save_strategy save_steps save_total_limit push_to_hub
+hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision load_best_model_at_end metric_for_best_model
+greater_is_better restore_callback_states_from_checkpoint full_determinism seed data_seed use_cpu dataloader_drop_last
+dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
+dataloader_multiprocessing_context ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend
+ddp_timeout fsdp fsdp_config deepspeed debug skip_memory_metrics resume_from_checkpoint
+""".split()
+TRANSLATED = {
+    "activation_checkpointing": "the same as --gradient_checkpointing",
+    "activation_checkpointing_kwargs": "the same as --gradient_checkpointing_kwargs",
+    "disable_tqdm": "there is no bar in a log: a line for each logged step",
+    "local_rank": "launchers give it; LOCAL_RANK of the environment is used",
+    "accelerator_config": "non_blocking is on with a GPU; keys that would share batches out otherwise are refused",
+    "do_train": "True is what the scripts do; False is refused",
+    "do_eval": "True is what --eval_strategy does; it needs that flag",
+}
+REFUSED = {  # any value but the default here: why, and what instead
+    "bf16_full_eval": "an evaluation computes as training does. Use --bf16 True",
+    "fp16_full_eval": "an evaluation computes as training does. Use --fp16 True",
+    "use_cache": "a cache of keys and values fills the memory and nothing reads it. Remove the flag",
+    "auto_find_batch_size": "the micro-batches are planned before the first step. Use --tokens_per_micro_batch auto, or --plan_only True",
+    "logging_nan_inf_filter": "a run stops at a loss that is not finite and hides none. Remove the flag",
+    "include_num_input_tokens_seen": "tokens are counted without it: on each logged line and in run_report.json. Remove the flag",
+    **dict.fromkeys(
+        "prediction_loss_only eval_do_concat_batches eval_use_gather_object eval_accumulation_steps include_for_metrics "
+        "batch_eval_metrics".split(),
+        "no logits are kept: an evaluation is one exact mean loss. Remove the flag",
+    ),
+    "save_on_each_node": "a checkpoint is written once, to a disk that the machines share. Remove the flag",
+    "enable_jit_checkpoint": "SIGTERM saves a checkpoint in every run. Remove the flag",
+    "ignore_data_skip": "a resumed run would train again on rows that it has seen, and skipping costs nothing. Remove the flag",
+    "parallelism_config": "it has no form on a command line. Use --fsdp full_shard or --deepspeed FILE",
+    "dataloader_in_order": "micro-batches would meet other optimizer steps. Remove the flag",
+    "remove_unused_columns": "the rows have no unused columns. Remove the flag",
+    "label_names": "the labels are named `labels`. Remove the flag",
+    "length_column_name": "the lengths of the rows are known. Remove the flag",
+    "do_predict": "ask the tuned model with: python -m sft.generate",
+}
+UNDER_PACKING = {  # refused in a packed run
+    "label_smoothing_factor": "the packed loss does not smooth labels. Add --packing False",
+    "neftune_noise_alpha": "its noise depends on the length of the row, which packing changes. Add --packing False",
+    "average_tokens_across_devices": "the loss would depend on which rank has which example, which packing changes. Remove the flag, or "
+    "add --packing False",
+    "train_sampling_strategy": "it changes which examples share a step, to save padding. Packing computes no padding and keeps the "
+    "steps: remove the flag, or add --packing False",
+}
+RANGES: dict[str, tuple[float, float]] = {  # at least, at most
+    **dict.fromkeys(("model_max_length", "per_device_train_batch_size", "per_device_eval_batch_size"), (1, math.inf)),
+    **dict.fromkeys(
+        ("gradient_accumulation_steps", "ddp_timeout", "ddp_bucket_cap_mb", "plan_world_size"), (1, math.inf)
+    ),
+    **dict.fromkeys(("torch_empty_cache_steps", "dataloader_prefetch_factor", "save_total_limit"), (1, math.inf)),
+    **dict.fromkeys(
+        ("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps", "num_train_epochs"), (0, 1e9)
+    ),
+    **dict.fromkeys(
+        ("logging_steps", "eval_steps", "save_steps", "eval_delay", "dataloader_num_workers"), (0, math.inf)
+    ),
+    **dict.fromkeys(("plan_gpu_gib", "neftune_noise_alpha"), (0, math.inf)),
+    **dict.fromkeys(("seed", "data_seed"), (0, 2**32 - 1)),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor"), (0, 1 - 1e-9)),
+}
+OPTIMIZERS = {  # the module that --optim needs, and in which of its names; bitsandbytes has all the others in 8 bits
+    "torchao": "torch_[48]bit", "galore_torch": "galore", "apollo_torch": "apollo", "lomo_optim": "lomo", "grokadamw": "grokadamw",
+    "schedulefree": "schedule_free", "optimi": "stable_adamw", "torchdistx": "anyprecision", "torch_xla": "xla",
+    "torch_npu": "npu", "bitsandbytes": "ademamix|lion|bnb|8bit|paged",
+}  # fmt: skip
+BATCHES = ("split_batches", "dispatch_batches", "even_batches", "use_seedable_sampler")  # keys of --accelerator_config
+JSON_FLAGS = ("accelerator_config", "gradient_checkpointing_kwargs", "lr_scheduler_kwargs")
+
+
+def trainer_problems(flags: Any, given: set[str]) -> list[str]:
+    """What cannot work in the values of the Trainer's arguments, known before anything is loaded.
+
+    JSON in a flag's text is read into its place.
+
+    Args:
+        flags: the parsed command line, as a namespace.
+        given: the names that stand on it.
+    """
+    refused = REFUSED | (UNDER_PACKING if flags.packing else {})
+    problems = [
+        f"--{name} {getattr(flags, name)}: {why}."
+        for name, why in refused.items()
+        if name in FIELDS and getattr(flags, name) != default(name)
+    ]
+    for name, (low, high) in RANGES.items():
+        value = getattr(flags, name)
+        if value is not None and not low <= value <= high:
+            wanted = f"at least {low}" if high > 1e8 else "from 0 to below 1"
+            problems.append(
+                f"--{name} {value}: it must be {wanted}" + (f" and at most {high}." if high == 2**32 - 1 else ".")
+            )
+    for name in JSON_FLAGS:
+        try:
+            if isinstance(getattr(flags, name), str):
+                setattr(flags, name, read_json(f"--{name}", getattr(flags, name)))
+        except ValueError as error:
+            problems.append(str(error))
+    batches = [key for key in BATCHES if key in (flags.accelerator_config or {})]
+    wrong = {
+        "--max_steps 0 trains nothing. Give a number of steps, or --num_train_epochs.": flags.max_steps == 0,
+        f"--num_train_epochs {flags.num_train_epochs:g} trains nothing. Give more than 0.": flags.max_steps < 0
+        and not flags.num_train_epochs > 0,
+        f"--accelerator_config: {', '.join(batches)} would change which rank has which rows. Remove the key.": batches,
+        "--do_train False: these scripts train. Remove the flag.": "do_train" in given and not flags.do_train,
+        "--do_eval True: add --eval_strategy epoch (or steps), and rows to evaluate.": flags.do_eval
+        and text(flags.eval_strategy) == "no",
+        "--fp16 True: a CPU computes float32 then. Remove the flag, or use --bf16 True.": flags.fp16
+        and flags.use_cpu
+        and not flags.bf16,
+    }
+    liger = flags.use_liger_kernel and not flags.plan_only
+    wrong |= {
+        "--use_liger_kernel needs a GPU: its kernels are written in Triton. Remove the flag.": liger and flags.use_cpu,
+        "--use_liger_kernel needs the package liger-kernel. Run: pip install liger-kernel": liger
+        and importlib.util.find_spec("liger_kernel") is None,
+        "--save_steps 0 saves nothing. Use --save_strategy no.": text(flags.save_strategy) == "steps"
+        and flags.save_steps == 0,
+    }
+    problems += [message for message, is_wrong in wrong.items() if is_wrong]
+    return problems + _metric(flags) + _scheduler(flags) + _optimizer(flags) + _hub(flags)
+
+
+def text(value: Any) -> str:
+    return str(getattr(value, "value", value))
+
+
+def default(name: str) -> Any:
+    field = FIELDS[name]
+    if name in OTHER_DEFAULTS:
+        return OTHER_DEFAULTS[name]
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def _metric(flags: Any) -> list[str]:
+    """Evaluations give a loss and its perplexity; of both, the lower one is better."""
+    if flags.metric_for_best_model is None:
+        return []
+    name = flags.metric_for_best_model.removeprefix("eval_")
+    if name not in ("loss", "perplexity"):
+        return [f"--metric_for_best_model {flags.metric_for_best_model}: evaluations give loss and perplexity."]
+    if flags.greater_is_better:
+        return [f"--greater_is_better True: the lower {name} is the better one. Remove the flag."]
+    flags.greater_is_better = False  # the Trainer would take the highest perplexity
+    return []
+
+
+def _scheduler(flags: Any) -> list[str]:
+    """Build the scheduler once, on one weight."""
+    name, given = text(flags.lr_scheduler_type), flags.lr_scheduler_kwargs or {}
+    takes = inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[transformers.SchedulerType(name)]).parameters
+    takes = {key for key in takes if key not in ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")}
+    if isinstance(given, str):
+        return []  # not JSON, which has been said
+    unknown = [key for key in given if key not in takes and "kwargs" not in takes]
+    if unknown:
+        return [
+            f"--lr_scheduler_kwargs: {name} does not take {unknown[0]!r}. It takes {', '.join(sorted(takes)) or 'none'}."
+        ]
+    try:
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=max(flags.learning_rate, 1e-12))
+        transformers.get_scheduler(name, optimizer, 1, 10, scheduler_specific_kwargs=dict(given))
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        return [f"--lr_scheduler_type {name} with --lr_scheduler_kwargs {given}: {error}."]
+    return []
+
+
+def _optimizer(flags: Any) -> list[str]:
+    optim = text(flags.optim)
+    module = next((module for module, names in OPTIMIZERS.items() if re.search(names, optim)), "torch")
+    package = {"optimi": "torch-optimi"}.get(module, module.replace("_", "-"))
+    missing = importlib.util.find_spec(module) is None
+    return [f"--optim {optim} needs the package {package}. Run: pip install {package}"] * missing
+
+
+def _hub(flags: Any) -> list[str]:
+    """Ask the hub whom the token belongs to, before a model is trained that could not be uploaded."""
+    if not flags.push_to_hub or flags.plan_only or int(os.environ.get("RANK", "0")) > 0:
+        return []
+    cure = "or remove the flag and upload the folder later: hf upload REPOSITORY FOLDER"
+    token = flags.hub_token or huggingface_hub.get_token()
+    if token is None:
+        return [f"--push_to_hub needs a token. Run hf auth login, or set HF_TOKEN, {cure}"]
+    try:
+        huggingface_hub.whoami(token=token)
+    except Exception as error:  # of whichever HTTP library the hub's client uses
+        why = str(error).replace(token, "***").splitlines()[0]
+        return [f"--push_to_hub: the hub does not answer this token ({type(error).__name__}: {why}). Mend that, {cure}"]
+    return []
+
+
+def trainer_table() -> str:
+    """The Trainer's own arguments as a Markdown table: what becomes of each."""
+    rows = ["| flag | default | here |", "|---|---|---|"]
+    for name in FIELDS:
+        packed = (
+            f"honoured with --packing False; packed, refused: {UNDER_PACKING[name]}"
+            if name in UNDER_PACKING
+            else "honoured"
+        )
+        becomes = f"refused: {REFUSED[name]}" if name in REFUSED else packed
+        becomes = f"translated: {TRANSLATED[name]}" if name in TRANSLATED else becomes
+        value = default(name)
+        shown = "" if value is None or value == [] else f"`{text(value)}`"
+        rows.append(f"| `--{name}` | {shown} | {becomes}. |")
+    return "\n".join(rows)

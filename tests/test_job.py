@@ -1,0 +1,197 @@
+"""What one rank refuses, all ranks say and leave, however they were started; a rank that waits says for whom."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import jobs
+import pytest
+from scripts import ROOT
+
+from sft import job
+from sft.job import Choice, UserError, swapped
+
+MISSING = "/no/such.csv"
+
+
+@pytest.fixture
+def flags(tiny_llama, questions_csv, tmp_path) -> list[str]:
+    words = ["--model_name_or_path", str(tiny_llama), "--data_path", str(questions_csv)]
+    words += ["--output_dir", str(tmp_path / "out"), "--data_cache_dir", str(tmp_path / "cache")]
+    return [*words, "--max_steps", "2", "--save_strategy", "no"]
+
+
+# ---- started by hand: RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT
+
+
+def no_data_on_rank_1() -> None:
+    print(f"started at {time.monotonic()}", flush=True)
+    if job.rank() == 1:
+        sys.argv[sys.argv.index("--data_path") + 1] = MISSING
+
+
+def no_checkpoint_on_rank_1() -> None:
+    print(f"started at {time.monotonic()}", flush=True)
+    if job.rank() == 1:
+        sys.argv += ["--resume_from_checkpoint", "/no/checkpoint"]
+
+
+def no_data_on_the_second_machine() -> None:
+    socket.gethostname = lambda: f"machine{job.rank()}"
+    no_data_on_rank_1()
+
+
+def bug_on_rank_1() -> None:
+    import utils
+
+    def load_model(*_):
+        raise KeyError("a bug")
+
+    if job.rank() == 1:
+        utils.load_model = load_model
+
+
+@pytest.mark.parametrize(
+    ("fault", "said", "times"),
+    [
+        (no_data_on_rank_1, f"error: {MISSING}: No such file or directory", 1),  # before a process group exists
+        (no_data_on_the_second_machine, f"error: {MISSING}: No such file or directory", 2),  # one for each terminal
+        (
+            no_checkpoint_on_rank_1,
+            "error: --resume_from_checkpoint /no/checkpoint: no such checkpoint folder",
+            1,
+        ),  # after
+    ],
+)
+def test_what_one_rank_refuses_ends_all_with_one_message(flags, tmp_path, fault, said, times):
+    printed = jobs.run(flags, 2, tmp_path / "log", fault, expect=2)
+    took_s = time.monotonic() - min(map(float, re.findall("started at (.*)", printed)))
+    assert printed.count("error: ") == printed.count(said) == times
+    assert "Traceback" not in printed
+    assert took_s < 15  # of which the last fault comes after some seconds of reading and loading
+
+
+def test_a_bug_on_one_rank_ends_the_other_too(flags, tmp_path):
+    ranks = jobs.Job(flags, 2, tmp_path / "log", bug_on_rank_1)
+    assert ranks.wait() == [2, 1]
+    assert f"error: rank 1 on {socket.gethostname()} ended with KeyError: 'a bug'" in ranks.printed()
+
+
+def waits_on_rank_1() -> None:
+    from sft import flags
+
+    job.SAYS_AFTER_S = 1.0
+    if job.rank() == 1:
+        read = flags.read_environment
+        flags.read_environment = lambda *given: (time.sleep(3), read(*given))[1]
+
+
+def test_a_rank_says_for_whom_it_waits(flags, tmp_path):
+    printed = jobs.run([*flags, "--plan_world_size", "4"], 2, tmp_path / "log", waits_on_rank_1, expect=2)
+    assert re.search(rf"rank 0 has waited \d+ s for 1 of 2 ranks: rank 1 on {socket.gethostname()}\n", printed)
+
+
+def test_a_rank_waits_for_rank_0_and_says_where(monkeypatch, capsys):
+    monkeypatch.setattr(job, "SAYS_AFTER_S", 0.5)
+    monkeypatch.setenv("RANK", "1")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    found = []
+    waiting = threading.Thread(target=lambda: found.append(job._connect("127.0.0.1", lambda: port)))
+    waiting.start()
+    time.sleep(1)
+    store = job._serve("127.0.0.1", port)
+    waiting.join(timeout=10)
+    store.set("a", "1")
+    assert found[0].get("a") == b"1"
+    assert f"rank 1 has waited 1 s for rank 0 at 127.0.0.1:{port}\n" in capsys.readouterr().out
+
+
+def test_what_rank_0_needs_to_serve(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(UserError, match="Set MASTER_ADDR and MASTER_PORT too, or use torchrun"):
+        job._open_store()
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        with pytest.raises(UserError, match="rank 0 cannot serve there"):
+            job._serve("127.0.0.1", taken.getsockname()[1])
+
+
+# ---- launchers
+
+BREAKS_RANK_1 = f"""
+import os, runpy, sys
+if os.environ["RANK"] == "1":
+    sys.argv[sys.argv.index("--data_path") + 1] = {MISSING!r}
+sys.argv[0] = {str(ROOT / "llama_training.py")!r}
+sys.path.insert(0, {str(ROOT)!r})
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+TORCHRUN = ["-m", "torch.distributed.run", "--rdzv_backend=c10d"]
+ACCELERATE = ["-m", "accelerate.commands.launch", "--multi_gpu", "--mixed_precision=no", "--dynamo_backend=no"]
+LAUNCHERS = {
+    "torchrun": [[*TORCHRUN, "--nproc_per_node=2", "--rdzv_endpoint=127.0.0.1:0"]],
+    "two agents": [[*TORCHRUN, "--nproc_per_node=1", "--nnodes=2", "--rdzv_id=1", "--rdzv_endpoint=127.0.0.1:PORT"]]
+    * 2,
+    "accelerate": [[*ACCELERATE, "--num_processes=2", "--num_machines=1", "--main_process_port=PORT"]],
+    "deepspeed": [["-m", "deepspeed.launcher.runner", "--num_gpus=2", "--master_port=PORT"]],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_every_launcher_ends_with_one_message(launcher, flags, tmp_path):
+    script = tmp_path / "breaks_rank_1.py"
+    script.write_text(BREAKS_RANK_1)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
+    environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    logs: list[Path] = []
+    started = []
+    for number, words in enumerate(LAUNCHERS[launcher]):
+        logs.append(tmp_path / f"log{number}")
+        command = [sys.executable, *(word.replace("PORT", port) for word in words), str(script), *flags]
+        with open(logs[-1], "w") as log:
+            started.append(
+                subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+            )
+    try:
+        codes = [process.wait(timeout=120) for process in started]
+    finally:
+        for process in started:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    printed = "".join(log.read_text() for log in logs)
+    assert 0 not in codes
+    assert printed.count("error: ") == printed.count(f"error: {MISSING}: No such file or directory") == 1, printed
+
+
+# ---- small things
+
+
+def test_a_choice_is_printed_with_its_reason():
+    assert str(Choice("compiled layers", False, "--compile_layers")) == "compiled layers: off (--compile_layers)"
+    assert str(Choice("attention", "sdpa", "on a CPU")) == "attention: sdpa (on a CPU)"
+
+
+def test_attributes_come_back_after_an_error():
+    class Args:
+        seed, folder = 1, "a"
+
+    with pytest.raises(KeyError), swapped(Args, seed=2, folder="b"):
+        assert (Args.seed, Args.folder) == (2, "b")
+        raise KeyError
+    assert (Args.seed, Args.folder) == (1, "a")

@@ -1,0 +1,200 @@
+"""Each of the Trainer's own arguments is honoured, translated or refused, and a value that cannot work is one sentence."""
+
+import argparse
+import re
+
+import huggingface_hub
+import pytest
+import transformers
+from transformers.training_args import OptimizerNames
+
+from sft import flags, trainer_flags
+from sft.flags import parse
+from sft.job import UserError
+from sft.trainer_flags import FIELDS, HONOURED, RANGES, REFUSED, TRANSLATED, UNDER_PACKING
+
+NEWER = {"activation_checkpointing", "activation_checkpointing_kwargs"}  # unknown to transformers 5.17
+
+
+def problems_of(words: str, *more: str) -> list[str]:
+    """What is wrong with flags on a CPU, besides a model and data that are not there."""
+    required = ["--model_name_or_path", "m", "--data_path", "d.csv", "--output_dir", "o", "--use_cpu", "True"]
+    seen: list[str] = []
+
+    def stop(_) -> list[str]:
+        return ["stop here"]
+
+    with pytest.raises(UserError) as raised:
+        parse([*required, *words.split(), *more], (stop,))
+    seen += raised.value.problems
+    return [problem for problem in seen if problem != "stop here"]
+
+
+def test_every_argument_of_the_trainer_stands_in_one_table():
+    tables = [HONOURED, list(TRANSLATED), list(REFUSED), list(UNDER_PACKING)]
+    names = [name for table in tables for name in table]
+    assert sorted(names) == sorted(set(names))
+    assert set(FIELDS) - set(names) == set(), "new in transformers: say what becomes of it in sft/trainer_flags.py"
+    assert set(names) - set(FIELDS) <= NEWER
+    assert set(RANGES) <= {action.dest for action in flags.parser()._actions}
+
+
+def another_value(name: str) -> str | None:
+    """A value for a flag that is not its default; None where a command line has no form for it."""
+    (action,) = [a for a in flags.parser()._actions if f"--{name}" in a.option_strings]
+    default = trainer_flags.default(name)
+    if name == "include_num_input_tokens_seen":
+        return "all"
+    if isinstance(default, bool):
+        return str(not default)
+    if isinstance(default, str):
+        return "sequential" if name == "train_sampling_strategy" else "another"
+    return None if action.type not in (int, float, str) else "0.5" if action.type is float else "3"
+
+
+@pytest.mark.parametrize("name", [*REFUSED, *UNDER_PACKING])
+def test_what_is_refused_says_what_to_do(name):
+    value = another_value(name)
+    if value is None:
+        assert name == "parallelism_config"
+        return
+    (problem,) = problems_of(f"--{name} {value}")
+    assert problem.startswith(f"--{name} ")
+    assert re.search(r"Remove the flag|remove the flag|[Uu]se --|Add --packing False|python -m", problem)
+    if name in UNDER_PACKING:
+        assert problems_of(f"--{name} {value} --packing False") == []
+
+
+def test_defaults_that_differ_from_the_trainers_are_told_truthfully():
+    shown = {a.dest: a.default for a in flags.parser()._actions if not isinstance(a, argparse._StoreFalseAction)}
+    for name, value in trainer_flags.OTHER_DEFAULTS.items():
+        assert shown[name] == value != FIELDS[name].default
+    assert problems_of("--prediction_loss_only True --remove_unused_columns False") == []
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_values_out_of_range_are_refused_on_both_sides(name):
+    low, high = RANGES[name]
+    (action,) = [a for a in flags.parser()._actions if f"--{name}" in a.option_strings]
+    wrong = [f"{low - 1:.0f}"]
+    if high < 1e8:
+        wrong += ["1"]
+    elif high == 2**32 - 1:
+        wrong += [str(2**32)]
+    elif action.type is float:
+        wrong += ["nan"]
+    for value in wrong:
+        found = problems_of(f"--{name}={value} --packing False")
+        assert any(problem.startswith(f"--{name} ") and "it must be" in problem for problem in found), (value, found)
+    assert any("invalid" in problem for problem in problems_of(f"--{name} many"))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--max_steps 0", "--max_steps 0 trains nothing. Give a number of steps, or --num_train_epochs."),
+        ("--num_train_epochs 0", "--num_train_epochs 0 trains nothing. Give more than 0."),
+        ("--learning_rate -1e-5", "--learning_rate -1e-05: it must be at least 0."),
+        ("--per_device_train_batch_size 0", "--per_device_train_batch_size 0: it must be at least 1."),
+        ("--seed -1", "--seed -1: it must be at least 0 and at most 4294967295."),
+        ("--fp16 True", "--fp16 True: a CPU computes float32 then. Remove the flag, or use --bf16 True."),
+        ("--do_train False", "--do_train False: these scripts train. Remove the flag."),
+        ("--do_eval True", "--do_eval True: add --eval_strategy epoch (or steps), and rows to evaluate."),
+        ("--do_predict True", "--do_predict True: ask the tuned model with: python -m sft.generate."),
+        ("--save_steps 0", "--save_steps 0 saves nothing. Use --save_strategy no."),
+        ("--metric_for_best_model bleu", "--metric_for_best_model bleu: evaluations give loss and perplexity."),
+        (
+            "--metric_for_best_model eval_perplexity --greater_is_better True",
+            "--greater_is_better True: the lower perplexity is the better one. Remove the flag.",
+        ),
+        (
+            "--use_liger_kernel True",
+            "--use_liger_kernel needs a GPU: its kernels are written in Triton. Remove the flag.",
+        ),
+        (
+            '--accelerator_config {"split_batches":true}',
+            "--accelerator_config: split_batches would change which rank has which rows. Remove the key.",
+        ),
+        (
+            '--lr_scheduler_kwargs {"num_cycles":2}',
+            "--lr_scheduler_kwargs: linear does not take 'num_cycles'. It takes none.",
+        ),
+        (
+            '--lr_scheduler_type cosine_with_restarts --lr_scheduler_kwargs {"cycles":2}',
+            "--lr_scheduler_kwargs: cosine_with_restarts does not take 'cycles'. It takes num_cycles.",
+        ),
+        (
+            "--lr_scheduler_type cosine_with_min_lr",
+            "--lr_scheduler_type cosine_with_min_lr with --lr_scheduler_kwargs {}: "
+            "One of min_lr or min_lr_rate should be set through the `lr_scheduler_kwargs`.",
+        ),
+        (
+            "--lr_scheduler_kwargs {cycles:2}",
+            "--lr_scheduler_kwargs {cycles:2}: not JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1)).",
+        ),
+    ],
+)
+def test_each_mistake_is_one_sentence(words, said):
+    assert problems_of(words) == [said]
+
+
+def test_values_that_work_are_left_alone():
+    assert problems_of("--do_train True --do_eval True --eval_strategy epoch --disable_tqdm True --local_rank=0") == []
+    assert problems_of("--num_train_epochs 0 --max_steps 3 --seed 4294967295 --adam_beta1 0.0") == []
+    assert problems_of('--lr_scheduler_type cosine_with_restarts --lr_scheduler_kwargs {"num_cycles":2}') == []
+    assert problems_of("--include_num_input_tokens_seen False") == []
+    assert problems_of("--fp16 True --plan_only True --use_cpu False") == []
+
+
+@pytest.mark.parametrize("name", [kind.value for kind in transformers.SchedulerType])
+def test_every_scheduler_can_be_tried(name):
+    found = problems_of(f"--lr_scheduler_type {name}")
+    needs = name.endswith("min_lr") or name == "warmup_stable_decay"
+    assert bool(found) == needs, found
+
+
+def test_the_lower_perplexity_is_the_better_one():
+    seen = []
+    with pytest.raises(UserError):
+        parse(
+            ["--model_name_or_path", "m", "--data_path", "d", "--output_dir", "o", "--metric_for_best_model", "perplexity"],
+            (lambda flags: seen.append(flags.greater_is_better) or ["stop"],),
+        )  # fmt: skip
+    assert seen == [False]
+
+
+def test_an_optimizer_whose_package_is_missing_is_refused(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name != "torch" else object())
+    needs = {name.value: trainer_flags._optimizer(argparse.Namespace(optim=name)) for name in OptimizerNames}
+    assert needs["schedule_free_adamw"] == [
+        "--optim schedule_free_adamw needs the package schedulefree. Run: pip install schedulefree"
+    ]
+    packages = {name: re.findall("install (.*)", found[0])[0] for name, found in needs.items() if found}
+    assert packages["stable_adamw"] == "torch-optimi" and packages["galore_adamw_8bit"] == "galore-torch"
+    assert packages["adamw_torch_8bit"] == "torchao" and packages["paged_adamw_8bit"] == "bitsandbytes"
+    assert set(needs) - set(packages) == {
+        "adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop"
+    }  # fmt: skip
+
+
+def test_an_upload_needs_a_token_that_the_hub_knows(monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    (problem,) = problems_of("--push_to_hub True")
+    assert problem.startswith("--push_to_hub needs a token. Run hf auth login, or set HF_TOKEN")
+
+    def whoami(token):
+        raise ConnectionError(f"no route to the hub with {token}\nand more")
+
+    monkeypatch.setattr(huggingface_hub, "whoami", whoami)
+    (problem,) = problems_of("--push_to_hub True --hub_token hf_secret")
+    assert "(ConnectionError: no route to the hub with ***)" in problem and "hf_secret" not in problem
+    monkeypatch.setattr(huggingface_hub, "whoami", lambda token: {"name": "me"})
+    assert problems_of("--push_to_hub True --hub_token hf_secret") == []
+
+
+def test_the_table_shows_defaults_and_what_becomes_of_each_flag():
+    table = trainer_flags.trainer_table()
+    assert "| `--learning_rate` | `5e-05` | honoured. |" in table
+    assert "| `--prediction_loss_only` | `True` | refused: no logits are kept" in table
+    assert "| `--neftune_noise_alpha` |  | honoured with --packing False; packed, refused: its noise" in table
+    assert "| `--local_rank` | `-1` | translated: launchers give it" in table
