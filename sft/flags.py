@@ -109,6 +109,7 @@ class TrainingArguments(transformers.TrainingArguments):
     model_max_length: int = flag(
         512, "Longest example in tokens, prompt and response. Longer ones are cut and counted."
     )
+    packing_asked: bool = dataclasses.field(default=False, init=False)  # --packing was given by hand
     packing: bool = flag(
         True,
         "Fill micro-batches with whole examples end to end: same examples and gradient in each optimizer "
@@ -234,6 +235,7 @@ def parse(
         )
     except (ValueError, ImportError) as error:  # the Trainer's own checks of its arguments
         raise UserError(str(error)) from error
+    training_args.packing_asked = any(word.split("=")[0] == "--packing" for word in argv)
     return model_args, data_args, training_args
 
 
@@ -314,7 +316,7 @@ def flags_table() -> str:
     rows = ["| flag | default | what it does |", "|---|---|---|"]
     for kind in (ModelArguments, DataArguments, TrainingArguments):
         for f in dataclasses.fields(kind):
-            if f.name in FIELDS:
+            if f.name in FIELDS or not f.init:
                 continue
             default = "auto" if f.name in AUTO else f.default
             rows.append(f"| `--{f.name}` | {'' if default is None else f'`{default}`'} | {f.metadata['help']} |")

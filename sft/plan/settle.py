@@ -175,6 +175,8 @@ def packed_or_padded(
             raise UserError(
                 f"--attn_implementation {model_args.attn_implementation} cannot be used with packing: {why}. Leave the flag out."
             )
+        if args.packing_asked:
+            raise UserError(f"--packing True: {why}. Remove the flag, and the run is padded.")
         say(f"packing: off, this run is padded: {why}")
         args.packing = False
     proof = prove(model_args, args, config, dataset, None)

@@ -142,6 +142,25 @@ def test_a_kernel_of_the_users_must_keep_examples_apart(tiny_llama):
     assert packed_or_padded(args, args, loading.load_config(args), dataset)[0].value == PER_EXAMPLE
 
 
+def test_a_model_that_cannot_be_packed_is_padded_unless_packing_was_asked_for(tiny_llama, monkeypatch, capsys):
+    args = parser().parse_known_args(["--use_cpu", "True", "--model_name_or_path", str(tiny_llama)])[0]
+    args.device, config = torch.device("cpu"), AutoConfig.for_model("bloom", **SHAPE, n_layer=2, n_head=4)
+    args.packing_asked = True
+    with pytest.raises(UserError, match="--packing True: examples see each other .*the run is padded"):
+        packed_or_padded(args, args, config, rows(3, seed=1))
+    args.packing_asked = False
+    packed_or_padded(args, args, config, rows(3, seed=1))
+    assert (
+        args.packing is False and "packing: off, this run is padded: examples see each other" in capsys.readouterr().out
+    )
+    monkeypatch.setattr(
+        "sft.plan.proof.stock", lambda model, examples, which: 2 * len(examples) * next(model.parameters()).sum()
+    )
+    args.packing = True
+    with pytest.raises(UserError, match="cannot be trained right here, not even padded"):
+        packed_or_padded(args, args, config, rows(3, seed=1))
+
+
 def test_short_examples_have_something_trained_and_something_before_it():
     long_prompt = {"input_ids": torch.arange(200), "labels": torch.full((200,), IGNORE_INDEX)}
     (first, second) = proof.short_examples([long_prompt, rows(1)[0]])
