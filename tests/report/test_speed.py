@@ -64,15 +64,15 @@ def llama(**changes):
 
 def test_flops_by_hand():
     flops = ModelFlops.of(llama())
-    assert flops == ModelFlops(960, 960, 400, 400, 16)
+    assert flops == ModelFlops(6 * 960, 6 * 400, 16)
     counts = TokenCounts(real=10, trained=4, computed=12, squared=52)
     assert flops.step(counts) == 6 * 960 * 10 + 6 * 400 * 4 + 6 * 16 * 52
-    assert flops.step_6n(counts) == 6 * (960 + 400) * 10 + 12 * 16 * 52
+    assert flops.step(counts, usual=True) == 6 * (960 + 400) * 10 + 12 * 16 * 52
     padded_more = TokenCounts(real=10, trained=4, computed=99, squared=52)
     assert flops.step(padded_more) == flops.step(counts)  # padding is not work
     counts.shared, counts.squared = 3, 43  # of 3 tokens that another example holds, neither
     assert flops.step(counts) == 6 * 960 * 7 + 6 * 400 * 4 + 6 * 16 * 43
-    assert flops.step_6n(counts) == 6 * (960 + 400) * 7 + 12 * 16 * 43
+    assert flops.step(counts, usual=True) == 6 * (960 + 400) * 7 + 12 * 16 * 43
 
 
 def test_flops_of_frozen_weights_and_tied_embeddings():
@@ -80,13 +80,13 @@ def test_flops_of_frozen_weights_and_tied_embeddings():
     for parameter in model.model.layers[0].parameters():
         parameter.requires_grad = False
     flops = ModelFlops.of(model)
-    assert (flops.layer_weights, flops.trained_layer_weights, flops.head_weights) == (960, 480, 400)
+    assert (flops.layers, flops.head) == (4 * 480 + 6 * 480, 6 * 400)
     counts = TokenCounts(real=10)
     assert flops.step(counts) == (4 * 960 + 2 * 480) * 10
 
 
 def test_flops_agree_with_the_ones_that_torch_counts():
-    """torch's own counter sees the full head and the whole square: the formula of `step_6n`, one example at a time."""
+    """torch's own counter sees the full head and the whole square: the usual formula, one example at a time."""
     from torch.utils.flop_counter import FlopCounterMode
 
     model = llama(vocab_size=64, hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2)
@@ -94,7 +94,10 @@ def test_flops_agree_with_the_ones_that_torch_counts():
     with FlopCounterMode(display=False) as counter:
         model(input_ids=torch.arange(20)[None], labels=torch.arange(20)[None]).loss.backward()
     # eager computes the whole square; the Trainer's count of the backward pass is the same 2:1
-    counted, formula = counter.get_total_flops(), ModelFlops.of(model).step_6n(TokenCounts(real=20, squared=400))
+    counted, formula = (
+        counter.get_total_flops(),
+        ModelFlops.of(model).step(TokenCounts(real=20, squared=400), usual=True),
+    )
     assert abs(counted - formula) / formula < 0.02, (counted, formula)
 
 
@@ -126,7 +129,7 @@ def test_peaks(name, peak):
 
 def meter(**changes):
     arguments = {
-        "flops": ModelFlops(960, 960, 400, 400, 16),
+        "flops": ModelFlops(6 * 960, 6 * 400, 16),
         "device": torch.device("cpu"),
         "device_name": "NVIDIA A100-SXM4-80GB",
         "compute_dtype": torch.bfloat16,
