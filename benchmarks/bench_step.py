@@ -76,7 +76,7 @@ def measure(variant: str, scenario_name: str, lengths: np.ndarray, profile: str 
     counts = clock.counts()
     plan = settled and settled.memory_plan
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    peak = peak_tflops(name, torch.bfloat16) if device.type == "cuda" else None
+    peak = peak_tflops(device, torch.bfloat16)
     tflops, tflops_6n = (flops.step(counts, usual) / clock.seconds / 1e12 for usual in (False, True))
     return {
         "scenario": scenario_name,

@@ -12,6 +12,8 @@ import argparse
 import contextlib
 import csv
 import difflib
+import importlib.util
+import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,13 +23,12 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 from transformers.utils import logging
-from transformers.utils.hub import cached_file
 
 from sft.data.checks import check_vocabulary
 from sft.data.csv_rows import header_problems, read_csv
-from sft.data.encode import encode_prompts
+from sft.data.encode import encode_prompts, find_file
 from sft.data.llama_tokenizer import load_llama_tokenizer
 from sft.data.template import TEMPLATE_FILE, load_template
 from sft.job import UserError, one_message_for_user_errors, printable
@@ -59,89 +60,65 @@ class TunedModel:
         texts = [self.template.replace("{instruction}", text) for text in instructions]
         return [ids.tolist() for ids in encode_prompts(self.tokenizer, texts)]
 
-    def answer(self, prompts: list[list[int]], longest: int, streamer: Any = None) -> list[tuple[list[int], bool]]:
-        return greedy_answers(self.model, self.tokenizer, prompts, self.model.device, longest, streamer)
+    def answers(
+        self, instructions: list[str], longest: int, batch_size: int = 1, streamer: Any = None
+    ) -> Iterator[tuple[int, str, bool]]:
+        """Yield (index, answer, cut) for every instruction, the longest prompts first: what does not fit fails at once."""
+        prompts = self.prompts(instructions)
+        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            asked = [prompts[index] for index in batch]
+            made = greedy_answers(self.model, self.tokenizer, asked, self.model.device, longest, streamer)
+            for index, (ids, cut) in zip(batch, made, strict=True):
+                yield index, str(self.tokenizer.decode(ids)), cut
 
 
 def load(name: str, prompt_template: str | None = None) -> TunedModel:
-    """Load a tuned model, or a LoRA adapter on its base, with `prompt_template` or the template saved with it.
-
-    Raises:
-        UserError: no model there, no template, an adapter without its base, peft not installed.
-    """
-    config, adapter = find_file(name, "config.json"), find_file(name, "adapter_config.json")
+    """Load a tuned model, or a LoRA adapter on its base, with `prompt_template` or the template saved with it."""
+    # not sft.flags: its TrainingArguments imports peft, and peft bitsandbytes, which warns on some CPUs
+    source = SimpleNamespace(model_name_or_path=name, cache_dir=None, trust_remote_code=False)
+    files = ("config.json", "adapter_config.json", TEMPLATE_FILE)
+    try:
+        config, adapter, saved = (find_file(source, file) for file in files)
+    except UserError as error:
+        hub = "." if name.startswith((".", "/", "~")) else f", and not on the hub: {str(error).splitlines()[0]}"
+        raise UserError(f"--model {name}: no such folder{hub}") from error
     if not config and not adapter:
         checkpoints = sorted(path.name for path in Path(name).glob("checkpoint-*"))
         inside = f" It holds {', '.join(checkpoints)}: the run did not finish; resume it." if checkpoints else ""
         raise UserError(f"--model {name}: no model there (config.json or adapter_config.json).{inside}")
-    template = load_template(prompt_template) if prompt_template else saved_template(name)
-    with contextlib.redirect_stdout(sys.stderr):  # what the loaders print is no answer
-        # not sft.flags: its TrainingArguments imports peft, and peft bitsandbytes, which warns on some CPUs
-        source = SimpleNamespace(model_name_or_path=name, cache_dir=None, trust_remote_code=False)
-        tokenizer = load_llama_tokenizer(source, SimpleNamespace(model_max_length=int(1e30)))
-        model = load_adapter(name) if adapter else load_weights(name)
-    model.generation_config = GenerationConfig()  # sampling settings that the base model came with are dropped
-    return TunedModel(model.eval(), tokenizer, template)
-
-
-def find_file(name: str, file: str) -> str | None:
-    """Local path of a file of the model, downloaded if the model is a hub repository; None if it has no such file."""
-    if Path(name).is_dir():
-        return str(Path(name, file)) if Path(name, file).is_file() else None
-    if name.startswith((".", "/", "~")):
-        raise UserError(f"--model {name}: no such folder.")
-    try:
-        return cached_file(name, file, _raise_exceptions_for_missing_entries=False)
-    except OSError as error:
-        raise UserError(f"--model {name}: no such folder, and not on the hub: {str(error).splitlines()[0]}") from error
-
-
-def saved_template(name: str) -> str:
-    path = find_file(name, TEMPLATE_FILE)
-    if not path:
+    if not prompt_template and not saved:
         raise UserError(
             f"--model {name}: no {TEMPLATE_FILE} there, so the prompts that it was trained with are not known. Give "
             "--prompt_template: 'none' (the instruction is the whole prompt), 'alpaca', or a text file with one {instruction}."
         )
-    return load_template(path)
+    template = load_template(prompt_template or saved)
+    with contextlib.redirect_stdout(sys.stderr):  # what the loaders print is no answer
+        tokenizer = load_llama_tokenizer(source, SimpleNamespace(model_max_length=int(1e30)))
+        return TunedModel(load_weights(name, adapter), tokenizer, template)
 
 
-def load_weights(name: str) -> PreTrainedModel:
-    """The weights in the type they are stored in, on the GPUs that are there, else on the CPU."""
+def load_weights(name: str, adapter: str | None = None) -> Any:
+    """The weights as stored, on the GPUs that are there, else on the CPU; under a LoRA adapter those that its config names."""
+    if adapter and not importlib.util.find_spec("peft"):
+        raise UserError(f"--model {name}: a LoRA adapter, which needs peft: pip install peft")
+    base = json.loads(Path(adapter).read_text(encoding="utf-8"))["base_model_name_or_path"] if adapter else name
     device_map = "auto" if torch.accelerator.is_available() else None
     try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype="auto", device_map=device_map)
+        model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", device_map=device_map)
     except (OSError, ValueError) as error:
-        raise UserError(f"{name}: the model cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+        mend = (
+            f"{name} is an adapter for it: put it back, or write its place into {adapter} as base_model_name_or_path."
+        )
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{base}: the model cannot be loaded. {mend + ' ' if adapter else ''}({reason})") from error
+    if adapter:
+        from peft import PeftModel
 
-
-def load_adapter(name: str) -> Any:
-    try:
-        from peft import PeftConfig, PeftModel
-    except ImportError:
-        raise UserError(f"--model {name}: a LoRA adapter, which needs peft: pip install peft") from None
-    base = PeftConfig.from_pretrained(name).base_model_name_or_path
-    try:
-        model = load_weights(base)
-    except UserError as error:
-        raise UserError(
-            f"--model {name}: an adapter for {base}, which is not there. Put that model back, or write its place "
-            f"into adapter_config.json as base_model_name_or_path. ({error})"
-        ) from error
-    return PeftModel.from_pretrained(model, name)
-
-
-def answer_batches(
-    tuned: TunedModel, instructions: list[str], batch_size: int, max_new_tokens: int
-) -> Iterator[tuple[int, str, bool]]:
-    """Yield (index, answer, cut) for every instruction, the longest prompts first: what does not fit fails at once."""
-    prompts = tuned.prompts(instructions)
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
-        answers = tuned.answer([prompts[index] for index in batch], max_new_tokens)
-        for index, (ids, cut) in zip(batch, answers, strict=True):
-            yield index, str(tuned.tokenizer.decode(ids)), cut
+        model = PeftModel.from_pretrained(model, name)
+    model.generation_config = GenerationConfig()  # sampling settings that the model came with are dropped
+    return model.eval()
 
 
 class Stream(TextStreamer):
@@ -161,20 +138,17 @@ def answer(models: dict[str, TunedModel], instruction: str, max_new_tokens: int)
         if len(models) > 1:
             print(f"{name}:", flush=True)
         streamer = Stream(tuned.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        ((_, cut),) = tuned.answer(tuned.prompts([instruction]), max_new_tokens, streamer)
+        ((_, _, cut),) = tuned.answers([instruction], max_new_tokens, streamer=streamer)
         if cut:
             note(f"(cut after {max_new_tokens} tokens, --max_new_tokens)")
 
 
 def chat(models: dict[str, TunedModel], max_new_tokens: int) -> None:
     note("One instruction a line; each is answered by itself, without the ones before it. Ctrl-D ends.")
-    while True:
-        try:
-            instruction = input("> " if sys.stdin.isatty() else "").strip()
-            if instruction:
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        while True:
+            if instruction := input("> " if sys.stdin.isatty() else "").strip():
                 answer(models, instruction, max_new_tokens)
-        except (EOFError, KeyboardInterrupt):
-            return
 
 
 def answer_csv(models: dict[str, TunedModel], args: argparse.Namespace) -> None:
@@ -190,8 +164,8 @@ def answer_csv(models: dict[str, TunedModel], args: argparse.Namespace) -> None:
         note(f"{args.data_path}: {empty} of {len(instructions)} rows have an empty {args.source!r} and get no answer")
     for name, tuned in models.items():
         answers, cut = [""] * len(rows), 0
-        batches = answer_batches(tuned, [instructions[i] for i in asked], args.batch_size, args.max_new_tokens)
-        for position, text, was_cut in tqdm(batches, total=len(asked), desc=f"{name}: answers", disable=None):
+        made = tuned.answers([instructions[index] for index in asked], args.max_new_tokens, args.batch_size)
+        for position, text, was_cut in tqdm(made, total=len(asked), desc=f"{name}: answers", disable=None):
             answers[asked[position]] = text
             cut += was_cut
         if cut:
@@ -214,9 +188,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     problems = []
     for word in [word for word in unknown if word.startswith("-")] or unknown:
         near = difflib.get_close_matches(word.split("=")[0].lstrip("-"), vars(flags), n=1)
-        advice = (
-            f"Did you mean --{near[0]}?" if near else "A value with spaces needs quotes; `--help` lists every flag."
-        )
+        advice = f"Did you mean --{near[0]}?" if near else "A value with spaces needs quotes. See --help."
         problems.append(f"unknown flag {word}. {advice}")
     asked, given = flags.instruction is not None, flags.output_path
     mistakes = [
@@ -230,8 +202,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         (flags.batch_size < 1, f"--batch_size {flags.batch_size}: it must be at least 1."),
     ]
     problems += [message for wrong, message in mistakes if wrong]
-    if flags.data_path:
-        problems += header_problems(flags.data_path, flags.source, None)
+    problems += header_problems(flags.data_path, flags.source, None) if flags.data_path else []
     if problems:
         raise UserError(problems)
     return flags
@@ -246,8 +217,7 @@ def main(argv: list[str] | None = None) -> None:
         base = load_weights(args.base)
         if problems := check_vocabulary(tuned.tokenizer, base.config):
             raise UserError([f"--base {args.base}: {problem}" for problem in problems])
-        base.generation_config = tuned.model.generation_config
-        models = {"base": TunedModel(base.eval(), tuned.tokenizer, tuned.template), **models}
+        models = {"base": TunedModel(base, tuned.tokenizer, tuned.template), **models}
     if args.data_path:
         answer_csv(models, args)
     elif args.instruction is not None:

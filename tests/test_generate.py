@@ -162,7 +162,7 @@ def test_batches_are_sorted_by_length_and_change_no_answer(tiny_llama):
         expected[index] = (text, not ended)
     assert len({text for text, _ in expected.values()}) > 1
     for batch_size in (1, 2, 5):
-        answers = list(generate.answer_batches(loaded, questions, batch_size, 8))
+        answers = list(loaded.answers(questions, 8, batch_size))
         assert {index: (text, cut) for index, text, cut in answers} == expected
     assert [index for index, _, _ in answers] == sorted(
         range(5), key=lambda index: len(loaded.prompts(questions)[index]), reverse=True
@@ -202,8 +202,8 @@ def test_an_adapter_whose_base_is_gone(adapter, tmp_path):
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     (problem,) = problems("--model", adapter, "--instruction", "w")
     assert problem.startswith(
-        f"--model {adapter}: an adapter for {tmp_path / 'moved'}, which is not there. Put that model back, or write its "
-        "place into adapter_config.json as base_model_name_or_path."
+        f"{tmp_path / 'moved'}: the model cannot be loaded. {adapter} is an adapter for it: put it back, or write its place "
+        f"into {adapter / 'adapter_config.json'} as base_model_name_or_path. ("
     )
 
 
@@ -272,7 +272,7 @@ def test_control_characters_of_an_answer_and_a_path_are_spelled_out(tmp_path, ca
 
 def test_words_without_a_flag(tuned):
     assert problems("--model", tuned, "--instruction", "what", "is", "this") == [
-        f"unknown flag {word}. A value with spaces needs quotes; `--help` lists every flag." for word in ("is", "this")
+        f"unknown flag {word}. A value with spaces needs quotes. See --help." for word in ("is", "this")
     ]
     assert generate.parse(["--model", "m", "--max-new-tokens", "7", "--batch_size=2"]).max_new_tokens == 7
 

@@ -6,6 +6,7 @@ python -m sft.report --fields
 
 import argparse
 import json
+import re
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -21,8 +22,8 @@ FIELDS_PAGE = Path(__file__).resolve().parents[2] / "docs" / "run_report.md"
 def load_runs(folders: list[str]) -> dict[str, dict]:
     """Read the reports of runs: name -> record. Raises a UserError that names every folder without one to draw."""
     runs, problems = {}, []
-    short = [Path(folder).resolve().name for folder in folders]
-    for folder, name in zip(folders, short):
+    names = [Path(folder).resolve().name for folder in folders]
+    for folder, name in zip(folders, names):
         path = Path(folder) / REPORT_NAME
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
@@ -35,7 +36,7 @@ def load_runs(folders: list[str]) -> dict[str, dict]:
                 problems.append(f"{path}: not a report that this version reads (format 1).")
             elif not record["log"]:
                 problems.append(f"{path}: the run is {record['status']} and logged no step: there is nothing to draw.")
-            runs[name if short.count(name) == 1 else folder] = record
+            runs[name if names.count(name) == 1 else folder] = record
     if problems:
         raise UserError(problems)
     return runs
@@ -56,15 +57,14 @@ def comparison(runs: dict[str, dict]) -> str:
     }
     lines = ["| | " + " | ".join(runs) + " |", "|---|" + "---:|" * len(runs)]
     lines += [f"| {name} | " + " | ".join(str(read(r)) for r in runs.values()) + " |" for name, read in rows.items()]
-    first, *others = runs
-    for other in others:
-        a, b = ({entry["step"]: number(entry["loss"]) for entry in runs[name]["log"]} for name in (first, other))
-        if shared := [step for step in a if step in b]:
-            worst = max(shared, key=lambda step: abs(a[step] - b[step]))
-            lines.append(
-                f"\n{first} and {other}: {len(shared)} steps in both logs, losses differ by at most "
-                f"{abs(a[worst] - b[worst]):.2e} (step {worst})"
-            )
+    (first, a), *others = (
+        (name, {entry["step"]: number(entry["loss"]) for entry in record["log"]}) for name, record in runs.items()
+    )
+    for other, b in others:
+        if apart := {step: abs(a[step] - b[step]) for step in a if step in b}:
+            worst = max(apart, key=lambda step: apart[step])
+            differ = f"losses differ by at most {apart[worst]:.2e} (step {worst})"
+            lines.append(f"\n{first} and {other}: {len(apart)} steps in both logs, {differ}")
     return "\n".join(lines)
 
 
@@ -80,9 +80,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     with one_message_for_user_errors():
         if arguments.fields:
-            say(
-                "\n".join(line for line in FIELDS_PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("|"))
-            )
+            say("\n".join(re.findall(r"^\|.*", FIELDS_PAGE.read_text(encoding="utf-8"), re.M)))
             return
         if not arguments.runs:
             raise UserError("no run is given: python -m sft.report RUN_A RUN_B")

@@ -3,40 +3,33 @@
 import math
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from sft.job import UserError
 
 COLOURS = ("#1f5fa8", "#d1572b", "#2c8a57", "#8b4fa8", "#9a7a1c", "#4a4a4a")
-EVALUATION_COLOUR = COLOURS[1]  # of a run that is drawn alone
 SMOOTHED_FROM = 40  # logged values; fewer are drawn as they are
 
 
 def draw(runs: dict[str, dict], path: Path) -> None:
     """Draw runs, name -> record (run_report.json), on one figure and write it to a PNG file, which is replaced in one go."""
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
     except ImportError:
         raise UserError("pictures need matplotlib: pip install matplotlib") from None
 
     figure = Figure(figsize=(9, 6), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = figure.add_gridspec(2, 2, height_ratios=(2, 1))
-    loss, rate, speed = (figure.add_subplot(grid[place]) for place in ((0, slice(None)), (1, 0), (1, 1)))
-
+    loss, rate, speed = figure.subplot_mosaic("LL;RS", height_ratios=(2, 1)).values()
     for index, ((name, record), colour) in enumerate(zip(runs.items(), COLOURS * len(runs))):
         label = f"{name}: " if len(runs) > 1 else ""
         width = 2 + 2.5 * (len(runs) - 1 - index)  # so that curves on top of each other can all be seen
-        steps = [entry["step"] for entry in record["log"]]
-        draw_noisy(loss, steps, [number(entry["loss"]) for entry in record["log"]], colour, width, f"{label}train")
-        evaluation_colour = colour if label else EVALUATION_COLOUR
+        log, evaluation_colour = record["log"], colour if label else COLOURS[1]
+        steps = [entry["step"] for entry in log]
+        draw_noisy(loss, steps, [number(entry["loss"]) for entry in log], colour, width, f"{label}train")
         draw_evaluations(loss, record["evaluations"], evaluation_colour, width, f"{label}evaluation")
-        rate.plot(steps, [entry["learning_rate"] for entry in record["log"]], color=colour, linewidth=width)
-        draw_noisy(speed, steps, [entry["tokens_per_s_per_gpu"] for entry in record["log"]], colour, 2)
+        rate.plot(steps, [entry["learning_rate"] for entry in log], color=colour, linewidth=width)
+        draw_noisy(speed, steps, [entry["tokens_per_s_per_gpu"] for entry in log], colour, 2)
 
     figure.suptitle("\n".join(describe(name, record) for name, record in runs.items()), fontsize=11)
     loss.set(ylabel="loss per trained token")
@@ -48,10 +41,9 @@ def draw(runs: dict[str, dict], path: Path) -> None:
     for axes in (loss, rate, speed):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.locator_params(axis="x", integer=True)
         axes.margins(x=0.04)
-    for axes in (rate, speed):
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(bottom=None if axes is loss else 0)
     loss.legend(frameon=False)
     unfinished = path.with_name(f".{path.name}.tmp")
     figure.savefig(unfinished, format="png")
@@ -67,9 +59,7 @@ def describe(name: str, record: dict) -> str:
     return f"{text}: {model}, {rows:,} examples, {record['batch']['examples_per_step']:,} per optimizer step"
 
 
-def draw_noisy(
-    axes: Any, steps: list[int], values: list[float], colour: str, width: float, label: str | None = None
-) -> None:
+def draw_noisy(axes, steps: list[int], values: list[float], colour: str, width: float, label: str = "") -> None:
     """Draw values; if there are many, draw them faintly, with their running mean over a twentieth of them."""
     if len(values) >= SMOOTHED_FROM:
         axes.plot(steps, values, color=colour, alpha=0.3, linewidth=0.8, label=label)
@@ -78,14 +68,13 @@ def draw_noisy(
     axes.plot(steps, values, color=colour, linewidth=width, label=label)
 
 
-def draw_evaluations(axes: Any, evaluations: list[dict], colour: str, width: float, label: str) -> None:
+def draw_evaluations(axes, evaluations: list[dict], colour: str, width: float, label: str) -> None:
     """Draw evaluation losses, and write the first and the lowest as numbers."""
     known = [(entry["step"], entry["eval_loss"]) for entry in evaluations if entry["eval_loss"] is not None]
     if not known:
         return
-    steps, losses = zip(*known, strict=True)
     style = {"marker": "o", "markersize": 3 + width, "linestyle": "--", "linewidth": width - 0.5}
-    axes.plot(steps, losses, color=colour, label=label, **style)
+    axes.plot(*zip(*known, strict=True), color=colour, label=label, **style)
     for step, loss in {known[0], min(known, key=lambda point: point[1])}:
         axes.annotate(
             f"{loss:.3f}", (step, loss), xytext=(0, 7), textcoords="offset points", ha="center", va="bottom",

@@ -1,7 +1,4 @@
-"""Print a line at each log and each evaluation, and a progress bar in a terminal.
-
-The trackers of --report_to get the same numbers, under the names that docs/run_report.md explains.
-"""
+"""Print a line at each log and each evaluation, and a progress bar in a terminal."""
 
 import sys
 import time
@@ -15,10 +12,7 @@ from sft.report.record import Report
 
 
 class ReportCallback(transformers.TrainerCallback):
-    """Print the live line, and fill and write the record. Replaces the Trainer's own printer and progress bar.
-
-    A terminal gets a progress bar below the lines, a file the lines alone.
-    """
+    """Print the live line, and fill and write the record. A terminal gets a progress bar below the lines."""
 
     def __init__(self, report: Report):
         self.report = report
@@ -31,16 +25,15 @@ class ReportCallback(transformers.TrainerCallback):
         if state.global_step:  # resumed: the numbers are in the Trainer's state, the samples in the record alone
             self.report.keep_samples_until(state.global_step)
         hidden = args.disable_tqdm or not (state.is_world_process_zero and sys.stderr.isatty())
-        count = {"total": state.max_steps, "initial": state.global_step, "unit": "step"}
-        self.bar = tqdm(**count, dynamic_ncols=True, disable=hidden)
+        steps = {"initial": state.global_step, "total": state.max_steps, "unit": "step"}
+        self.bar = tqdm(**steps, dynamic_ncols=True, disable=hidden)
         self._record_numbers(state)
         self.report.write()
 
     def on_step_end(self, args, state, control, **kwargs):
         self.bar.update(state.global_step - self.bar.n)
         if state.global_step >= state.max_steps and args.logging_strategy != "no":
-            # without it the steps after the last full --logging_steps are not shown, and the final mean takes them
-            # from rank 0 alone (transformers 5.23)
+            # else the last steps are not shown, and the final mean takes them from rank 0 alone (transformers 5.23)
             control.should_log = True
 
     def on_prediction_step(self, args, state, control, **kwargs):
@@ -70,59 +63,40 @@ class ReportCallback(transformers.TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()
-        exported = self.report.record["evaluations"][-1:]
-        if args.load_best_model_at_end and state.best_global_step is not None:
-            self.report.note("final", best_step=state.best_global_step)
-            exported = [e for e in self.report.record["evaluations"] if e["step"] == state.best_global_step]
-        for entry in exported:
+        best = state.best_global_step if args.load_best_model_at_end else None
+        if best is not None:
+            self.report.note("final", best_step=best)
+        for entry in [entry for entry in self.report.record["evaluations"] if best in (None, entry["step"])][-1:]:
             self.report.note("final", eval_loss=entry["eval_loss"], eval_perplexity=entry["eval_perplexity"])
         self.report.complete = state.global_step >= state.max_steps
 
     def _record_numbers(self, state: transformers.TrainerState) -> None:
         """Take over what is new in the Trainer's log, which a resumed run starts with."""
         for entry in state.log_history[self.recorded :]:
-            if "loss" in entry:
-                self.report.record["log"].append(dict(entry))
-            if "eval_loss" in entry:
-                self.report.record["evaluations"].append(dict(entry))
+            for section, number in (("log", "loss"), ("evaluations", "eval_loss")):
+                if number in entry:
+                    self.report.record[section].append(dict(entry))
         self.recorded = len(state.log_history)
 
     def _seconds_left(self, now: float, state: transformers.TrainerState, logs: dict[str, float]) -> float:
-        remaining = state.max_steps - state.global_step
-        self.first = self.first or (now, state.global_step)
-        when, step = self.first
-        done = state.global_step - step
-        return remaining * (
-            (now - when) / done if done else logs["step_time_s"]
-        )  # evaluations and saves at their share
+        when, step = self.first = self.first or (now, state.global_step)
+        done = state.global_step - step  # with evaluations and saves at their share of the time
+        return (state.max_steps - state.global_step) * ((now - when) / done if done else logs["step_time_s"])
 
     def _print(self, line: str) -> None:
         (say if self.bar.disable else self.bar.write)(line)
 
 
-def replace_progress(trainer: transformers.Trainer, *callbacks: transformers.TrainerCallback) -> None:
-    """Take out the Trainer's own printer and progress bar and put these callbacks last."""
-    trainer.remove_callback(transformers.ProgressCallback)
-    trainer.remove_callback(transformers.PrinterCallback)
-    for callback in callbacks:
-        trainer.add_callback(callback)
-
-
 def live_line(logs: dict[str, float], step: int, steps: int, seconds_left: float, device_type: str) -> str:
     """step 40/300  loss 1.2345  lr 1.98e-05  grad 0.91  65,883 tok/s/GPU (31,204 trained)  padding 0.0%  MFU 41.3% ..."""
+    grad = f"  grad {logs['grad_norm']:.2f}" if "grad_norm" in logs else ""
+    mfu = f"{logs['mfu']:.1%}" if "mfu" in logs else "peak unknown"
     where = "GPU" if device_type == "cuda" else "process"
-    parts = [f"step {step:>{len(str(steps))}}/{steps}", f"loss {logs['loss']:.4f}", f"lr {logs['learning_rate']:.2e}"]
-    if "grad_norm" in logs:
-        parts.append(f"grad {logs['grad_norm']:.2f}")
-    real, trained = logs["tokens_per_s_per_gpu"], logs["trained_tokens_per_s_per_gpu"]
-    parts += [
-        f"{real:,.0f} tok/s/{where} ({trained:,.0f} trained)",
-        f"padding {logs['padding_share']:.1%}",
-        f"MFU {logs['mfu']:.1%}" if "mfu" in logs else "MFU peak unknown",
-        f"mem {logs['peak_memory_gib']:.2f} GiB",
-        f"left {clock(seconds_left)}",
-    ]
-    return "  ".join(parts)
+    return (
+        f"step {step:>{len(str(steps))}}/{steps}  loss {logs['loss']:.4f}  lr {logs['learning_rate']:.2e}{grad}  "
+        f"{logs['tokens_per_s_per_gpu']:,.0f} tok/s/{where} ({logs['trained_tokens_per_s_per_gpu']:,.0f} trained)  "
+        f"padding {logs['padding_share']:.1%}  MFU {mfu}  mem {logs['peak_memory_gib']:.2f} GiB  left {clock(seconds_left)}"
+    )
 
 
 def evaluation_line(logs: dict[str, float], state: transformers.TrainerState) -> str:
@@ -130,9 +104,8 @@ def evaluation_line(logs: dict[str, float], state: transformers.TrainerState) ->
     losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
     best = " (lowest so far)" if logs["eval_loss"] <= min(losses) and len(losses) > 1 else ""
     return (
-        f"evaluation at step {state.global_step}: loss {logs['eval_loss']:.4f}{best}, "
-        f"perplexity {logs['eval_perplexity']:.4g} over {logs['eval_tokens']:,.0f} trained tokens, "
-        f"{logs['eval_runtime']:.1f} s"
+        f"evaluation at step {state.global_step}: loss {logs['eval_loss']:.4f}{best}, perplexity {logs['eval_perplexity']:.4g} "
+        f"over {logs['eval_tokens']:,.0f} trained tokens, {logs['eval_runtime']:.1f} s"
     )
 
 

@@ -1,7 +1,5 @@
 """Keep the record of a run, run_report.json (its fields: docs/run_report.md), without secrets, and its picture."""
 
-import dataclasses
-import datetime
 import json
 import math
 import os
@@ -11,8 +9,10 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -27,24 +27,19 @@ PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "deepspeed", "p
 
 
 class Report:
-    """The record of a run, filled as the run goes. Rank 0 keeps it in `output_dir`, once training has begun.
-
-    Args:
-        model_args, data_args, training_args: the parsed flags.
-    """
+    """The record of a run, filled as the run goes. Rank 0 keeps it in `output_dir`, once training has begun."""
 
     def __init__(self, model_args: Any, data_args: Any, training_args: Any):
         self.model_args, self.data_args = model_args, data_args
         self.folder = Path(str(training_args.output_dir))
         self.complete = False  # True when the last step of the schedule has run
-        self.secrets = _secrets(training_args)
-        flags = {"model": dataclasses.asdict(model_args), "data": dataclasses.asdict(data_args)}
+        self.secrets = _secrets(vars(training_args), os.environ)  # those of the flags and of the environment
         self.record: dict[str, Any] = {
             "format": 1,
             "status": "unfinished",
             "started_at": _now(),
             "command": shlex.join([Path(sys.executable).name, *sys.argv]),
-            "flags": flags | {"training": training_args.to_dict()},
+            "flags": {"model": asdict(model_args), "data": asdict(data_args), "training": training_args.to_dict()},
             "versions": _versions(),
             "hardware": _hardware(training_args.device),
             "log": [],
@@ -64,25 +59,25 @@ class Report:
 
         Args:
             datasets: "train" and "eval", which may be None; each knows its `counts` and its `rows.key()`.
-            template: the text around the instruction.
             settled: whole sections by their names, such as batch, precision, attention and throughput.
         """
-        flags = self.data_args
+        flags, rows = self.data_args, datasets["train"].rows
         paths = {"train": flags.data_path, "eval": flags.eval_data_path or flags.data_path}
         for name, dataset in datasets.items():
             if dataset is not None:
                 origin = {"path": paths[name], "blake2b": dataset.rows.key()["csv"], "source": flags.source}
                 self.note("data", **{name: origin | {"target": flags.target} | dataset.counts})
-        self.note("template", name=flags.prompt_template, text=template)
-        digest = datasets["train"].rows.key()["tokenizer"]
-        self.note("tokenizer", **{"class": type(tokenizer).__name__}, vocabulary=len(tokenizer), blake2b=digest)
+        digest, name = rows.key()["tokenizer"], self.model_args.model_name_or_path
         sizes = {
             "parameters": model.num_parameters(),
             "trainable_parameters": model.num_parameters(only_trainable=True),
         }
-        self.note("model", **{"class": type(model).__name__}, name=self.model_args.model_name_or_path, **sizes)
-        for name, section in settled.items():
-            self.note(name, **section)
+        self.record |= {
+            "template": {"name": flags.prompt_template, "text": template},
+            "tokenizer": {"class": type(tokenizer).__name__, "vocabulary": len(tokenizer), "blake2b": digest},
+            "model": {"class": type(model).__name__, "name": name, **sizes},
+            **settled,
+        }
         self.record["attention"]["name"] = settled["attention"]["name"] or model.config._attn_implementation
 
     def keep_samples_until(self, step: int) -> None:
@@ -124,7 +119,8 @@ class Report:
         if rank() != 0:
             return
         self.record["updated_at"] = _now()
-        for name, action in ((REPORT_NAME, self._write_record), (PICTURE_NAME, self._draw)):
+        picture = partial(draw, {self.folder.resolve().name: self.record}, self.folder / PICTURE_NAME)
+        for name, action in ((REPORT_NAME, self._write_record), (PICTURE_NAME, picture)):
             written, seconds = self._cost[name]
             began = time.perf_counter()
             if spare and began - written < max(10.0, 400 * seconds):
@@ -145,46 +141,33 @@ class Report:
         unfinished.write_text(text + "\n", encoding="utf-8")
         os.replace(unfinished, self.folder / REPORT_NAME)
 
-    def _draw(self) -> None:
-        draw({self.folder.resolve().name: self.record}, self.folder / PICTURE_NAME)
-
 
 def _now() -> str:
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    return time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
 
 
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for package in PACKAGES:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"]
-    try:
-        found["commit"] = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        found["commit"] = "not a git checkout"
-    return found
+    with suppress(OSError):  # no git here
+        found["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    return found | {"commit": found.get("commit") or "not a git checkout"}
 
 
 def _hardware(device: torch.device) -> dict[str, Any]:
-    found: dict[str, Any] = {"ranks": world_size(), "device": device.type, "device_name": _cpu_name()}
+    found: dict[str, Any] = {"ranks": world_size(), "device": device.type}
     if device.type == "cuda":
         found["device_name"] = torch.cuda.get_device_name(device)
         found["device_memory_gib"] = round(torch.cuda.get_device_properties(device).total_memory / 2**30, 1)
+    else:  # the processor's name, its architecture where the system does not tell
+        text = Path("/proc/cpuinfo").read_text(errors="replace") if sys.platform == "linux" else ""
+        named = re.search(r"^model name\s*:(.*)", text, re.M)
+        found["device_name"] = named[1].strip() if named else platform.processor() or platform.machine()
     # sched_getaffinity exists on Linux only
-    found["cpu_count"] = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
-    return found
-
-
-def _cpu_name() -> str:
-    """The processor's name, its architecture where the system does not say."""
-    if sys.platform == "linux":
-        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return found | {"cpu_count": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()}
 
 
 SECRET_WORDS = {"token", "key", "apikey", "secret", "password", "passwd", "credential", "credentials"}
@@ -196,12 +179,12 @@ def _is_secret(name: str) -> bool:
     return not SECRET_WORDS.isdisjoint(re.split(r"[^a-z]+", name.lower()))
 
 
-def _secrets(training_args: Any) -> set[str]:
-    """Values that must not appear anywhere in the record: those of secret flags and of secret environment variables."""
-    flags = {f.name: getattr(training_args, f.name, None) for f in dataclasses.fields(training_args)}
-    named = [value for source in (flags, os.environ) for name, value in source.items() if _is_secret(name)]
-    # a short value ("1", "true") would blank out innocent text
-    return {value for value in named if isinstance(value, str) and len(value) >= 8}
+def _secrets(*sources: Mapping[str, Any]) -> set[str]:
+    """Values under secret names. They must not appear anywhere in the record."""
+    named = {
+        value for source in sources for name, value in source.items() if _is_secret(name) and isinstance(value, str)
+    }
+    return {value for value in named if len(value) >= 8}  # a short one ("1", "true") would blank out innocent text
 
 
 def _clean(value: Any, secrets: set[str], name: str = "") -> Any:
@@ -210,13 +193,9 @@ def _clean(value: Any, secrets: set[str], name: str = "") -> Any:
         return {str(key): _clean(item, secrets, str(key)) for key, item in value.items()}
     if isinstance(value, list | tuple | set):
         return [_clean(item, secrets, name) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, bool | int):
-        return value
-    text = str(value)
-    if _is_secret(name) and text:
-        return REMOVED
+    if value is None or isinstance(value, bool | int | float):
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+    text = REMOVED if _is_secret(name) and str(value) else str(value)
     for secret in secrets:
         text = text.replace(secret, REMOVED)
     return re.sub(r"(?<=://)[^/@\s]+(?=@)", REMOVED, text)  # a user and password in an address

@@ -28,11 +28,12 @@ MFU_CONVENTION = (
 )
 
 
-def peak_tflops(device_name: str, compute_dtype: torch.dtype) -> float | None:
+def peak_tflops(device: torch.device, compute_dtype: torch.dtype) -> float | None:
     """The device's dense 16-bit peak in TFLOP/s; None for an unknown device, or for a run that computes in float32."""
-    found = [name for name in PEAK_TFLOPS if re.search(rf"\b{name}\b", device_name)]
-    known = found and compute_dtype in (torch.bfloat16, torch.float16) and not OTHER_DEVICES.search(device_name)
-    return PEAK_TFLOPS[max(found, key=len)] if known else None
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    found = [known for known in PEAK_TFLOPS if re.search(rf"\b{known}\b", name)]
+    comparable = compute_dtype in (torch.bfloat16, torch.float16) and not OTHER_DEVICES.search(name)
+    return PEAK_TFLOPS[max(found, key=len)] if found and comparable else None
 
 
 @dataclass(frozen=True)
@@ -90,54 +91,45 @@ class Meter(transformers.TrainerCallback):
     Args:
         flops: the model's, before it is wrapped.
         device: this rank's.
-        device_name, compute_dtype: decide the peak that MFU refers to.
+        peak: TFLOP/s that MFU refers to, if it is known.
     """
 
-    def __init__(self, flops: ModelFlops, device: torch.device, device_name: str, compute_dtype: torch.dtype):
-        self.flops, self.device = flops, device
-        self.peak_tflops = peak_tflops(device_name, compute_dtype)
+    def __init__(self, flops: ModelFlops, device: torch.device, peak: float | None):
+        self.flops, self.device, self.peak_tflops = flops, device, peak
         self.counts, self.steps = TokenCounts(), 0  # of this rank, since the last reading
-        self.total, self.total_seconds = TokenCounts(), 0.0  # of the job, in this process's life
-        self.peak_memory_gib = 0.0
+        # of the job, in this process's life
+        self.total, self.total_seconds, self.peak_memory_gib, self._ranks = TokenCounts(), 0.0, 0.0, 1
         self._seconds = 0.0  # since the last reading, until `_since`
         self._since: float | None = None  # None while the clock stands
-        self._ranks = 1
 
     def facts(self) -> dict[str, Any]:
         """What MFU means here: the record's section `throughput`."""
-        known = {"mfu_convention": MFU_CONVENTION, "peak_tflops": self.peak_tflops}
-        return {name: fact for name, fact in known.items() if fact is not None}
+        return {"mfu_convention": MFU_CONVENTION} | ({"peak_tflops": self.peak_tflops} if self.peak_tflops else {})
 
     def add_step(self, counts: TokenCounts) -> int:
         """Count one optimizer step's micro-batches of this rank; the first step starts the clock. Returns its FLOPs."""
         if self._since is None:
-            self.resume()
+            self._since = time.perf_counter()
         self.counts += counts
         self.steps += 1
         return self.flops.step(counts)
 
-    def pause(self) -> None:
-        """Stop the clock when the device has finished its work."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self._lap()
-        self._since = None
+    def on_step_end(self, args, state, control, **kwargs):
+        if control.should_evaluate or control.should_save:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)  # its work belongs to the step
+            self._lap()
+            self._since = None
 
-    def resume(self, *_event, **_kwargs) -> None:
-        """Start the clock."""
+    def on_save(self, args, state, control, **kwargs):
         self._since = time.perf_counter()
+
+    on_epoch_end, on_evaluate = on_step_end, on_save
 
     def _lap(self) -> None:
         if self._since is not None:
             now = time.perf_counter()
             self._seconds, self._since = self._seconds + now - self._since, now
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if control.should_evaluate or control.should_save:
-            self.pause()
-
-    on_epoch_end = on_step_end
-    on_evaluate = on_save = resume
 
     def own(self) -> list[float]:
         """This rank's counts since the last reading and its peak memory in GiB, to be gathered for `read`."""
@@ -157,17 +149,13 @@ class Meter(transformers.TrainerCallback):
         self.counts, self.steps, self._seconds = TokenCounts(), 0, 0.0
         self.total += job
         self.total_seconds += seconds
-        return {"step_time_s": step_time, **self._rates(job, seconds)}
+        return {"step_time_s": step_time} | self._rates(job, seconds)
 
     def summary(self) -> dict[str, float]:
         """The same rates over all readings of this process, and the sums."""
-        return {
-            "train_steps_s": self.total_seconds,
-            "tokens": self.total.real,
-            "trained_tokens": self.total.trained,
-            "model_flops": self.flops.step(self.total),
-            **self._rates(self.total, self.total_seconds),
-        }
+        sums = {"train_steps_s": self.total_seconds, "tokens": self.total.real, "trained_tokens": self.total.trained}
+        flops = {"model_flops": self.flops.step(self.total)}
+        return sums | flops | self._rates(self.total, self.total_seconds)
 
     def _rates(self, counts: TokenCounts, seconds: float) -> dict[str, float]:
         per_gpu = 1 / (max(seconds, 1e-9) * self._ranks)
@@ -183,8 +171,3 @@ class Meter(transformers.TrainerCallback):
         if self.peak_tflops is not None:
             rates |= {"mfu": tflops / self.peak_tflops, "mfu_6n": tflops_6n / self.peak_tflops}
         return rates
-
-
-def device_name(device: torch.device) -> str:
-    """The accelerator's name as its driver gives it; "cpu" on a CPU."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

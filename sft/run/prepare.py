@@ -25,7 +25,7 @@ from sft.plan.memory_ladder import explain_out_of_memory, stop_after_plan
 from sft.plan.settle import Settled, engine
 from sft.report.progress import ReportCallback, tracker_problems
 from sft.report.record import Report
-from sft.report.speed import Meter, ModelFlops, device_name
+from sft.report.speed import Meter, ModelFlops, peak_tflops
 from sft.run.evaluation import AnswersCallback, EarlyStop, evaluation_problems
 from sft.run.finite_check import LossSpikes
 from sft.run.stop_requests import command_to_continue
@@ -122,7 +122,7 @@ class Run:
             head: of `settle.prepare_step`.
         """
         args, report = self.args, self.report
-        meter = Meter(ModelFlops.of(model), args.device, device_name(args.device), compute_dtype(args))
+        meter = Meter(ModelFlops.of(model), args.device, peak_tflops(args.device, compute_dtype(args)))
         callbacks: list[TrainerCallback] = []
         if data_module["eval_dataset"] is not None and args.eval_samples:
             generating = attention.stock_attention if args.packing else contextlib.nullcontext

@@ -116,12 +116,13 @@ def test_flops_agree_with_the_ones_that_torch_counts():
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
         ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
         ("NVIDIA A1000", None),
-        ("cpu", None),
     ],
 )
-def test_peaks(name, peak):
-    assert speed.peak_tflops(name, torch.bfloat16) == peak
-    assert speed.peak_tflops(name, torch.float32) is None
+def test_peaks(name, peak, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert speed.peak_tflops(torch.device("cuda"), torch.bfloat16) == peak
+    assert speed.peak_tflops(torch.device("cuda"), torch.float32) is None
+    assert speed.peak_tflops(torch.device("cpu"), torch.bfloat16) is None
 
 
 # ------------------------------------------------------------------------------------------------------------- meter
@@ -131,8 +132,7 @@ def meter(**changes):
     arguments = {
         "flops": ModelFlops(6 * 960, 6 * 400, 16),
         "device": torch.device("cpu"),
-        "device_name": "NVIDIA A100-SXM4-80GB",
-        "compute_dtype": torch.bfloat16,
+        "peak": 312,
     }
     return Meter(**(arguments | changes))
 
@@ -151,9 +151,12 @@ def test_rates_against_a_clock(monkeypatch):
     now[0] += 2
     watch.add_step(TokenCounts(real=300, trained=60, computed=375, squared=3000))
     now[0] += 3
-    watch.pause()
-    now[0] += 1000  # an evaluation and a save
-    watch.resume()
+    control = transformers.TrainerControl(should_evaluate=True, should_save=True)
+    watch.on_step_end(None, None, control)
+    now[0] += 400
+    watch.on_evaluate(None, None, control)
+    now[0] += 600
+    watch.on_save(None, None, control)
     numbers = read(watch)
     assert numbers["step_time_s"] == 2.5
     assert numbers["tokens_per_s_per_gpu"] == pytest.approx(400 / 5)
@@ -176,7 +179,7 @@ def test_rates_are_of_all_ranks(monkeypatch):
     """Rank 1 did three times the work and holds more memory: the mean per GPU, and the highest memory."""
     now = [100.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    watch = meter(device_name="an unknown device")
+    watch = meter(peak=None)
     watch.add_step(TokenCounts(real=100, trained=40, computed=100, squared=1000))
     now[0] += 4
     *counts, _ = own = watch.own()
