@@ -55,20 +55,13 @@ class TunedModel:
     tokenizer: PreTrainedTokenizerBase
     template: str
 
-    def prompts(self, instructions: list[str]) -> list[list[int]]:
-        """The prompts' ids, exactly those of training."""
-        texts = [self.template.replace("{instruction}", text) for text in instructions]
-        return [ids.tolist() for ids in encode_prompts(self.tokenizer, texts)]
-
-    def answers(
-        self, instructions: list[str], longest: int, batch_size: int = 1, streamer: Any = None
-    ) -> Iterator[tuple[int, str, bool]]:
-        """Yield (index, answer, cut) for every instruction, the longest prompts first: what does not fit fails at once."""
-        prompts = self.prompts(instructions)
+    def answers(self, texts: list[str], longest: int, size: int = 1, streamer=None) -> Iterator[tuple[int, str, bool]]:
+        """Yield (index, answer, cut) for each instruction, the longest prompts first: what does not fit fails at once."""
+        prompts = encode_prompts(self.tokenizer, [self.template.replace("{instruction}", text) for text in texts])
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            asked = [prompts[index] for index in batch]
+        for start in range(0, len(order), size):
+            batch = order[start : start + size]
+            asked = [prompts[index].tolist() for index in batch]  # the ids of training
             made = greedy_answers(self.model, self.tokenizer, asked, self.model.device, longest, streamer)
             for index, (ids, cut) in zip(batch, made, strict=True):
                 yield index, str(self.tokenizer.decode(ids)), cut
@@ -78,9 +71,8 @@ def load(name: str, prompt_template: str | None = None) -> TunedModel:
     """Load a tuned model, or a LoRA adapter on its base, with `prompt_template` or the template saved with it."""
     # not sft.flags: its TrainingArguments imports peft, and peft bitsandbytes, which warns on some CPUs
     source = SimpleNamespace(model_name_or_path=name, cache_dir=None, trust_remote_code=False)
-    files = ("config.json", "adapter_config.json", TEMPLATE_FILE)
     try:
-        config, adapter, saved = (find_file(source, file) for file in files)
+        config, adapter, saved = (find_file(source, f) for f in ("config.json", "adapter_config.json", TEMPLATE_FILE))
     except UserError as error:
         hub = "." if name.startswith((".", "/", "~")) else f", and not on the hub: {str(error).splitlines()[0]}"
         raise UserError(f"--model {name}: no such folder{hub}") from error
@@ -160,18 +152,15 @@ def answer_csv(models: dict[str, TunedModel], args: argparse.Namespace) -> None:
     if taken := [columns[name] for name in models if columns[name] in header]:
         raise UserError(f"{args.data_path}: it has a column {taken[0]!r} already. Rename or remove it.")
     asked = [index for index, text in enumerate(instructions) if text.strip()]
-    if empty := len(instructions) - len(asked):
-        note(f"{args.data_path}: {empty} of {len(instructions)} rows have an empty {args.source!r} and get no answer")
+    empty = len(instructions) - len(asked)
+    note(f"{args.data_path}: {empty} of {len(instructions)} rows have an empty {args.source!r} and get no answer")
     for name, tuned in models.items():
-        answers, cut = [""] * len(rows), 0
         made = tuned.answers([instructions[index] for index in asked], args.max_new_tokens, args.batch_size)
-        for position, text, was_cut in tqdm(made, total=len(asked), desc=f"{name}: answers", disable=None):
-            answers[asked[position]] = text
-            cut += was_cut
-        if cut:
-            note(f"{name}: {cut} of {len(asked)} answers are cut after {args.max_new_tokens} tokens, --max_new_tokens")
+        done = list(tqdm(made, total=len(asked), desc=f"{name}: answers", disable=None))
+        answers, cut = {asked[position]: text for position, text, _ in done}, sum(cut for _, _, cut in done)
+        note(f"{name}: {cut} of {len(asked)} answers are cut after {args.max_new_tokens} tokens, --max_new_tokens")
         header.append(columns[name])
-        rows = [[*row, text] if row else row for row, text in zip(rows, answers, strict=True)]
+        rows = [[*row, answers.get(index, "")] if row else row for index, row in enumerate(rows)]
     with open(args.output_path, "w", encoding="utf-8", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([header, *rows])
     note(f"{args.output_path}: {len(asked)} answers")

@@ -5,7 +5,6 @@ python -m sft.merge_lora --adapter ./my_adapter --output ./my_model
 
 import argparse
 import json
-import pickle
 import re
 import shutil
 from pathlib import Path
@@ -15,22 +14,13 @@ from transformers import AutoModelForCausalLM
 
 from sft.job import UserError, one_message_for_user_errors, say
 from sft.model.lora import BASE_RECORD, weights_digest
+from sft.model.safe_loads import safe_loads
 
 
-def merge(
-    adapter: str, output: str, base: str | None = None, dtype: torch.dtype = torch.float32, cache_dir: str | None = None
-) -> float:
-    """Write base + adapter as one model, computed on the CPU in float32, and prove it.
+def merge(adapter: str, output: str, base: str | None = None, dtype=torch.float32, cache_dir=None) -> float:
+    """Write base + adapter as one model of `dtype`, computed on the CPU in float32, with the adapter's tokenizer and template.
 
-    Args:
-        adapter, output: folders; the adapter's tokenizer and template go with the model.
-        base: the model it was trained on. Default: the recorded one.
-        dtype: type of the saved weights.
-
-    Returns: the relative difference ‖merged - (base + adapter)‖ / ‖base + adapter‖ of the logits of a probe, in float32.
-
-    Raises:
-        UserError: no adapter there, or another base than the one that the adapter was trained on.
+    Returns: ‖merged - (base + adapter)‖ / ‖base + adapter‖ of a probe's logits in float32; the recorded base, if none is given.
     """
     from peft import PeftModel
 
@@ -41,18 +31,12 @@ def merge(
     record = json.loads((folder / BASE_RECORD).read_text(encoding="utf-8"))
     base = base or record["model_name_or_path"]
     if weights_digest(base, cache_dir) != record["fingerprint"]:
-        raise UserError(
-            f"{base} is not the model that this adapter was trained on ({record['model_name_or_path']}): the weights differ. "
-            "Give that model with --base."
-        )
-    try:
+        trained_on = record["model_name_or_path"]
+        raise UserError(f"{base} is not the model that this adapter was trained on: give --base {trained_on}")
+    with safe_loads(base, deepspeed=False):
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, cache_dir=cache_dir)
+    with safe_loads(adapter, deepspeed=False):
         tuned = PeftModel.from_pretrained(model, folder).eval()
-    except pickle.UnpicklingError as error:  # torch.load(weights_only=True) refused it
-        raise UserError(
-            f"{base} or {folder}: a weights file there is a pickle that would run code, and was not loaded. "
-            "Take the model's safetensors instead."
-        ) from error
     probe = torch.arange(64, device="cpu")[None] * 37 % model.config.vocab_size
     with torch.no_grad():
         expected = tuned(input_ids=probe, use_cache=False).logits
@@ -79,8 +63,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with one_message_for_user_errors():
         difference = merge(args.adapter, args.output, args.base, getattr(torch, args.save_dtype), args.cache_dir)
-        difference_in_words = f"logits differ from base + adapter by {difference:.1e} in float32"
-        say(f"merged: {args.output} ({args.save_dtype}); {difference_in_words}")
+        proof = f"logits differ from base + adapter by {difference:.1e} in float32"
+        say(f"merged: {args.output} ({args.save_dtype}); {proof}")
 
 
 if __name__ == "__main__":

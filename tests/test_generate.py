@@ -75,9 +75,17 @@ def test_the_answer_goes_to_stdout_and_nothing_else_does(tuned, capsys):
     assert capsys.readouterr().out == "lm nopqrstuvwxyz\n"
 
 
-def test_the_prompt_is_the_one_of_training(tuned):
-    loaded = generate.load(str(tuned))
-    assert loaded.prompts(["a</s>"]) == [[BOS, *b"Go on from a</s>"]]  # the control token's text stays text
+@pytest.fixture
+def prompts(monkeypatch):
+    """The batches of ids that models are asked."""
+    asked, answers = [], generate.greedy_answers
+    monkeypatch.setattr(generate, "greedy_answers", lambda *args: asked.append(args[2]) or answers(*args))
+    return asked
+
+
+def test_the_prompt_is_the_one_of_training(tuned, prompts):
+    ask("--model", tuned, "--instruction", "a</s>")
+    assert prompts == [[[BOS, *b"Go on from a</s>"]]]  # the control token's text stays text
 
 
 def test_another_template_is_taken_when_one_is_given(tuned, capsys, tmp_path):
@@ -110,14 +118,12 @@ def test_the_base_model_answers_beside_it(tuned, base, capsys):
     assert capsys.readouterr().out == "base:\nvutsrqpon mlkjihgfedcba\ntuned:\nxyz\n"
 
 
-def test_a_chat_is_of_single_turns(tuned, capsys, monkeypatch):
-    asked, prompts = [], generate.TunedModel.prompts
-    monkeypatch.setattr(generate.TunedModel, "prompts", lambda self, texts: asked.append(texts) or prompts(self, texts))
+def test_a_chat_is_of_single_turns(tuned, prompts, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("w\n\nx\n"))
     ask("--model", tuned)
     printed = capsys.readouterr()
     assert printed.out == "xyz\nyz\n"
-    assert asked == [["w"], ["x"]]  # the second does not carry the first
+    assert prompts == [[[BOS, *b"Go on from w"]], [[BOS, *b"Go on from x"]]]  # the second does not carry the first
     assert "each is answered by itself" in printed.err
 
 
@@ -154,8 +160,8 @@ def test_batches_are_sorted_by_length_and_change_no_answer(tiny_llama):
     loaded = generate.load(str(tiny_llama), "none")
     questions = ["What is 1 plus 2?", "What", "What is 3 plus 4? What is 5 plus 6?", "1", "plus"]
     plain = AutoModelForCausalLM.from_pretrained(tiny_llama)
-    expected = {}
-    for index, ids in enumerate(loaded.prompts(questions)):
+    prompts, expected = loaded.tokenizer(questions).input_ids, {}
+    for index, ids in enumerate(prompts):
         output = plain.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False)[0, len(ids) :].tolist()
         ended = EOS_OF_LLAMA in output
         text = loaded.tokenizer.decode(output[: output.index(EOS_OF_LLAMA)] if ended else output)
@@ -164,9 +170,7 @@ def test_batches_are_sorted_by_length_and_change_no_answer(tiny_llama):
     for batch_size in (1, 2, 5):
         answers = list(loaded.answers(questions, 8, batch_size))
         assert {index: (text, cut) for index, text, cut in answers} == expected
-    assert [index for index, _, _ in answers] == sorted(
-        range(5), key=lambda index: len(loaded.prompts(questions)[index]), reverse=True
-    )
+    assert [index for index, _, _ in answers] == sorted(range(5), key=lambda index: len(prompts[index]), reverse=True)
 
 
 # -------------------------------------------------------------------------------------------------------- adapters

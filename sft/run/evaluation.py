@@ -6,11 +6,12 @@ batch size, padded or packed. No logits are kept.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import transformers
+from torch.utils.data import DataLoader, Sampler
 from transformers.trainer_utils import EvalLoopOutput
 
 from sft.job import say
@@ -21,9 +22,9 @@ ANSWER_TOKENS = 128  # longest answer to an evaluation prompt
 
 def evaluation_problems(flags: Any) -> list[str]:
     """Contradictions between the evaluation flags."""
-    rows = bool(flags.eval_data_path) or bool(flags.eval_split)
-    evaluation = str(getattr(flags.eval_strategy, "value", flags.eval_strategy))
-    evaluates = evaluation != "no"
+    evaluation, saves = (str(getattr(value, "value", value)) for value in (flags.eval_strategy, flags.save_strategy))
+    rows, evaluates = bool(flags.eval_data_path or flags.eval_split), evaluation != "no"
+    compares = [name for name in ("early_stopping_patience", "load_best_model_at_end") if getattr(flags, name)]
     found = []
     if evaluates and not rows:
         found.append(
@@ -31,15 +32,12 @@ def evaluation_problems(flags: Any) -> list[str]:
             "Add --eval_data_path FILE or --eval_split 0.02, or use --eval_strategy no."
         )
     if rows and not evaluates:
-        name = "eval_data_path" if flags.eval_data_path else "eval_split"
         found.append(
-            f"--{name} is given and --eval_strategy is no: the rows would never be used. "
-            "Add --eval_strategy epoch (or steps), or remove the flag."
+            f"--{'eval_data_path' if flags.eval_data_path else 'eval_split'} is given and --eval_strategy is no: the rows "
+            "would never be used. Add --eval_strategy epoch (or steps), or remove the flag."
         )
-    for name in ("early_stopping_patience", "load_best_model_at_end"):
-        if getattr(flags, name) and not evaluates:
-            found.append(f"--{name} compares evaluations: add --eval_strategy epoch (or steps) and rows to evaluate.")
-    saves = str(getattr(flags.save_strategy, "value", flags.save_strategy))
+    for name in () if evaluates else compares:
+        found.append(f"--{name} compares evaluations: add --eval_strategy epoch (or steps) and rows to evaluate.")
     if flags.load_best_model_at_end and evaluates and saves not in (evaluation, "best"):
         found.append(
             f"--load_best_model_at_end needs a checkpoint for each evaluation, and --save_strategy is {saves} while "
@@ -51,7 +49,7 @@ def evaluation_problems(flags: Any) -> list[str]:
     return found
 
 
-class EvalBatchSampler(torch.utils.data.Sampler[list[int]]):
+class EvalBatchSampler(Sampler[list[int]]):
     """This rank's batches of the evaluation rows: every row once over all ranks, and as many batches on each rank.
 
     Rows are taken longest first, so that a batch holds rows of one length and the largest batch comes first: what does
@@ -67,20 +65,13 @@ class EvalBatchSampler(torch.utils.data.Sampler[list[int]]):
         max_examples: rows of a padded batch. One of the two limits is given.
     """
 
-    def __init__(
-        self,
-        lengths: Sequence[int],
-        world_size: int,
-        rank: int,
-        max_tokens: int | None = None,
-        max_examples: int | None = None,
-    ):
+    def __init__(self, lengths: Sequence[int], world_size: int, rank: int, max_tokens=math.inf, max_examples=math.inf):
         batches: list[list[int]] = []
         room_tokens = room_examples = 0.0
         for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
             if room_examples < 1 or room_tokens < lengths[row]:
                 batches.append([])
-                room_tokens, room_examples = max_tokens or math.inf, max_examples or math.inf
+                room_tokens, room_examples = max_tokens, max_examples
             batches[-1].append(row)
             room_tokens -= lengths[row]
             room_examples -= 1
@@ -97,18 +88,12 @@ class EvalBatchSampler(torch.utils.data.Sampler[list[int]]):
         return len(self.batches)
 
 
-def token_weighted_loop(
-    trainer: Any,
-    dataloader: torch.utils.data.DataLoader,
-    loss_sum: Callable[[torch.nn.Module, dict], torch.Tensor],
-    metric_key_prefix: str = "eval",
-) -> EvalLoopOutput:
+def token_weighted_loop(trainer: Any, dataloader: DataLoader, prefix: str = "eval") -> EvalLoopOutput:
     """The Trainer's evaluation loop, with one mean over all trained tokens instead of a mean of batch means.
 
     Args:
-        trainer: a `Trainer`; gives the wrapped model, the device and the callbacks.
+        trainer: the `SupervisedTrainer`; its `loss_sum` gives the loss summed over a batch's trained tokens.
         dataloader: has an `EvalBatchSampler`; its batches carry their `counts`, as training batches do.
-        loss_sum: (model, inputs on the device) -> the loss summed over this batch's trained tokens.
 
     Returns: metrics PREFIX_loss, PREFIX_perplexity and PREFIX_tokens; no predictions.
     """
@@ -122,20 +107,16 @@ def token_weighted_loop(
     for index, inputs in enumerate(dataloader):
         trained = inputs.pop("counts").trained
         with torch.no_grad(), trainer.compute_loss_context_manager():
-            loss = loss_sum(model, trainer._prepare_inputs(inputs))
+            loss = trainer.loss_sum(model, trainer._prepare_inputs(inputs))
         if index < owned:
             total += loss.detach().double()
             tokens += trained
         trainer.callback_handler.on_prediction_step(trainer.args, trainer.state, trainer.control)
-    both = torch.stack([total, torch.tensor(float(tokens), dtype=torch.float64, device=total.device)])
-    every = trainer.accelerator.gather(both[None])
+    every = trainer.accelerator.gather(torch.stack([total, torch.full_like(total, tokens)])[None])
     loss_total, token_total = every.sum(dim=0).tolist()
     mean = loss_total / token_total
-    metrics = {
-        f"{metric_key_prefix}_loss": mean,
-        f"{metric_key_prefix}_perplexity": math.exp(mean) if mean < 700 else math.inf,
-        f"{metric_key_prefix}_tokens": int(token_total),
-    }
+    metrics = {"loss": mean, "perplexity": math.exp(mean) if mean < 700 else math.inf, "tokens": int(token_total)}
+    metrics = {f"{prefix}_{name}": value for name, value in metrics.items()}
     rows = len(dataloader.dataset)  # type: ignore[arg-type]
     return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=rows)  # type: ignore[arg-type]
 
@@ -173,18 +154,11 @@ class AnswersCallback(transformers.TrainerCallback):
         generating: (model) -> a context in which it can generate: packed training has attention of its own.
     """
 
-    def __init__(
-        self,
-        dataset: Any,
-        count: int,
-        keep: Callable[[dict[str, Any]], None],
-        generating: Callable[[Any], AbstractContextManager] = nullcontext,
-    ):
-        self.generating = generating
+    def __init__(self, dataset: Any, count: int, keep: Callable[[dict], None], generating: Callable = nullcontext):
+        self.keep, self.generating = keep, generating
         rows = [index * len(dataset) // count for index in range(min(count, len(dataset)))]
-        self.keep = keep
-        self.prompts = [dataset[row]["input_ids"][: int(dataset.prompt_lengths[row])].tolist() for row in rows]
-        self.references = [dataset[row]["input_ids"][int(dataset.prompt_lengths[row]) :] for row in rows]
+        cuts = [(dataset[row]["input_ids"].tolist(), int(dataset.prompt_lengths[row])) for row in rows]
+        self.prompts, self.references = [ids[:end] for ids, end in cuts], [ids[end:] for ids, end in cuts]
 
     def on_evaluate(self, args, state, control, model=None, processing_class=None, **kwargs):
         # layers compiled for training would be compiled again for each length of the cache
@@ -193,15 +167,10 @@ class AnswersCallback(transformers.TrainerCallback):
         if not state.is_world_process_zero:
             return
         for prompt, reference, (answer, cut) in zip(self.prompts, self.references, answers, strict=True):
-            sample = {
-                "step": state.global_step,
-                "prompt": processing_class.decode(prompt, skip_special_tokens=True),
-                "reference": processing_class.decode(reference, skip_special_tokens=True),
-                "answer": processing_class.decode(answer, skip_special_tokens=True),
-                "cut": cut,
-            }
-            self.keep(sample)
-            say(f"  answer: {shorten(sample['answer'])}   (data: {shorten(sample['reference'])})")
+            ids = {"prompt": prompt, "reference": reference, "answer": answer}
+            texts = {name: processing_class.decode(part, skip_special_tokens=True) for name, part in ids.items()}
+            self.keep({"step": state.global_step, **texts, "cut": cut})
+            say(f"  answer: {shorten(texts['answer'])}   (data: {shorten(texts['reference'])})")
 
 
 def shorten(text: str, width: int = 60) -> str:

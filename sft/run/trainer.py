@@ -195,9 +195,9 @@ class SupervisedTrainer(Trainer):
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ) -> EvalLoopOutput:
-        return token_weighted_loop(self, dataloader, self._loss_sum, metric_key_prefix)
+        return token_weighted_loop(self, dataloader, metric_key_prefix)
 
-    def _loss_sum(self, model: torch.nn.Module, inputs: dict) -> torch.Tensor:
+    def loss_sum(self, model: torch.nn.Module, inputs: dict) -> torch.Tensor:
         """The loss summed over the trained tokens of one micro-batch."""
         # compute_loss divides by the step's tokens, and multiplies by the ranks whose mean the gradient will be
         ranks = self.args.world_size if self.args.average_tokens_across_devices else 1

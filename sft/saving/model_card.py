@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import ModelCardData
 
@@ -30,13 +29,8 @@ def snippet(model_id: str, adapter: bool) -> str:
 
 
 def write_card(folder: Path, model_id: str | None = None) -> None:
-    """Write README.md into the exported folder, from the run_report.json in it.
-
-    Args:
-        folder: where the model is; an adapter is recognised by its adapter_config.json.
-        model_id: the name on the hub, where the model is pushed to one. Default: the folder.
-    """
-    record: dict[str, Any] = json.loads((folder / "run_report.json").read_text(encoding="utf-8"))
+    """Write README.md into the exported folder, from the run_report.json in it; `model_id` is the name on the hub, if any."""
+    record = json.loads((folder / "run_report.json").read_text(encoding="utf-8"))
     adapter = (folder / "adapter_config.json").is_file()
     base, template = record["model"]["name"], record["template"]["text"]
     on_the_hub = base.count("/") == 1 and not Path(base).exists()
@@ -46,12 +40,8 @@ def write_card(folder: Path, model_id: str | None = None) -> None:
         base_model=base if on_the_hub else None,
         tags=["instruction-tuning", "sft", *(["lora"] if adapter else [])],
     )
-    batch, training, final, data = (
-        record["batch"],
-        record["flags"]["training"],
-        record["final"],
-        record["data"]["train"],
-    )
+    batch, data = record["batch"], record["data"]["train"]
+    final, training = record["final"], record["flags"]["training"]
     name = (model_id or str(folder)).rstrip("/").split("/")[-1]
     optimizer = f"{training['optim']}, weight decay {training['weight_decay']:g}"
     rows = {

@@ -51,7 +51,7 @@ def test_the_batch_size_changes_nothing(watched_padded, monkeypatch):
     for size in (1, 5, 16):
         monkeypatch.setattr(trainer.args, "per_device_eval_batch_size", size)
         loader = trainer.get_eval_dataloader()
-        losses.append(evaluation.token_weighted_loop(trainer, loader, trainer._loss_sum).metrics["eval_loss"])
+        losses.append(evaluation.token_weighted_loop(trainer, loader).metrics["eval_loss"])
         means.append(mean_of_batch_means(trainer, loader))
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
     assert watched_padded.record["evaluations"][-1]["eval_loss"] == pytest.approx(losses[0], rel=1e-6)
@@ -63,7 +63,7 @@ def mean_of_batch_means(trainer, loader):
     for inputs in loader:
         tokens = inputs.pop("counts").trained
         with torch.no_grad():
-            means.append(float(trainer._loss_sum(trainer.model, inputs)) / tokens)
+            means.append(float(trainer.loss_sum(trainer.model, inputs)) / tokens)
     return sum(means) / len(means)
 
 
