@@ -16,7 +16,7 @@ from scripts import ROOT
 PAGE = ROOT / "docs" / "upgrading.md"
 SOURCES = [ROOT / "utils.py", *sorted(ROOT.glob("sft/**/*.py"))]
 PRIVATE = re.compile(r"\b_[A-Za-z]\w*")
-DOCUMENTED = {"_replace", "_exit", "_local"}  # by Python
+DOCUMENTED = {"_asdict", "_replace", "_exit", "_local"}  # by Python
 WORDS = {"_token", "_key"}  # ends of flags, no names
 INNER_MODULES = ("deepspeed.runtime", "deepspeed.utils", "liger_kernel.ops", "transformers.integrations.deepspeed")
 OWN = {"self", "cls", "ctx", "flags"}  # objects of this project by these names
@@ -50,7 +50,7 @@ def written(node: ast.AST, constants: dict[str, str]) -> Iterator[str]:
     elif isinstance(node, ast.Call):
         called = ast.unparse(node.func)
         if called == "swapped" or called.endswith(".patch"):
-            yield from (keyword.arg for keyword in node.keywords)
+            yield from (keyword.arg for keyword in node.keywords if keyword.arg)
         elif called == "os.environ.setdefault":
             yield key_of(node.args[0], constants)
         elif called == "setattr" and isinstance(node.args[1], ast.Constant):
