@@ -11,6 +11,7 @@ from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
+from sft.data.csv_rows import quoted
 from sft.data.word_cache import LEADING_SPACE, Words, parts_before_model
 from sft.job import UserError, say
 
@@ -61,7 +62,7 @@ def encode_responses(tokenizer, texts: list[str], *, allow_control_tokens: bool 
     control token's text stays text unless `allow_control_tokens`.
     """
     if not tokenizer.is_fast:
-        return [array("i", _slow_continuation(tokenizer, text, allow_control_tokens)) for text in texts]
+        return [_slow_continuation(tokenizer, text, allow_control_tokens) for text in texts]
     return encode(tokenizer, "response", texts, False, allow_control_tokens)
 
 
@@ -108,11 +109,8 @@ def _without_prefix(part: dict | None) -> dict | None:
     if part["type"] == "Sequence":
         key = "normalizers" if "normalizers" in part else "pretokenizers"
         return part | {key: [kept for kept in map(_without_prefix, part[key]) if kept is not None]}
-    if part["type"] == "Metaspace":
-        return part | {"prepend_scheme": "never"}
-    if part["type"] == "ByteLevel":
-        return part | {"add_prefix_space": False}
-    return part
+    settings = {"Metaspace": {"prepend_scheme": "never"}, "ByteLevel": {"add_prefix_space": False}}
+    return part | settings.get(part["type"], {})
 
 
 def find_file(model_args, name: str) -> str | None:
@@ -161,7 +159,7 @@ def _after(tokenizer: PreTrainedTokenizerBase, anchor: str, text: str, **options
     return joint[len(before) :] if joint[: len(before)] == before else None
 
 
-def _slow_continuation(tokenizer: PreTrainedTokenizerBase, text: str, allow_control_tokens: bool) -> list[int]:
+def _slow_continuation(tokenizer: PreTrainedTokenizerBase, text: str, allow_control_tokens: bool) -> array:
     """The continuation by a tokenizer without a backend: what follows EOS, or a line end where control tokens must stay text."""
     literal = not allow_control_tokens and any(token in text for token in tokenizer.all_special_tokens)
     ids = _after(tokenizer, "\n" if literal else tokenizer.eos_token, text, split_special_tokens=literal)
@@ -169,7 +167,7 @@ def _slow_continuation(tokenizer: PreTrainedTokenizerBase, text: str, allow_cont
         raise UserError(
             f"tokenizer: {text[:80]!r} merges with what comes before it, so its ids as a response are not defined. Use a fast tokenizer."
         )
-    return ids
+    return array("i", ids)
 
 
 def _prove_ids(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -180,17 +178,13 @@ def _prove_ids(tokenizer: PreTrainedTokenizerBase) -> None:
     plain = [text for text in PROBES if not any(token in text for token in tokenizer.all_special_tokens)]
     prompts, responses = encode_prompts(tokenizer, plain), encode_responses(tokenizer, plain)
     for text, prompt_ids, response_ids in zip(plain, prompts, responses, strict=True):
-        own = tokenizer(text).input_ids
-        if prompt_ids.tolist() != own:
-            raise UserError(
-                f"tokenizer: the prompt {text[:80]!r} gets {prompt_ids[:8]}…, but generation gives {own[:8]}…. Report this model."
-            )
-        after_eos, after_line = (_after(tokenizer, anchor, text) for anchor in (tokenizer.eos_token, "\n"))
-        if response_ids.tolist() not in (after_eos, after_line):
-            raise UserError(
-                f"tokenizer: the response {text[:80]!r} gets {response_ids[:8]}…, but after EOS it is {(after_eos or [])[:8]}…. "
-                "Report this model."
-            )
+        after = [_after(tokenizer, anchor, text) for anchor in (tokenizer.eos_token, "\n")]
+        for use, ids, own in (("prompt", prompt_ids, [tokenizer(text).input_ids]), ("response", response_ids, after)):
+            if ids.tolist() not in own:
+                raise UserError(
+                    f"tokenizer: the {use} {text[:80]!r} gets {ids[:8].tolist()}…, but generation gives or meets {(own[0] or [])[:8]}…. "
+                    "Report this model."
+                )
 
 
 def compare_with_sentencepiece(tokenizer, texts: list[str]) -> None:
@@ -211,6 +205,5 @@ def differences(tokenizer, model_file: str, texts: list[str]) -> list[str]:
         if (ours := ids.tolist()) != expected:
             first = next((i for i, (a, b) in enumerate(zip(ours, expected)) if a != b), min(len(ours), len(expected)))
             window = slice(max(0, first - 2), first + 6)
-            shown = text if len(text) <= 120 else text[:120] + "…"
-            found.append(f"{shown!r} from token {first}: {ours[window]}, SentencePiece {expected[window]}")
+            found.append(f"{quoted(text, 120)} from token {first}: {ours[window]}, SentencePiece {expected[window]}")
     return found

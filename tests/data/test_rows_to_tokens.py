@@ -184,18 +184,18 @@ def test_a_cell_without_end_does_not_fill_the_memory(write, monkeypatch):
 
 def test_files_that_cannot_be_read(tmp_path):
     assert faults(str(tmp_path / "no.csv")) == [
-        f"{tmp_path}/no.csv: No such file or directory. Give a CSV file that can be read with --data_path."
+        f"{tmp_path}/no.csv: No such file or directory. Give a CSV file that can be read."
     ]
-    assert faults(str(tmp_path)) == [f"{tmp_path}: a folder. Give the CSV file itself with --data_path."]
+    assert faults(str(tmp_path)) == [f"{tmp_path}: Is a directory. Give a CSV file that can be read."]
     if os.path.exists("/proc/self/mem"):  # opens, and fails when it is read
-        assert faults("/proc/self/mem") == ["/proc/self/mem, row 1: reading failed: Input/output error."]
+        assert faults("/proc/self/mem") == ["/proc/self/mem: Input/output error. Give a CSV file that can be read."]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
 def test_a_file_without_permission(write):
     path = write("prompt,response\na,b\n")
     os.chmod(path, 0)
-    assert faults(path) == [f"{path}: Permission denied. Give a CSV file that can be read with --data_path."]
+    assert faults(path) == [f"{path}: Permission denied. Give a CSV file that can be read."]
 
 
 def test_a_message_never_sends_a_cell_to_the_terminal(write):
