@@ -39,32 +39,34 @@ def load_xgen_tokenizer(model_args, training_args) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def xgen_extra_tokens() -> tuple[dict[bytes, int], dict[str, int]]:
+def _spelled(token: bytes) -> str:
+    """The bytes in the letters that GPT-2's vocab.json writes them with."""
+    letters = bytes_to_unicode()
+    return "".join(letters[byte] for byte in token)
+
+
+def _additions() -> tuple[dict[str, int], dict[str, int]]:
     """(runs of spaces and tabs, which merge like any BPE token; tags), each with its id, as XGen's published code adds them to GPT-2."""
-    runs = [b" " * n for n in range(31, 1, -1)] + [b"\t" * n for n in range(9, 1, -1)]
+    runs = [_spelled(b" " * n) for n in range(31, 1, -1)] + [_spelled(b"\t" * n) for n in range(9, 1, -1)]
     first = XGEN_EOS_ID + 1
     tags = [*_FIM, *(f"<dummy_{i}>" for i in range(4)), "<sep>", "<eom>"]
     tags += [f"<mask_{i}>" for i in range(XGEN_VOCABULARY - first - len(runs) - len(tags), 0, -1)]
-    return (
-        {run: first + i for i, run in enumerate(runs)},
-        {XGEN_EOS: XGEN_EOS_ID} | {tag: first + len(runs) + i for i, tag in enumerate(tags)},
-    )
+    ids = {token: first + i for i, token in enumerate(runs + tags)}
+    return {run: ids[run] for run in runs}, {XGEN_EOS: XGEN_EOS_ID} | {tag: ids[tag] for tag in tags}
 
 
-def _xgen_backend(ranks: dict[bytes, int]) -> Tokenizer:
+def _xgen_backend(ranks: dict[str, int]) -> Tokenizer:
     """GPT-2's mergeable ranks with XGen's additions, as a `tokenizers` pipeline."""
-    runs, tags = xgen_extra_tokens()
-    letters = bytes_to_unicode()
-    vocab = {"".join(letters[byte] for byte in token): rank for token, rank in (ranks | runs).items()}
+    runs, tags = _additions()
     # tiktoken merges any neighbours whose joint token has the lowest rank: every split of a token is a merge at its rank.
-    backend = Tokenizer(BPE(vocab=vocab | tags, merges=generate_merges(vocab, None)))
+    backend = Tokenizer(BPE(vocab=ranks | runs | tags, merges=generate_merges(ranks | runs, None)))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(tag, normalized=False, special=True) for tag in tags])
     return backend
 
 
-def _ranks_from_tiktoken() -> dict[bytes, int]:
+def _ranks_from_tiktoken() -> dict[str, int]:
     import tiktoken
 
     answer: futures.Future = futures.Future()
@@ -78,7 +80,8 @@ def _ranks_from_tiktoken() -> dict[bytes, int]:
     # tiktoken 0.14 downloads without a time limit; a machine whose network swallows packets would wait for ever.
     Thread(target=download, daemon=True).start()
     try:
-        return dict(answer.result(timeout=TIKTOKEN_PATIENCE_S)._mergeable_ranks)
+        ranks = answer.result(timeout=TIKTOKEN_PATIENCE_S)._mergeable_ranks
+        return {_spelled(token): rank for token, rank in ranks.items()}
     except (OSError, ValueError, futures.TimeoutError) as error:
         reason = str(error)[:200] or f"no answer in {TIKTOKEN_PATIENCE_S} s"
         raise UserError(
@@ -88,7 +91,7 @@ def _ranks_from_tiktoken() -> dict[bytes, int]:
         ) from None
 
 
-def _ranks_from_files(folder: str) -> dict[bytes, int]:
+def _ranks_from_files(folder: str) -> dict[str, int]:
     """GPT-2's mergeable ranks from vocab.json, checked against merges.txt line by line."""
     try:
         vocab = json.loads(Path(folder, "vocab.json").read_text(encoding="utf-8"))
@@ -103,20 +106,15 @@ def _ranks_from_files(folder: str) -> dict[bytes, int]:
         raise UserError(
             f"--gpt2_files {folder}: not GPT-2's files. vocab.json must hold 50257 tokens with {XGEN_EOS} = 50256, and line i of merges.txt must make token 256 + i."
         )
-    bytes_of = {letter: byte for byte, letter in bytes_to_unicode().items()}
-    return {bytes(bytes_of[letter] for letter in token): rank for token, rank in vocab.items()}
+    return vocab
 
 
 def _check_xgen(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
-    runs, tags = xgen_extra_tokens()
-    letters = bytes_to_unicode()
-    expected = tags | {"".join(letters[byte] for byte in run): i for run, i in runs.items()}
+    runs, tags = _additions()
     vocab = tokenizer.get_vocab()
-    wrong = [(token, i) for token, i in expected.items() if vocab.get(token) != i]
+    wrong = [f"{t!r} has id {vocab.get(t)}, XGen's is {i}" for t, i in (tags | runs).items() if vocab.get(t) != i]
     if wrong or sorted(vocab.values()) != list(range(XGEN_VOCABULARY)):
-        detail = f"it has {len(vocab)} tokens, XGen {XGEN_VOCABULARY}"
-        for token, i in wrong[:1]:
-            detail = f"{token!r} has id {vocab.get(token)}, XGen's is {i}"
+        detail = wrong[0] if wrong else f"it has {len(vocab)} tokens, XGen {XGEN_VOCABULARY}"
         raise UserError(
             f"{where}: not XGen's tokenizer: {detail}. Use llama_training.py for a LLaMA model, or take tokenizer.json out of the folder so that XGen's is built."
         )
