@@ -54,7 +54,7 @@ def read_csv(
                 elif not problems:
                     row = row or [""] * len(header)
                     yield row_number, row[at_source], "" if at_target is None else row[at_target]
-                    progress(file.buffer.tell())
+                    progress(file.buffer.tell())  # type: ignore[attr-defined]  # a file has it
                 if len(problems) == PROBLEMS_SHOWN:
                     break
     except UnicodeDecodeError:

@@ -109,7 +109,7 @@ def _without_prefix(part: dict | None) -> dict | None:
     if part["type"] == "Sequence":
         key = "normalizers" if "normalizers" in part else "pretokenizers"
         return part | {key: [kept for kept in map(_without_prefix, part[key]) if kept is not None]}
-    settings = {"Metaspace": {"prepend_scheme": "never"}, "ByteLevel": {"add_prefix_space": False}}
+    settings: dict[str, dict] = {"Metaspace": {"prepend_scheme": "never"}, "ByteLevel": {"add_prefix_space": False}}
     return part | settings.get(part["type"], {})
 
 

@@ -35,23 +35,18 @@ def model_problems(flags) -> list[str]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=flags.trust_remote_code)
     present = {type(module).__name__ for module in model.modules()}
-    problems = [
-        f"{name} has no layer of class {wrap_class}, which FSDP should wrap. "
-        f"Its decoder layer: {', '.join(sorted(c for c in present if 'Layer' in c))}."
+    layers = ", ".join(sorted(name for name in present if "Layer" in name))
+    linear = [f".{name}" for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    candidates = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
+    targets = flags.lora_target_modules or []
+    return [
+        f"{name} has no layer of class {wrap_class}, which FSDP should wrap. Its decoder layer: {layers}."
         for wrap_class in (flags.fsdp_config or {}).get("transformer_layer_cls_to_wrap", [])
         if wrap_class not in present
-    ]
-    return problems + target_problems(model, flags.lora_target_modules)
-
-
-def target_problems(model: torch.nn.Module, target_modules: list[str] | None) -> list[str]:
-    """Check that each name in --lora_target_modules matches a linear layer; peft ignores a wrong one among several."""
-    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    candidates = sorted({name.rsplit(".", 1)[-1] for name in linear})
-    return [
-        f"--lora_target_modules {target}: no linear layer of this model has that name. It has {', '.join(candidates)}."
-        for target in target_modules or []
-        if target_modules != ["all-linear"] and not any(f".{name}".endswith(f".{target}") for name in linear)
+    ] + [  # peft ignores a wrong one among several
+        f"--lora_target_modules {target}: no linear layer of this model has that name. It has {candidates}."
+        for target in (targets if targets != ["all-linear"] else [])
+        if not any(linear_name.endswith(f".{target}") for linear_name in linear)
     ]
 
 

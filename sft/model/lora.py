@@ -5,16 +5,16 @@ was trained on.
 """
 
 import hashlib
-import importlib.util
 import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.modeling_utils import load_state_dict
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from sft.arithmetic import compute_dtype
@@ -31,24 +31,20 @@ def lora_problems(flags) -> list[str]:
         names = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "load_in_4bit", "merge_lora")
         given = [f"--{name}" for name in names if getattr(flags, name) != getattr(ModelArguments, name)]
         return [f"{', '.join(given)}: set, but LoRA is off. Add --use_lora True."] if given else []
-    found = []
-    if flags.lora_r < 1:
-        found.append(f"--lora_r {flags.lora_r}: a rank is at least 1.")
-    if not 0 <= flags.lora_dropout < 1:
-        found.append(f"--lora_dropout {flags.lora_dropout}: it lies between 0 and 1.")
-    if (flags.fsdp_config or {}).get("activation_checkpointing"):
-        found.append(
-            '--use_lora with "activation_checkpointing" in --fsdp_config: peft (0.21) would save an empty adapter. '
-            "Use --gradient_checkpointing True instead."
-        )
-    if importlib.util.find_spec("peft") is None:
-        found.append("--use_lora needs the package peft. Run: pip install peft")
-    if flags.load_in_4bit:
-        if not torch.cuda.is_available():
-            found.append("--load_in_4bit needs a CUDA GPU and none was found. Remove the flag: LoRA alone runs here.")
-        elif importlib.util.find_spec("bitsandbytes") is None:
-            found.append("--load_in_4bit needs the package bitsandbytes. Run: pip install bitsandbytes")
-    return found
+    four_bit, cuda, no_package = flags.load_in_4bit, torch.cuda.is_available(), lambda name: find_spec(name) is None
+    problems = {
+        f"--lora_r {flags.lora_r}: a rank is at least 1.": flags.lora_r < 1,
+        f"--lora_dropout {flags.lora_dropout}: it lies between 0 and 1.": not 0 <= flags.lora_dropout < 1,
+        '--use_lora with "activation_checkpointing" in --fsdp_config: peft (0.21) would save an empty adapter. '
+        "Use --gradient_checkpointing True instead.": (flags.fsdp_config or {}).get("activation_checkpointing"),
+        "--use_lora needs the package peft. Run: pip install peft": no_package("peft"),
+        "--load_in_4bit needs a CUDA GPU and none was found. Remove the flag: LoRA alone runs here.": four_bit
+        and not cuda,
+        "--load_in_4bit needs the package bitsandbytes. Run: pip install bitsandbytes": (
+            four_bit and cuda and no_package("bitsandbytes")
+        ),
+    }
+    return [problem for problem, is_so in problems.items() if is_so]
 
 
 def load_options(model_args: ModelArguments, training_args: TrainingArguments) -> dict:
@@ -104,50 +100,14 @@ def finish_adapter(adapter: Path, output: Path, model_args: ModelArguments, merg
     """Write next to a saved adapter what it belongs to and, with --merge_lora, the whole model to the output folder."""
     record_base(adapter, model_args)
     if model_args.merge_lora:
-        _merge_in_another_process(adapter, output, merged_dtype, model_args.cache_dir)
-
-
-def _merge_in_another_process(adapter: Path, output: Path, dtype: torch.dtype, cache_dir: str | None) -> None:
-    """Without torchrun's environment: transformers (5.23, modeling_utils.py) would load the base as this job's rank."""
-    command = [sys.executable, "-m", "sft.merge_lora", "--adapter", str(adapter), "--output", str(output)]
-    command += ["--save_dtype", str(dtype).removeprefix("torch.")] + (["--cache_dir", cache_dir] if cache_dir else [])
-    job = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
-    environment = {name: value for name, value in os.environ.items() if name not in job}
-    path = [str(Path(__file__).resolve().parents[2]), *filter(None, [environment.get("PYTHONPATH")])]
-    subprocess.run(command, env=environment | {"PYTHONPATH": os.pathsep.join(path)}, check=True)
-
-
-def weights_digest(model_name_or_path: str, cache_dir: str | None = None) -> str:
-    """Hash the names, the shapes and up to 256 values of each tensor of a checkpoint: a second or so for 7 B parameters.
-
-    The values are read as bfloat16, so that the same weights stored in another type have the same digest.
-    """
-    lines = [line for file in _checkpoint_files(model_name_or_path, cache_dir) for line in _describe(file)]
-    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
-
-
-def _checkpoint_files(model_name_or_path: str, cache_dir: str | None) -> list[str]:
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        options = {"cache_dir": cache_dir, "_raise_exceptions_for_missing_entries": False}
-        single = cached_file(model_name_or_path, name, **options)
-        if single:
-            return [single]
-        index = cached_file(model_name_or_path, f"{name}.index.json", **options)
-        if index:
-            return get_checkpoint_shard_files(model_name_or_path, index, cache_dir=cache_dir)[0]
-    raise UserError(f"{model_name_or_path}: no model.safetensors and no pytorch_model.bin there.")
-
-
-def _describe(file: str) -> list[str]:
-    if file.endswith(".safetensors"):
-        tensors = safetensors.torch.load_file(file)  # mapped: only what is read below comes from the disk
-    else:
-        tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    lines = []
-    for name, tensor in tensors.items():
-        values = tensor.flatten()[:: max(1, tensor.numel() // 256)].to(torch.bfloat16).view(torch.int16)
-        lines.append(f"{name} {list(tensor.shape)} {hashlib.sha256(values.numpy().tobytes()).hexdigest()}")
-    return lines
+        command = [sys.executable, "-m", "sft.merge_lora", "--adapter", str(adapter), "--output", str(output)]
+        command += ["--save_dtype", str(merged_dtype).removeprefix("torch.")]
+        command += ["--cache_dir", model_args.cache_dir] if model_args.cache_dir else []
+        # without torchrun's environment: transformers (5.23, modeling_utils.py) would load the base as this job's rank
+        job = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+        environment = {name: value for name, value in os.environ.items() if name not in job}
+        path = [str(Path(__file__).resolve().parents[2]), *filter(None, [environment.get("PYTHONPATH")])]
+        subprocess.run(command, env=environment | {"PYTHONPATH": os.pathsep.join(path)}, check=True)
 
 
 def record_base(adapter: str | os.PathLike, model_args: ModelArguments) -> None:
@@ -158,3 +118,26 @@ def record_base(adapter: str | os.PathLike, model_args: ModelArguments) -> None:
         "loaded_in_4bit": model_args.load_in_4bit,
     }
     Path(adapter, BASE_RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def weights_digest(model_name_or_path: str, cache_dir: str | None = None) -> str:
+    """Hash the names, the shapes and up to 256 values of each tensor of a checkpoint: a second or so for 7 B parameters.
+
+    The values are read as bfloat16, so that the same weights stored in another type have the same digest.
+    """
+    lines = []
+    for file in _checkpoint_files(model_name_or_path, cache_dir):
+        for name, tensor in load_state_dict(file).items():  # mapped: only what is read here comes from the disk
+            values = tensor.flatten()[:: max(1, tensor.numel() // 256)].to(torch.bfloat16).view(torch.int16)
+            lines.append(f"{name} {list(tensor.shape)} {hashlib.sha256(values.numpy().tobytes()).hexdigest()}")
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+
+
+def _checkpoint_files(model_name_or_path: str, cache_dir: str | None) -> list[str]:
+    options = {"cache_dir": cache_dir, "_raise_exceptions_for_missing_entries": False}
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if single := cached_file(model_name_or_path, name, **options):
+            return [single]
+        if index := cached_file(model_name_or_path, f"{name}.index.json", **options):
+            return get_checkpoint_shard_files(model_name_or_path, index, cache_dir=cache_dir)[0]
+    raise UserError(f"{model_name_or_path}: no model.safetensors and no pytorch_model.bin there.")
