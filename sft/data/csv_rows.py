@@ -17,6 +17,7 @@ from sft.job import UserError
 
 LARGEST_CELL = 64 * 2**20  # characters; beyond it a quote was never closed, and the rest of the file would be one cell
 PROBLEMS_SHOWN = 10
+NUL, BAD_BYTE = "\0", re.compile("[\0\udc80-\udcff]")
 ROWS_PER_BATCH, CHARACTERS_PER_BATCH = 256, 2**20  # small, so that all cores end together; bounded in memory
 
 
@@ -32,11 +33,11 @@ def read_csv(
     problems = []
     row_number = 0  # of the last row that was read whole
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
+        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             reader = csv.reader(file, strict=True)
             header = next(reader, [])
             row_number = 1
-            problems = _header_problems(path, header, source, target)
+            problems = _bad_bytes(f"{path}, row 1", [], header) or _header_problems(path, header, source, target)
             if problems:
                 raise UserError(problems)
             at_source, at_target = header.index(source), None if target is None else header.index(target)
@@ -48,17 +49,15 @@ def read_csv(
                         f"{where}: {len(row)} field{'s' * (len(row) > 1)} where the header has {len(header)}. "
                         "Add the missing ones, or put a cell that holds a comma in quotes."
                     )
-                elif any("\0" in cell for cell in row):
-                    column = next(name for name, cell in zip(header, row) if "\0" in cell)
-                    problems.append(f"{where}, column {quoted(column)}: a NUL byte. Remove it.")
+                elif bad := _bad_bytes(where, header, row):
+                    problems += bad
+                    break  # the whole file may be of another encoding
                 elif not problems:
                     row = row or [""] * len(header)
                     yield row_number, row[at_source], "" if at_target is None else row[at_target]
                     progress(file.buffer.tell())  # type: ignore[attr-defined]  # a file has it
                 if len(problems) == PROBLEMS_SHOWN:
                     break
-    except UnicodeDecodeError:
-        problems.append(_bad_byte(path))
     except OSError as error:
         where = f"{path}, row {row_number + 1}" if row_number else path
         problems.append(f"{where}: {error.strerror}. Give a CSV file that can be read.")
@@ -129,25 +128,12 @@ def _header_problems(path: str, header: list[str], source: str, target: str | No
     return problems
 
 
-def _bad_byte(path: str) -> str:
-    """Find the first byte that is not UTF-8: its offset in the file, and the row and column it stands in."""
-    offset = byte = 0
-    with open(path, "rb") as binary:
-        try:
-            for line in binary:  # no UTF-8 sequence contains a line feed, so lines decode one by one as the whole does
-                line.decode()
-                offset += len(line)
-        except UnicodeDecodeError as error:
-            offset, byte = offset + error.start, line[error.start]
-    place = ""
-    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        header: list[str] = []
-        for row_number, row in enumerate(
-            csv.reader(text.replace("\0", "") for text in file), 1
-        ):  # Python 3.10 refuses NUL
-            header = header or row
-            if bad := [index for index, cell in enumerate(row) if re.search("[\udc80-\udcff]", cell)]:
-                named = row_number > 1 and bad[0] < len(header)
-                place = f", row {row_number}" + (f", column {quoted(header[bad[0]])}" if named else "")
-                break
-    return f"{path}{place}: byte {offset} of the file (0x{byte:02x}) is not UTF-8. Save the file as UTF-8."
+def _bad_bytes(where: str, header: list[str], row: list[str]) -> list[str]:
+    """The first byte of a row that is NUL or not UTF-8 (surrogateescape: a surrogate)."""
+    text = "".join(row)
+    if NUL not in text and (text.isascii() or not BAD_BYTE.search(text)):
+        return []
+    place, byte = next((i, found[0]) for i, cell in enumerate(row) if (found := BAD_BYTE.search(cell)))
+    column = f", column {quoted(header[place])}" if header else ""
+    fault = f"byte 0x{ord(byte) - 0xDC00:02x} is not UTF-8. Save the file as UTF-8."
+    return [f"{where}{column}: {'a NUL byte. Remove it.' if byte == NUL else fault}"]

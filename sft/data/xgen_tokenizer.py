@@ -1,9 +1,9 @@
 """Build a fast XGen tokenizer without remote code: transformers 5 cannot load the published one."""
 
 import json
-from concurrent import futures
+from multiprocessing import TimeoutError
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from threading import Thread
 
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
@@ -69,26 +69,17 @@ def _xgen_backend(ranks: dict[str, int]) -> Tokenizer:
 def _ranks_from_tiktoken() -> dict[str, int]:
     import tiktoken
 
-    answer: futures.Future = futures.Future()
-
-    def download() -> None:
-        try:
-            answer.set_result(tiktoken.get_encoding("gpt2"))
-        except (OSError, ValueError) as error:  # requests' errors are OSErrors; a wrong hash is a ValueError
-            answer.set_exception(error)
-
-    # tiktoken 0.14 downloads without a time limit; a machine whose network swallows packets would wait for ever.
-    Thread(target=download, daemon=True).start()
     try:
-        ranks = answer.result(timeout=TIKTOKEN_PATIENCE_S)._mergeable_ranks
-        return {_spelled(token): rank for token, rank in ranks.items()}
-    except (OSError, ValueError, futures.TimeoutError) as error:
+        # tiktoken 0.14 downloads without a time limit; a machine whose network swallows packets would wait for ever.
+        encoding = ThreadPool(1).apply_async(tiktoken.get_encoding, ("gpt2",)).get(TIKTOKEN_PATIENCE_S)
+    except (OSError, ValueError, TimeoutError) as error:  # requests' errors are OSErrors; a wrong hash is a ValueError
         reason = str(error)[:200] or f"no answer in {TIKTOKEN_PATIENCE_S} s"
         raise UserError(
             f"xgen tokenizer: tiktoken cannot get GPT-2's files ({type(error).__name__}: {reason}). On a machine without a network, copy GPT-2's "
             "vocab.json and merges.txt (hub repository openai-community/gpt2) into a folder and give it with --gpt2_files FOLDER, or set TIKTOKEN_CACHE_DIR "
             "to a copy of tiktoken's cache."
         ) from None
+    return {_spelled(token): rank for token, rank in encoding._mergeable_ranks.items()}
 
 
 def _ranks_from_files(folder: str) -> dict[str, int]:

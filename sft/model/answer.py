@@ -3,14 +3,14 @@
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig
 
 from sft.job import world_size
 
 
 def greedy_answers(
     model: Any,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Any,
     prompts: list[list[int]],
     device: torch.device,
     max_new_tokens: int,

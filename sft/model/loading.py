@@ -3,8 +3,8 @@
 import copy
 import functools
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -101,41 +101,30 @@ def rank_0_reads(model_args: ModelArguments, training_args: TrainingArguments) -
 def load_weights(
     model_args: ModelArguments, args: TrainingArguments, config: PreTrainedConfig, **options: Any
 ) -> PreTrainedModel:
-    """Load the weights with `from_pretrained` and its options; under FSDP rank 0 alone reads them."""
-    start_deepspeed(args)
+    """Load the weights with `from_pretrained` and its options; under FSDP rank 0 alone reads them.
 
-    def load() -> PreTrainedModel:
-        with safe_loads(model_args.model_name_or_path, deepspeed=False):
-            return AutoModelForCausalLM.from_pretrained(
-                model_args.model_name_or_path,
-                config=config,
-                cache_dir=model_args.cache_dir,
-                trust_remote_code=model_args.trust_remote_code,
-                **options,
-            )
-
-    return load_on_rank_0(load) if rank_0_reads(model_args, args) else load()
-
-
-def load_on_rank_0(load: Callable[[], PreTrainedModel]) -> PreTrainedModel:
-    """Load on rank 0 of the job; the other ranks get the same model with one zero in the place of each weight.
-
-    They would all read the whole checkpoint (transformers 5.23, whatever `cpu_ram_efficient_loading` says), and drop it
-    when Accelerate hands out the shards. The zeros are not on the meta device because Accelerate recognises the
-    optimizer's parameters by their addresses, which are all 0 there (1.15, accelerator.py, _prepare_fsdp2).
+    The other ranks would all read the whole checkpoint (transformers 5.23, whatever `cpu_ram_efficient_loading` says), and
+    drop it when Accelerate hands out the shards. They get the same model with one zero in the place of each weight. The
+    zeros are not on the meta device because Accelerate recognises the optimizer's parameters by their addresses, which
+    are all 0 there (1.15, accelerator.py, _prepare_fsdp2).
     """
-    with all_ranks_or_none():
-        model = load() if rank() == 0 else None
-    handed: list[Any] = [None]
-    if model is not None:
+    start_deepspeed(args)
+    name, handed_on = model_args.model_name_or_path, rank_0_reads(model_args, args)
+    given = {"config": config, "cache_dir": model_args.cache_dir, "trust_remote_code": model_args.trust_remote_code}
+    model = None
+    with all_ranks_or_none() if handed_on else nullcontext(), safe_loads(name, deepspeed=False):
+        if rank() == 0 or not handed_on:
+            model = AutoModelForCausalLM.from_pretrained(name, **given, **options)
+    if not handed_on:
+        return model
 
-        def zero(weight: torch.nn.Parameter) -> torch.nn.Parameter:
-            return torch.nn.Parameter(weight.new_zeros(()).expand(weight.shape), weight.requires_grad)
+    def zero(weight: torch.nn.Parameter) -> torch.nn.Parameter:
+        return torch.nn.Parameter(weight.new_zeros(()).expand(weight.shape), weight.requires_grad)
 
-        # config, ties and buffers are those of rank 0
-        handed = [copy.deepcopy(model, {id(weight): zero(weight) for weight in model.parameters()})]
+    # config, ties and buffers are those of rank 0
+    handed = [model and copy.deepcopy(model, {id(weight): zero(weight) for weight in model.parameters()})]
     torch.distributed.broadcast_object_list(handed)
-    return handed[0] if model is None else model
+    return model or handed[0]
 
 
 def numel(parameter: torch.Tensor) -> int:
