@@ -113,15 +113,8 @@ def check_data(tokenizer, data_args: DataArguments, args: TrainingArguments, con
     verdict = f"useless: {useless}" if useless else "ready to train"
     if findings and not useless:
         verdict += f"; {len(findings)} finding{'s' if len(findings) > 1 else ''} to look at first"
-    report = {
-        "data_path": data_args.data_path,
-        "verdict": verdict,
-        "useless": bool(useless),
-        "counts": dataset.counts,
-        "percentiles": percentiles,
-        "plan": planned,
-        "findings": [finding._asdict() for finding in findings],
-    }
+    report = {"data_path": data_args.data_path, "verdict": verdict, "useless": bool(useless), "counts": dataset.counts}
+    report |= {"percentiles": percentiles, "plan": planned, "findings": [finding._asdict() for finding in findings]}
     (folder / "data_report.json").write_text(json.dumps(report, indent=1) + "\n")
     print("\n".join([*text, *(f"- {finding}" for finding in findings), *examples, "", f"verdict: {verdict}"]))
     print(f"every row of every finding: {folder / 'data_report.json'}; lengths: {folder / 'data_lengths.png'}")
@@ -159,9 +152,8 @@ def text_findings(rows: TokenizedRows, tokenizer: Any, data_args: DataArguments)
     )
     table = np.fromiter(facts, "i8, i8, ?, ?, ?, ?")
     prompts, pairs, control_tokens, spaces, templated, untemplated = (table[name] for name in table.dtype.names)
-    again, pair_again = (
-        ~np.isin(np.arange(len(keys)), np.unique(keys, return_index=True)[1]) for keys in (prompts, pairs)
-    )
+    places = np.arange(len(table))
+    again, pair_again = (~np.isin(places, np.unique(keys, return_index=True)[1]) for keys in (prompts, pairs))
     common = "prompts do not end as most do" if ending else "prompts look untemplated: they have no common ending"
     masks = {
         "rows repeat an earlier one, prompt and response": pair_again,
@@ -175,7 +167,7 @@ def text_findings(rows: TokenizedRows, tokenizer: Any, data_args: DataArguments)
 
 
 def leaks(train_rows: TokenizedRows, eval_rows: TokenizedRows) -> list[Finding]:
-    """Evaluation rows whose prompt is also trained on; an --eval_split has none (sft/data/held_out.py)."""
+    """Evaluation rows whose prompt is also trained on; an --eval_split has none (`hold_out`)."""
     evaluated, trained = (np.fromiter(rows.prompt_digests(), np.int64) for rows in (eval_rows, train_rows))
     what = "rows of --eval_data_path have a prompt that is also trained on; they say little about new prompts"
     return _found({what: eval_rows.row_numbers[np.isin(evaluated, trained)]})
@@ -214,20 +206,14 @@ def plan(lengths: np.ndarray, args: TrainingArguments) -> tuple[dict[str, Any], 
     tokens = int(lengths.sum(dtype=np.int64))
     points = (("save", args.save_strategy, args.save_steps), ("eval", args.eval_strategy, args.eval_steps))
     never_reached = [
-        Finding(
-            f"--{name}_steps {every:g} is beyond the run's {planned.steps} steps: that point is never reached", []
-        )
+        Finding(f"--{name}_steps {every:g} is beyond the run's {planned.steps} steps: that point is never reached", [])
         for name, strategy, every in points
         if strategy == "steps" and every and every > planned.steps
     ]
-    return {
-        "examples_per_optimizer_step": planned.examples_per_step,
-        "steps_per_epoch": planned.steps_per_epoch,
-        "steps": planned.steps,
-        "padded_tokens_per_epoch": padded_tokens,
-        "padding_share": 1 - tokens / padded_tokens,
-        "packing_speedup": padded_tokens / tokens,
-    }, never_reached
+    padding = {"padded_tokens_per_epoch": padded_tokens, "padding_share": 1 - tokens / padded_tokens}
+    steps = {name: getattr(planned, name) for name in ("steps_per_epoch", "steps")}
+    examples = {"examples_per_optimizer_step": planned.examples_per_step}
+    return examples | steps | padding | {"packing_speedup": padded_tokens / tokens}, never_reached
 
 
 def draw_lengths(path: Path, title: str, parts: dict[str, np.ndarray], max_length: int) -> None:
@@ -235,10 +221,9 @@ def draw_lengths(path: Path, title: str, parts: dict[str, np.ndarray], max_lengt
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.add_subplot(xlabel="tokens", ylabel="examples", title=title)
+    axes = figure.add_subplot(xlabel=f"tokens, --model_max_length {max_length}", ylabel="examples", title=title)
     labels = [f"{name}, mean {lengths.mean():.0f}" for name, lengths in parts.items()]
     axes.hist([*parts.values()], np.linspace(0, max_length, 65), histtype="step", linewidth=1.5, label=labels)
-    axes.axvline(max_length, color="grey", linestyle=":", label=f"--model_max_length {max_length}")
     axes.legend()
     figure.savefig(path, dpi=120)
 

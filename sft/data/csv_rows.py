@@ -10,6 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 from tqdm import tqdm
 
@@ -85,9 +86,9 @@ def read_batches(path: str, source: str, target: str) -> Iterator[list[tuple[str
     with tqdm(total=size, unit="B", unit_scale=True, desc=title, mininterval=seconds) as bar:
         batch: list[tuple[str, str]] = []
         characters = 0
-        for _, *cells in read_csv(path, source, target, lambda at: bar.update(at - bar.n)):
-            batch.append((cells[0], cells[1]))
-            characters += len(cells[0]) + len(cells[1])
+        for _, prompt, response in read_csv(path, source, target, lambda at: bar.update(at - bar.n)):
+            batch.append((prompt, response))
+            characters += len(prompt) + len(response)
             if len(batch) == ROWS_PER_BATCH or characters > CHARACTERS_PER_BATCH:
                 yield batch
                 batch, characters = [], 0
@@ -131,8 +132,10 @@ def _header_problems(path: str, header: list[str], source: str, target: str | No
 def _bad_bytes(where: str, header: list[str], row: list[str]) -> list[str]:
     """The first byte of a row that is NUL or not UTF-8 (surrogateescape: a surrogate)."""
     text = "".join(row)
-    if NUL not in text and (text.isascii() or not BAD_BYTE.search(text)):
-        return []
+    with suppress(UnicodeEncodeError):
+        text.encode()
+        if NUL not in text:
+            return []
     place, byte = next((i, found[0]) for i, cell in enumerate(row) if (found := BAD_BYTE.search(cell)))
     column = f", column {quoted(header[place])}" if header else ""
     fault = f"byte 0x{ord(byte) - 0xDC00:02x} is not UTF-8. Save the file as UTF-8."

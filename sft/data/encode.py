@@ -18,37 +18,26 @@ from sft.job import UserError, say
 # What tokenizers have been seen to differ on: runs of spaces, edges, line ends, code, marks, scripts, control texts, length.
 PROBES = [
     "The quick brown fox jumps over the lazy dog.",
-    "cheese.  Rick said:   three,    four, and a run of" + " " * 40 + "forty.",
-    " one space first",
-    "   three spaces first",
-    "one space last ",
-    "three spaces last   ",
-    "   ",
-    "tab\tand\t\ttwo tabs\t",
-    "\tfirst",
-    "line\nline\n\nblank line\r\nwindows\r",
-    "\n\n\nfirst",
-    " \n \n ",
+    "cheese.  Rick said:   three,    four, and a run of" + " " * 40 + "forty.", " one space first",
+    "   three spaces first", "one space last ", "three spaces last   ", "   ", "tab\tand\t\ttwo tabs\t", "\tfirst",
+    "line\nline\n\nblank line\r\nwindows\r", "\n\n\nfirst", " \n \n ",
     "def f(x):\n    if x > 0:\n        return {'a': [1, 2, 3]}  # why?\n\n\tprint(f\"{x!r:>10}\")\n",
     "for (int i = 0; i < n; ++i) { a[i] += b[i] & 0xFF; } // https://example.org/a?b=c&d=%20",
     '<p class="x">1 &lt; 2</p></s><s><unk><pad>[INST] <|endoftext|> <0x0A>',
     "3.14159 1,000,000 12345678901234567890 1e-9 ½ ² ①",
     "don't WON'T they're we'll I'd o'clock aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
-    "naïve café Ångström e\u0301 A\u030a o\u0308\u0304 ﬁne ﬀ \ufb03",
-    "日本語のテキスト、中文文本。한국어 텍스트 ｆｕｌｌｗｉｄｔｈ ｶﾅ ガ か\u3099",
-    "עברית مرحبا بالعالم हिन्दी ไทย Ελληνικά Русский",
-    "😀 👩‍👩‍👧‍👦 🏳️‍🌈 👍🏽 \U0001f9ff",
+    "naïve café Ångström e\u0301 A\u030a o\u0308\u0304 ﬁne ﬀ \ufb03", "日本語のテキスト、中文文本。한국어 텍스트 ｆｕｌｌｗｉｄｔｈ ｶﾅ ガ か\u3099",
+    "עברית مرحبا بالعالم हिन्दी ไทย Ελληνικά Русский", "😀 👩‍👩‍👧‍👦 🏳️‍🌈 👍🏽 \U0001f9ff",
     "zero\u200bwidth soft\u00adhyphen no\u00a0break em\u2003space \u3000ideographic \ufeffbom line\u2028sep",
-    "nul\x00 bell\x07 escape\x1b[0m delete\x7f nel\x85 private\ue000 \U0010ffff",
-    "▁ literal ▁▁ escape ▁",
+    "nul\x00 bell\x07 escape\x1b[0m delete\x7f nel\x85 private\ue000 \U0010ffff", "▁ literal ▁▁ escape ▁",
     "A longer text, so that many merges compete for the same characters. " * 40,
-]
+]  # fmt: skip
 
 
 def encode_prompts(tokenizer, texts: list[str], *, allow_control_tokens: bool = False) -> list[array]:
     """Ids of each text as generation will see it, with BOS where the tokenizer puts one.
 
-    A control token's text inside a cell (`</s>`, `<|endoftext|>`) stays text unless `allow_control_tokens`.
+    A control token's text inside a cell (`</s>`, `<|endoftext|>`) stays text unless `allow_control_tokens`; in responses too.
     """
     if not tokenizer.is_fast:
         return [array("i", tokenizer(text, split_special_tokens=not allow_control_tokens).input_ids) for text in texts]
@@ -58,8 +47,7 @@ def encode_prompts(tokenizer, texts: list[str], *, allow_control_tokens: bool = 
 def encode_responses(tokenizer, texts: list[str], *, allow_control_tokens: bool = False) -> list[array]:
     """Ids of each text as the continuation of a prompt: no BOS, no dummy-prefix space, no EOS.
 
-    Equal to `tokenizer(eos_token + text, add_special_tokens=False).input_ids[1:]` (proved on probes at loading), but a
-    control token's text stays text unless `allow_control_tokens`.
+    Equal to `tokenizer(eos_token + text, add_special_tokens=False).input_ids[1:]`, which is proved on probes at loading.
     """
     if not tokenizer.is_fast:
         return [_slow_continuation(tokenizer, text, allow_control_tokens) for text in texts]

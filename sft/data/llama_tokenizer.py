@@ -23,8 +23,7 @@ from sft.job import UserError, say
 def load_llama_tokenizer(model_args, training_args) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a LLaMA-family model, equal to SentencePiece wherever the model has a `tokenizer.model`.
 
-    BOS as the model's own tokenizer puts it, never an EOS, pad = unk (else EOS). The attribute `sentencepiece_model`
-    is the path of the reference that `compare_with_sentencepiece` uses, or None.
+    BOS as the model's own tokenizer puts it, never an EOS, pad = unk (else EOS). `sentencepiece_model` is set to the path.
     """
     model_file, json_file = (encode.find_file(model_args, name) for name in ("tokenizer.model", "tokenizer.json"))
     proto = _read_sentencepiece(model_file) if model_file else None
@@ -50,7 +49,7 @@ def load_llama_tokenizer(model_args, training_args) -> PreTrainedTokenizerBase:
 
 
 def _reconcile(published: PreTrainedTokenizerBase, proto, model_file: str, model_args) -> PreTrainedTokenizerBase:
-    """The published tokenizer.json if it equals the SentencePiece model beside it, else that model converted here.
+    """The published tokenizer.json if it equals the SentencePiece model next to it, else that model converted here.
 
     Pre-training used SentencePiece; a tokenizer.json was converted from it later, often wrongly. What the folder adds to it is kept.
     """
@@ -59,7 +58,7 @@ def _reconcile(published: PreTrainedTokenizerBase, proto, model_file: str, model
     if other:
         i, piece = other[0]
         raise UserError(
-            f"{model_file} and the tokenizer.json beside it are different vocabularies: {len(other)} pieces have other ids, for example {piece!r}, "
+            f"{model_file} and the tokenizer.json next to it are different vocabularies: {len(other)} pieces have other ids, for example {piece!r}, "
             f"{i} in tokenizer.model and {vocab.get(piece)} in tokenizer.json. Keep the file that the model was trained with and remove the other."
         )
     wrong = encode.differences(published, model_file, encode.PROBES)
@@ -99,16 +98,10 @@ def _sentencepiece_backend(proto) -> Tokenizer:
     # Only these are ever made by merging (bpe_model.cc looks up no control, unknown or byte piece).
     scores = {piece.piece: piece.score for piece in pieces if piece.type in (piece.NORMAL, piece.UNUSED)}
     user_defined = [piece.piece for piece in pieces if piece.type == piece.USER_DEFINED]
-    backend = Tokenizer(
-        BPE(
-            vocab=vocab,
-            merges=generate_merges(vocab, scores, skip_tokens=vocab.keys() - scores.keys()),
-            unk_token=pieces[proto.trainer_spec.unk_id].piece,
-            fuse_unk=True,
-            byte_fallback=proto.trainer_spec.byte_fallback,
-            ignore_merges=bool(user_defined),
-        )
-    )
+    merges = generate_merges(vocab, scores, skip_tokens=vocab.keys() - scores.keys())
+    unk, byte_fallback = pieces[proto.trainer_spec.unk_id].piece, proto.trainer_spec.byte_fallback
+    options = {"fuse_unk": True, "byte_fallback": byte_fallback, "ignore_merges": bool(user_defined)}
+    backend = Tokenizer(BPE(vocab=vocab, merges=merges, unk_token=unk, **options))
     steps: list = []
     if spec.precompiled_charsmap:
         # Precompiled looks up a grapheme at a time and takes the shortest match (tokenizers 0.23): a decomposed Vietnamese letter
@@ -170,18 +163,13 @@ def _wrap_sentencepiece(proto, model_args, published: PreTrainedTokenizerBase | 
     for name, i in (("unk_token", spec.unk_id), ("bos_token", spec.bos_id), ("eos_token", spec.eos_id)):
         declared = config.get(name)
         declared = declared["content"] if isinstance(declared, dict) else declared
+        known = declared and backend.token_to_id(declared) is not None  # LLaMA's first conversions declare them as ""
         if 0 <= i < len(pieces):
-            # LLaMA's first conversions declare them as ""
-            known = declared and backend.token_to_id(declared) is not None
             special[name] = declared if known else pieces[i].piece
     if config.get("add_bos_token", True) is not False and "bos_token" in special:
         bos = special["bos_token"]
         backend.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, backend.token_to_id(bos))]
         )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        clean_up_tokenization_spaces=False,
-        chat_template=config.get("chat_template"),
-        **special,
-    )
+    options = {"clean_up_tokenization_spaces": False, "chat_template": config.get("chat_template"), **special}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **options)

@@ -38,6 +38,7 @@ from sft.job import UserError, say
 VERSION = 1  # raise it when the same parts of a key come to mean other tokens, or the files another form
 OUTCOMES = ("kept", "cut", "empty", "no_room")  # of a row of the CSV
 KEPT, CUT, EMPTY, NO_ROOM = range(4)
+HOLD_OUT_SEED = 0  # the training seed does not decide which rows are held out
 QUIET_WAIT_S = 2.0  # ranks of one machine ask at the same moment; shorter waits are not printed
 MOST_PROCESSES = 16  # one process reads and writes for about as many that tokenize
 
@@ -88,19 +89,33 @@ class TokenizedRows:
         for start, length in zip(self.offsets.tolist(), self.prompt_lengths.tolist()):
             yield hash(self.tokens[start : start + length].tobytes())
 
+    def hold_out(self, share: float) -> tuple[np.ndarray, np.ndarray]:
+        """Split the kept rows at random into those to train on and those to evaluate, as positions in order.
+
+        Rows with the same prompt stay together: instruction data repeats prompts, and an evaluation that was trained on
+        says nothing. So the held-out share is at most the one asked for, and at least one prompt's rows.
+        """
+        digests = list(self.prompt_digests())
+        _, first, group = np.unique(digests, return_index=True, return_inverse=True)
+        group = np.argsort(np.argsort(first))[group]  # numbered by their first rows: the same in each process
+        order = np.random.default_rng(HOLD_OUT_SEED).permutation(len(first))
+        sizes = np.cumsum(np.bincount(group)[order])
+        wanted = max(1, round(len(digests) * share))
+        held_out = np.isin(group, order[: max(1, np.searchsorted(sizes, wanted, side="right"))])
+        if held_out.all():
+            raise UserError(
+                f"--eval_split {share:g} leaves none of {len(digests)} examples to train on; they have {len(first)} different "
+                "prompts. Give a smaller share, or evaluation rows of their own with --eval_data_path."
+            )
+        return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+
     def counts(self) -> dict[str, int]:
         """How many rows were read, kept, cut and dropped, and how many tokens they have."""
         kept, cut, empty, no_room = np.bincount(self.outcomes, minlength=4).tolist()
-        return {
-            "rows_read": len(self.outcomes),
-            "rows_empty": empty,
-            "rows_no_room": no_room,
-            "rows_cut": cut,
-            "kept": kept + cut,
-            "tokens": len(self.tokens),
-            "trained_tokens": len(self.tokens) - int(self.prompt_lengths.sum(dtype=np.int64)),
-            "largest_id": self.largest_id,
-        }
+        trained = len(self.tokens) - int(self.prompt_lengths.sum(dtype=np.int64))
+        rows = {"rows_read": len(self.outcomes), "rows_empty": empty, "rows_no_room": no_room, "rows_cut": cut}
+        tokens = {"tokens": len(self.tokens), "trained_tokens": trained, "largest_id": self.largest_id}
+        return rows | {"kept": kept + cut} | tokens
 
 
 def default_cache_dir() -> Path:
@@ -109,14 +124,10 @@ def default_cache_dir() -> Path:
 
 
 def load_or_build(cache_dir: Path, key: dict[str, Any], build: Callable[[], Iterable[Batch]]) -> TokenizedRows:
-    """Open the entry of this key, or build it.
+    """Open the entry of this key (the parts that decide the content, as JSON can write them), or build it.
 
     Of several processes that want the same entry the first builds; the others wait for it, however long it takes, and
     raise its UserError when it ends in one, instead of reading the whole file again to find the same mistake.
-
-    Args:
-        key: the parts that decide the content, as JSON can write them.
-        build: called only when there is no whole entry.
     """
     entry = cache_dir / _digest(key)
     with suppress(*DAMAGED):
@@ -140,11 +151,10 @@ def load_or_build(cache_dir: Path, key: dict[str, Any], build: Callable[[], Iter
         _build(entry, key, build())
         return _open(entry)
     except (OSError, UserError) as error:
-        refusal = (
+        problems = getattr(error, "problems", None) or [
             f"{cache_dir}: the tokenized rows cannot be written here: {getattr(error, 'strerror', None) or error}. Name "
             "a folder on another disk with --data_cache_dir, or make room: this folder can be deleted at any time."
-        )
-        problems = error.problems if isinstance(error, UserError) else [refusal]
+        ]
         with suppress(OSError):  # the error itself follows
             if lock.is_locked:
                 failure.write_text(json.dumps(problems))

@@ -72,10 +72,6 @@ class Words:
 
 
 def parts_before_model(backend: Tokenizer) -> dict[str, dict | None]:
-    """Normalizer and pre-tokenizer as JSON, through that of a tokenizer without a vocabulary: they have no other public form."""
-    empty, names = Tokenizer(BPE()), ("normalizer", "pre_tokenizer")
-    for name in names:
-        if (part := getattr(backend, name)) is not None:
-            setattr(empty, name, part)
-    state = json.loads(empty.to_str())
-    return {name: state[name] for name in names}
+    """Normalizer and pre-tokenizer as JSON, which is their pickled form."""
+    parts = {name: getattr(backend, name) for name in ("normalizer", "pre_tokenizer")}
+    return {name: None if part is None else json.loads(part.__getstate__()) for name, part in parts.items()}

@@ -31,10 +31,8 @@ def load_xgen_tokenizer(model_args, training_args) -> PreTrainedTokenizerBase:
         _check_xgen(tokenizer, f"{model_args.model_name_or_path}/tokenizer.json")
     else:
         ranks = _ranks_from_files(model_args.gpt2_files) if model_args.gpt2_files else _ranks_from_tiktoken()
-        tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=_xgen_backend(ranks), eos_token=XGEN_EOS, clean_up_tokenization_spaces=False
-        )
-        _check_xgen(tokenizer, "the tokenizer built from GPT-2's files")
+        options = {"eos_token": XGEN_EOS, "clean_up_tokenization_spaces": False}
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=_xgen_backend(ranks), **options)
     finish(tokenizer, model_args, training_args)
     return tokenizer
 
@@ -91,8 +89,7 @@ def _ranks_from_files(folder: str) -> dict[str, int]:
         raise UserError(
             f"--gpt2_files {folder}: vocab.json and merges.txt cannot be read from it ({error})."
         ) from error
-    lines = [line for line in merges if not line.startswith("#version") and line.strip()]
-    ids = [vocab.get(line.replace(" ", "")) for line in lines]
+    ids = [vocab.get(line.replace(" ", "")) for line in merges if line.strip() and not line.startswith("#version")]
     if vocab.pop(XGEN_EOS, None) != XGEN_EOS_ID or len(vocab) != XGEN_EOS_ID or ids != list(range(256, XGEN_EOS_ID)):
         raise UserError(
             f"--gpt2_files {folder}: not GPT-2's files. vocab.json must hold 50257 tokens with {XGEN_EOS} = 50256, and line i of merges.txt must make token 256 + i."

@@ -117,12 +117,9 @@ def load_weights(
             model = AutoModelForCausalLM.from_pretrained(name, **given, **options)
     if not handed_on:
         return model
-
-    def zero(weight: torch.nn.Parameter) -> torch.nn.Parameter:
-        return torch.nn.Parameter(weight.new_zeros(()).expand(weight.shape), weight.requires_grad)
-
-    # config, ties and buffers are those of rank 0
-    handed = [model and copy.deepcopy(model, {id(weight): zero(weight) for weight in model.parameters()})]
+    weights = model.parameters() if model else ()
+    zeros = {id(w): torch.nn.Parameter(w.new_zeros(()).expand(w.shape), w.requires_grad) for w in weights}
+    handed = [model and copy.deepcopy(model, zeros)]  # config, ties and buffers are those of rank 0
     torch.distributed.broadcast_object_list(handed)
     return model or handed[0]
 

@@ -1,8 +1,4 @@
-"""Train small additions to a frozen model: LoRA, and QLoRA with 4-bit weights.
-
-`peft` makes the additions, `bitsandbytes` the 4-bit weights. This file adds that an adapter remembers which weights it
-was trained on.
-"""
+"""Train small additions to a frozen model: LoRA, and QLoRA with 4-bit weights."""
 
 import hashlib
 import json
@@ -11,6 +7,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
@@ -31,42 +28,37 @@ def lora_problems(flags) -> list[str]:
         names = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "load_in_4bit", "merge_lora")
         given = [f"--{name}" for name in names if getattr(flags, name) != getattr(ModelArguments, name)]
         return [f"{', '.join(given)}: set, but LoRA is off. Add --use_lora True."] if given else []
-    four_bit, cuda, no_package = flags.load_in_4bit, torch.cuda.is_available(), lambda name: find_spec(name) is None
+    missing = [name for name in ("peft", "bitsandbytes") if find_spec(name) is None]
+    four_bit, cuda = flags.load_in_4bit, torch.cuda.is_available()
+    checkpointing = (
+        '--use_lora with "activation_checkpointing" in --fsdp_config: peft (0.21) would save an empty adapter. '
+        "Use --gradient_checkpointing True instead."
+    )
+    no_gpu = "--load_in_4bit needs a CUDA GPU and none was found. Remove the flag: LoRA alone runs here."
+    four_bit_package = "--load_in_4bit needs the package bitsandbytes. Run: pip install bitsandbytes"
     problems = {
         f"--lora_r {flags.lora_r}: a rank is at least 1.": flags.lora_r < 1,
         f"--lora_dropout {flags.lora_dropout}: it lies between 0 and 1.": not 0 <= flags.lora_dropout < 1,
-        '--use_lora with "activation_checkpointing" in --fsdp_config: peft (0.21) would save an empty adapter. '
-        "Use --gradient_checkpointing True instead.": (flags.fsdp_config or {}).get("activation_checkpointing"),
-        "--use_lora needs the package peft. Run: pip install peft": no_package("peft"),
-        "--load_in_4bit needs a CUDA GPU and none was found. Remove the flag: LoRA alone runs here.": four_bit
-        and not cuda,
-        "--load_in_4bit needs the package bitsandbytes. Run: pip install bitsandbytes": (
-            four_bit and cuda and no_package("bitsandbytes")
-        ),
+        checkpointing: (flags.fsdp_config or {}).get("activation_checkpointing"),
+        "--use_lora needs the package peft. Run: pip install peft": "peft" in missing,
+        no_gpu: four_bit and not cuda,
+        four_bit_package: four_bit and cuda and "bitsandbytes" in missing,
     }
     return [problem for problem, is_so in problems.items() if is_so]
 
 
 def load_options(model_args: ModelArguments, training_args: TrainingArguments) -> dict:
-    """Keyword arguments for `from_pretrained`: frozen weights are never updated and need no float32.
-
-    They are held in the compute type, to which every product would cast them anyway, or in 4 bits.
-    """
+    """Keyword arguments for `from_pretrained`: frozen weights are held in 4 bits or in the type that products cast them to."""
     compute = compute_dtype(training_args)
     options: dict = {"dtype": compute}
     if model_args.load_in_4bit:
         # FSDP and ZeRO-3 shard floating tensors only: there the 4-bit pairs are stored as bytes of such a type
         # (accelerate 1.15, utils/fsdp_utils.py).
         sharded = bool(training_args.fsdp or training_args.deepspeed)
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=compute,
-            bnb_4bit_quant_storage=compute if sharded else torch.uint8,
-        )
-        if not sharded:
-            options["device_map"] = {"": training_args.device}
+        nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+        types = {"bnb_4bit_compute_dtype": compute, "bnb_4bit_quant_storage": compute if sharded else torch.uint8}
+        options["quantization_config"] = BitsAndBytesConfig(**nf4, **types)
+        options |= {} if sharded else {"device_map": {"": training_args.device}}
     return options
 
 
@@ -74,14 +66,10 @@ def add_adapters(model: PreTrainedModel, model_args: ModelArguments, training_ar
     """Freeze the model, add trainable float32 additions (peft's LoRA), and print how much of it is trained."""
     from peft import LoraConfig, get_peft_model
 
-    targets = model_args.lora_target_modules or ["all-linear"]
-    config = LoraConfig(
-        r=model_args.lora_r,
-        lora_alpha=model_args.lora_alpha or 2 * model_args.lora_r,
-        lora_dropout=model_args.lora_dropout,
-        target_modules="all-linear" if targets == ["all-linear"] else targets,
-        task_type="CAUSAL_LM",
-    )
+    targets, r = model_args.lora_target_modules or ["all-linear"], model_args.lora_r
+    target_modules = "all-linear" if targets == ["all-linear"] else targets
+    scale: dict[str, Any] = {"lora_alpha": model_args.lora_alpha or 2 * r, "lora_dropout": model_args.lora_dropout}
+    config = LoraConfig(r=r, target_modules=target_modules, task_type="CAUSAL_LM", **scale)
     peft_model = get_peft_model(model, config)
     if training_args.gradient_checkpointing:
         # A checkpointed layer whose input needs no gradient would compute none for its own parameters.
@@ -112,11 +100,9 @@ def finish_adapter(adapter: Path, output: Path, model_args: ModelArguments, merg
 
 def record_base(adapter: str | os.PathLike, model_args: ModelArguments) -> None:
     """Write next to the adapter which weights it was trained on."""
-    record = {
-        "model_name_or_path": model_args.model_name_or_path,
-        "fingerprint": weights_digest(model_args.model_name_or_path, model_args.cache_dir),
-        "loaded_in_4bit": model_args.load_in_4bit,
-    }
+    name, cache_dir = model_args.model_name_or_path, model_args.cache_dir
+    record: dict[str, Any] = {"model_name_or_path": name, "fingerprint": weights_digest(name, cache_dir)}
+    record["loaded_in_4bit"] = model_args.load_in_4bit
     Path(adapter, BASE_RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 

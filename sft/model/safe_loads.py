@@ -50,11 +50,7 @@ def safe_loads(source: str | None, deepspeed: bool) -> Iterator[None]:
     """Inside, torch.load runs no code from any file, whichever library calls it.
 
     DeepSpeed (0.19) and torch's sharded checkpoints (2.13) load with weights_only=False; torch's own switch overrules
-    that. What DeepSpeed stores besides tensors is allowed by name.
-
-    Args:
-        source: the model, or the checkpoint to resume from; None if nothing will be loaded.
-        deepspeed: DeepSpeed will read it.
+    that. What DeepSpeed stores besides tensors is allowed by name. `source` is the model or the checkpoint that is loaded.
     """
     allowed = []
     if deepspeed:
