@@ -77,9 +77,7 @@ class Finding(NamedTuple):
 def check_data(tokenizer, data_args: DataArguments, args: TrainingArguments, config, dataset, evaluation=None) -> int:
     """Audit the training data in place of training; the exit code, 1 when a run would be useless.
 
-    Args:
-        config: the model's.
-        dataset, evaluation: a SupervisedDataset over all kept rows of --data_path, and of --eval_data_path if given.
+    Each dataset is a SupervisedDataset over all kept rows: of --data_path, and of --eval_data_path if given.
     """
     if rank() != 0:
         return 0

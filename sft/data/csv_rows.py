@@ -42,8 +42,7 @@ def read_csv(
             if problems:
                 raise UserError(problems)
             at_source, at_target = header.index(source), None if target is None else header.index(target)
-            for row in reader:
-                row_number += 1
+            for row_number, row in enumerate(reader, 2):
                 where = f"{path}, row {row_number}"
                 if row and len(row) != len(header):
                     problems.append(
@@ -60,8 +59,7 @@ def read_csv(
                 if len(problems) == PROBLEMS_SHOWN:
                     break
     except OSError as error:
-        where = f"{path}, row {row_number + 1}" if row_number else path
-        problems.append(f"{where}: {error.strerror}. Give a CSV file that can be read.")
+        problems.append(f"{path}: {error.strerror}. Give a CSV file that can be read.")
     except csv.Error as error:
         problems.append(f"{path}, row {row_number + 1}: {_CURES.get(str(error).split(' (')[0], str(error))}")
     if problems:

@@ -75,10 +75,7 @@ def words_of(tokenizer: PreTrainedTokenizerBase) -> Words:
 
 @functools.cache
 def backend_for(tokenizer: PreTrainedTokenizerBase, use: str, allow_control_tokens: bool) -> Tokenizer:
-    """A copy of the tokenizer's backend for prompts or for responses, made once.
-
-    A copy, because truncation, padding and encode_special_tokens are state of the backend, and calls of the tokenizer change it.
-    """
+    """A copy of the tokenizer's backend for prompts or for responses, made once: calls of the tokenizer change its own state."""
     backend = copy.deepcopy(tokenizer.backend_tokenizer)
     backend.no_truncation()
     backend.no_padding()

@@ -150,9 +150,7 @@ def _wrap_sentencepiece(proto, model_args, published: PreTrainedTokenizerBase | 
     backend, pieces, spec = _sentencepiece_backend(proto), proto.pieces, proto.trainer_spec
     control = [piece.piece for piece in pieces if piece.type in (piece.CONTROL, piece.UNKNOWN)]
     backend.add_special_tokens([AddedToken(piece, normalized=False, special=True) for piece in control])
-    for i, token in sorted(added.items()):
-        if i < len(pieces):
-            continue
+    for i, token in sorted((i, token) for i, token in added.items() if i >= len(pieces)):
         backend.add_special_tokens([token]) if token.special else backend.add_tokens([token])
         if backend.token_to_id(token.content) != i:
             raise UserError(

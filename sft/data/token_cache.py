@@ -166,8 +166,7 @@ def load_or_build(cache_dir: Path, key: dict[str, Any], build: Callable[[], Iter
 def map_ahead(function: Callable, items: Iterable) -> Iterator:
     """Results of function(item) in order, by a process for each core, with few items in work: bounded memory.
 
-    A fast tokenizer's own threads leave making Python's integers, and freeing what the tokenizer returned, to one core.
-    They are all that helps where processes cannot be forked safely (macOS).
+    A fast tokenizer's threads, all that helps where forks are unsafe (macOS), leave making Python's integers to one core.
     """
     if sys.platform != "linux":
         yield from map(function, items)
@@ -259,8 +258,7 @@ def _open(entry: Path, check: bool = False) -> TokenizedRows:
 
 
 def _size_and_crc(path: Path) -> list[int]:
-    checksum = functools.reduce(lambda so_far, block: zlib.crc32(block, so_far), _blocks(path), 0)
-    return [path.stat().st_size, checksum]
+    return [path.stat().st_size, functools.reduce(lambda crc, block: zlib.crc32(block, crc), _blocks(path), 0)]
 
 
 def _blocks(path: str | Path) -> Iterator[bytes]:

@@ -32,8 +32,7 @@ class Words:
         about_spaces = [{"String": " "}, {"Regex": RUN_OF_SPACES}, {"Regex": LAST_SPACES}]
         self.stand_alone = (
             isinstance(model, BPE)
-            and not (model.dropout or model.ignore_merges)
-            and not (model.continuing_subword_prefix or model.end_of_word_suffix)
+            and not any((model.dropout, model.ignore_merges, model.continuing_subword_prefix, model.end_of_word_suffix))
             and SPACE in vocab
             and not any(SPACE in piece.lstrip(SPACE) for piece in vocab)
             and all(token.special for token in encoder.get_added_tokens_decoder().values())  # they are text here

@@ -39,8 +39,7 @@ def load_xgen_tokenizer(model_args, training_args) -> PreTrainedTokenizerBase:
 
 def _spelled(token: bytes) -> str:
     """The bytes in the letters that GPT-2's vocab.json writes them with."""
-    letters = bytes_to_unicode()
-    return "".join(letters[byte] for byte in token)
+    return "".join(bytes_to_unicode()[byte] for byte in token)
 
 
 def _additions() -> tuple[dict[str, int], dict[str, int]]:
