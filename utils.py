@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from sft import IGNORE_INDEX, job
-from sft.data import audit, csv_rows, encode, held_out, token_cache
+from sft.data import audit, csv_rows, encode, token_cache
 from sft.data.template import load_template
 from sft.flags import DataArguments, ModelArguments, TrainingArguments, parse
 from sft.model import loading, lora
@@ -165,9 +165,7 @@ def make_supervised_data_module(tokenizer, data_args: DataArguments, training_ar
     train_dataset, eval_dataset = datasets[data_args.data_path], datasets.get(data_args.eval_data_path)
     if data_args.eval_split:
         rows = train_dataset.rows
-        train_dataset, eval_dataset = (
-            SupervisedDataset(rows, kept) for kept in held_out.hold_out(rows, data_args.eval_split)
-        )
+        train_dataset, eval_dataset = (SupervisedDataset(rows, kept) for kept in rows.hold_out(data_args.eval_split))
     elif eval_dataset and job.rank() == 0:
         for leak in audit.leaks(train_dataset.rows, eval_dataset.rows):
             job.say(f"warning: {leak}")

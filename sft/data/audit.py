@@ -3,16 +3,13 @@
 The audit costs less than tokenizing: it reads the CSV once more and counts in the tokenized rows.
 """
 
-import gc
 import json
 import re
 import sys
-from array import array
 from collections import Counter
-from dataclasses import asdict, dataclass, field
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -63,12 +60,11 @@ def describe_example(tokenizer: Any, dataset: Any, index: int, colour: bool) -> 
     return f"row {dataset.row_numbers[index]}, its trained tokens {'in green' if colour else 'in [...]'}:\n{text}"
 
 
-@dataclass
-class Finding:
+class Finding(NamedTuple):
     """Something to know about the data, and the rows where it is."""
 
     what: str
-    rows: list[int] = field(default_factory=list)  # the header is row 1
+    rows: list[int]  # the header is row 1
     useless: bool = False  # a run on these data is not worth its time
 
     def __str__(self) -> str:
@@ -81,95 +77,98 @@ class Finding:
 def check_data(tokenizer, data_args: DataArguments, args: TrainingArguments, config, dataset, evaluation=None) -> int:
     """Audit the training data in place of training; the exit code, 1 when a run would be useless.
 
-    Args:
-        config: the model's.
-        dataset, evaluation: a SupervisedDataset over all kept rows of --data_path, and of --eval_data_path if given.
+    Each dataset is a SupervisedDataset over all kept rows: of --data_path, and of --eval_data_path if given.
     """
     if rank() != 0:
         return 0
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
     findings = token_findings(dataset.rows, tokenizer, config.vocab_size)
     findings += leaks(dataset.rows, evaluation.rows) if evaluation else []
     planned: dict[str, Any] = {}
-    lengths: dict[str, np.ndarray] = {}
-    examples: list[str] = []
-    folder = Path(args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    percentiles: dict[str, dict[str, int]] = {}
+    text, examples = [describe_rows(data_args.data_path, dataset.counts), ""], []
     if len(dataset):
         prompts, totals = dataset.prompt_lengths, dataset.lengths
         lengths = {"prompt": prompts, "response": totals - prompts, "total": totals}
-        findings += text_findings(dataset.rows, tokenizer, data_args)
+        title = f"{len(dataset):,} examples of {Path(data_args.data_path).name}"
+        draw_lengths(folder / "data_lengths.png", title, lengths, args.model_max_length)
         planned, never_reached = plan(totals, args)
-        findings += never_reached
+        findings += text_findings(dataset.rows, tokenizer, data_args) + never_reached
+        text.append(f"{'tokens':10}" + "".join(f"{f'{p} %':>8}" for p in PERCENTILES))
+        for name, part in lengths.items():
+            values = np.percentile(part, PERCENTILES, method="higher").tolist()
+            percentiles[name] = dict(zip(map(str, PERCENTILES), values))
+            text.append(f"{name:10}" + "".join(f"{value:8,}" for value in values))
+        text.append(
+            "\n{steps_per_epoch:,} steps per epoch of {examples_per_optimizer_step} examples, {steps:,} in the run\n"
+            "padded, {padding_share:.0%} of the tokens computed would be padding; packed, none are: "
+            "{packing_speedup:.2f} times fewer tokens\n".format(**planned)
+        )
         five = np.linspace(0, len(dataset) - 1, num=min(5, len(dataset)), dtype=int)
-        examples = [describe_example(tokenizer, dataset, i, colour=sys.stdout.isatty()) for i in five]
-        draw_lengths(folder / "data_lengths.png", lengths, args.model_max_length, data_args.data_path)
-    useless = [finding.what for finding in findings if finding.useless]
-    verdict = f"useless: {'; '.join(useless)}" if useless else "ready to train"
+        examples = ["\n" + describe_example(tokenizer, dataset, i, colour=sys.stdout.isatty()) for i in five]
+    useless = "; ".join(finding.what for finding in findings if finding.useless)
+    verdict = f"useless: {useless}" if useless else "ready to train"
     if findings and not useless:
         verdict += f"; {len(findings)} finding{'s' if len(findings) > 1 else ''} to look at first"
-    report = {
-        "data_path": data_args.data_path,
-        "verdict": verdict,
-        "useless": bool(useless),
-        "counts": dataset.counts,
-        "percentiles": {
-            name: dict(zip(map(str, PERCENTILES), np.percentile(part, PERCENTILES, method="higher").tolist()))
-            for name, part in lengths.items()
-        },
-        "plan": planned,
-        "findings": [asdict(finding) for finding in findings],
-    }
+    report = {"data_path": data_args.data_path, "verdict": verdict, "useless": bool(useless), "counts": dataset.counts}
+    report |= {"percentiles": percentiles, "plan": planned, "findings": [finding._asdict() for finding in findings]}
     (folder / "data_report.json").write_text(json.dumps(report, indent=1) + "\n")
-    print(describe_report(report, findings, examples))
+    print("\n".join([*text, *(f"- {finding}" for finding in findings), *examples, "", f"verdict: {verdict}"]))
     print(f"every row of every finding: {folder / 'data_report.json'}; lengths: {folder / 'data_lengths.png'}")
     return int(bool(useless))
+
+
+def _found(row_numbers: dict[str, np.ndarray]) -> list[Finding]:
+    return [Finding(what, rows.tolist()) for what, rows in row_numbers.items() if len(rows)]
 
 
 def text_findings(rows: TokenizedRows, tokenizer: Any, data_args: DataArguments) -> list[Finding]:
     """What the cells of the kept rows show, in one pass over the CSV."""
     template = load_template(data_args.prompt_template)
+    bare = template == "{instruction}"
+    frame = [line.strip() for line in template.replace("{instruction}", "\n").split("\n") if len(line.strip()) > 7]
     control_texts = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    control = re.compile("|".join(map(re.escape, sorted(control_texts, key=len, reverse=True))) or r"(?!)")
+    control = re.compile("|".join(map(re.escape, control_texts)) or r"(?!)")
     kept = np.isin(rows.outcomes, (KEPT, CUT))
     cells = (row for row in read_csv(data_args.data_path, data_args.source, data_args.target) if kept[row[0] - 2])
     head = list(islice(cells, SAMPLE))
-    ending = _common_ending([source for _, source, _ in head]) if template == "{instruction}" else ""
-    frame = [line.strip() for line in template.replace("{instruction}", "\n").split("\n") if len(line.strip()) > 7]
-    prompts, pairs = array("q"), array("q")
-    spells_control, ends_in_space, templated_twice, untemplated = ([] for _ in range(4))  # row numbers
-    gc.freeze()  # else all that was imported is searched for garbage while the texts come and go: 0.25 s
-    for row, source, target in chain(head, cells):
-        prompts.append(hash(source))
-        pairs.append(hash((source, target)))
-        if control.search(source) or control.search(target):
-            spells_control.append(row)
-        if template.replace("{instruction}", source).endswith(" "):
-            ends_in_space.append(row)
-        if (ending and source.count(ending) > 1) or any(line in source for line in frame):
-            templated_twice.append(row)
-        if template == "{instruction}" and not (ending and source.endswith(ending)):
-            untemplated.append(row)
-    gc.unfreeze()
-    pair, prompt = _repeats(pairs), _repeats(prompts)
-    bare = "prompts do not end as most do" if ending else "prompts look untemplated: they have no common ending"
-    found = {
-        "rows repeat an earlier one, prompt and response": rows.row_numbers[pair].tolist(),
-        "rows have an earlier row's prompt and another response": rows.row_numbers[prompt & ~pair].tolist(),
-        f"rows spell a control token ({', '.join(control_texts[:4])}); it is encoded as text": spells_control,
-        "prompts end in a space: most responses then tokenize differently from what generation sees": ends_in_space,
-        "prompts were put into the template before": templated_twice,
-        f"{bare}; --prompt_template alpaca wraps bare instructions": untemplated,
+    endings = Counter(source.rsplit("\n", 1)[-1][-LONGEST_ENDING:] for _, source, _ in head)
+    ending, times = endings.most_common(1)[0]
+    if not (bare and ending.strip() and times > max(1, len(head) / 2)):
+        ending = ""  # most prompts share none
+    facts = (
+        (
+            hash(source),
+            hash((source, target)),
+            control.search(source) or control.search(target),
+            template.replace("{instruction}", source).endswith(" "),
+            (ending and source.count(ending) > 1) or any(line in source for line in frame),
+            bare and not (ending and source.endswith(ending)),
+        )
+        for _, source, target in chain(head, cells)
+    )
+    table = np.fromiter(facts, "i8, i8, ?, ?, ?, ?")
+    prompts, pairs, control_tokens, spaces, templated, untemplated = (table[name] for name in table.dtype.names)
+    places = np.arange(len(table))
+    again, pair_again = (~np.isin(places, np.unique(keys, return_index=True)[1]) for keys in (prompts, pairs))
+    common = "prompts do not end as most do" if ending else "prompts look untemplated: they have no common ending"
+    masks = {
+        "rows repeat an earlier one, prompt and response": pair_again,
+        "rows have an earlier row's prompt and another response": again & ~pair_again,
+        f"rows spell a control token ({', '.join(control_texts[:4])}); it is encoded as text": control_tokens,
+        "prompts end in a space: most responses then tokenize differently from what generation sees": spaces,
+        "prompts were put into the template before": templated,
+        f"{common}; --prompt_template alpaca wraps bare instructions": untemplated,
     }
-    return [Finding(what, numbers) for what, numbers in found.items() if numbers]
+    return _found({what: rows.row_numbers[mask] for what, mask in masks.items()})
 
 
 def leaks(train_rows: TokenizedRows, eval_rows: TokenizedRows) -> list[Finding]:
-    """Evaluation rows whose prompt is also trained on; an --eval_split has none (sft/data/held_out.py)."""
-    evaluated = np.fromiter(eval_rows.prompt_digests(), np.int64)
-    trained = set(evaluated.tolist()).intersection(train_rows.prompt_digests())
-    leaked = eval_rows.row_numbers[np.isin(evaluated, list(trained))]
+    """Evaluation rows whose prompt is also trained on; an --eval_split has none (`hold_out`)."""
+    evaluated, trained = (np.fromiter(rows.prompt_digests(), np.int64) for rows in (eval_rows, train_rows))
     what = "rows of --eval_data_path have a prompt that is also trained on; they say little about new prompts"
-    return [Finding(what, leaked.tolist())] if trained else []
+    return _found({what: eval_rows.row_numbers[np.isin(evaluated, trained)]})
 
 
 def token_findings(rows: TokenizedRows, tokenizer: Any, vocabulary_size: int) -> list[Finding]:
@@ -178,25 +177,22 @@ def token_findings(rows: TokenizedRows, tokenizer: Any, vocabulary_size: int) ->
     # GPT-2's family names its EOS as unk too: there every byte is in the vocabulary and nothing is unknown.
     unk_ids = [] if tokenizer.unk_token_id in (None, tokenizer.eos_token_id) else [tokenizer.unk_token_id]
     (with_bytes, _), (with_unk, unk_tokens) = _rows_with_ids(rows, byte_ids), _rows_with_ids(rows, unk_ids)
+    cut = rows.rows_with("cut")
     found = {
-        "rows dropped: an empty prompt or response": rows.rows_with("empty").tolist(),
-        "rows dropped: the prompt leaves no room in --model_max_length": rows.rows_with("no_room").tolist(),
-        "rows cut at --model_max_length; they lose their EOS": rows.rows_with("cut").tolist(),
+        "rows dropped: an empty prompt or response": rows.rows_with("empty"),
+        "rows dropped: the prompt leaves no room in --model_max_length": rows.rows_with("no_room"),
+        "rows cut at --model_max_length; they lose their EOS": cut,
         "rows with characters that are not in the vocabulary and became single bytes": with_bytes,
         "rows with characters that the tokenizer does not know and replaced by unk": with_unk,
     }
-    kept, cut = len(rows.lengths), len(rows.rows_with("cut"))
-    useless = [
-        (not kept, "no row is left to train on"),
-        (0 < kept == cut, "every row is cut, so no EOS is trained and the model never learns to stop"),
-        (unk_tokens * 2 > len(rows.tokens), "most tokens are unk: this is not a tokenizer for these texts"),
-        (
-            rows.largest_id >= vocabulary_size,
-            f"token id {rows.largest_id} is outside the model's embedding of {vocabulary_size}",
-        ),
-    ]
-    findings = [Finding(what, numbers) for what, numbers in found.items() if numbers]
-    return findings + [Finding(what, useless=True) for is_so, what in useless if is_so]
+    outside = f"token id {rows.largest_id} is outside the model's embedding of {vocabulary_size}"
+    useless = {
+        "no row is left to train on": not len(rows.lengths),
+        "every row is cut, so no EOS is trained and the model never learns to stop": 0 < len(rows.lengths) == len(cut),
+        "most tokens are unk: this is not a tokenizer for these texts": unk_tokens * 2 > len(rows.tokens),
+        outside: rows.largest_id >= vocabulary_size,
+    }
+    return _found(found) + [Finding(what, [], useless=True) for what, is_so in useless.items() if is_so]
 
 
 def plan(lengths: np.ndarray, args: TrainingArguments) -> tuple[dict[str, Any], list[Finding]]:
@@ -207,70 +203,34 @@ def plan(lengths: np.ndarray, args: TrainingArguments) -> tuple[dict[str, Any], 
     padded_tokens = int(padded.max(axis=1).astype(np.int64) @ np.count_nonzero(padded, axis=1))
     tokens = int(lengths.sum(dtype=np.int64))
     points = (("save", args.save_strategy, args.save_steps), ("eval", args.eval_strategy, args.eval_steps))
-    return {
-        "examples_per_optimizer_step": planned.examples_per_step,
-        "steps_per_epoch": planned.steps_per_epoch,
-        "steps": planned.steps,
-        "padded_tokens_per_epoch": padded_tokens,
-        "padding_share": 1 - tokens / padded_tokens,
-        "packing_speedup": padded_tokens / tokens,
-    }, [
-        Finding(f"--{name}_steps {every:g} is beyond the run's {planned.steps} steps: that point is never reached")
+    never_reached = [
+        Finding(f"--{name}_steps {every:g} is beyond the run's {planned.steps} steps: that point is never reached", [])
         for name, strategy, every in points
         if strategy == "steps" and every and every > planned.steps
     ]
+    padding = {"padded_tokens_per_epoch": padded_tokens, "padding_share": 1 - tokens / padded_tokens}
+    steps = {name: getattr(planned, name) for name in ("steps_per_epoch", "steps")}
+    examples = {"examples_per_optimizer_step": planned.examples_per_step}
+    return examples | steps | padding | {"packing_speedup": padded_tokens / tokens}, never_reached
 
 
-def describe_report(report: dict[str, Any], findings: list[Finding], examples: list[str]) -> str:
-    text = [describe_rows(report["data_path"], report["counts"])]
-    if report["percentiles"]:
-        text += ["", f"{'tokens':10}" + "".join(f"{f'{p} %':>8}" for p in PERCENTILES)]
-        text += [f"{name:10}" + "".join(f"{n:8,}" for n in row.values()) for name, row in report["percentiles"].items()]
-        text += [
-            "\n{steps_per_epoch:,} steps per epoch of {examples_per_optimizer_step} examples, {steps:,} in the run\n"
-            "padded, {padding_share:.0%} of the tokens computed would be padding; packed, none are: "
-            "{packing_speedup:.2f} times fewer tokens".format(**report["plan"])
-        ]
-    text += ["", *(f"- {finding}" for finding in findings), *(f"\n{example}" for example in examples)]
-    return "\n".join([*text, "", f"verdict: {report['verdict']}"])
-
-
-def draw_lengths(path: Path, parts: dict[str, np.ndarray], max_length: int, data_path: str) -> None:
+def draw_lengths(path: Path, title: str, parts: dict[str, np.ndarray], max_length: int) -> None:
     """Draw how many examples have which length, in tokens."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
-    title = f"{len(parts['total']):,} examples of {Path(data_path).name}"
-    axes = figure.add_subplot(xlabel="tokens", ylabel="examples", title=title)
+    axes = figure.add_subplot(xlabel=f"tokens, --model_max_length {max_length}", ylabel="examples", title=title)
     labels = [f"{name}, mean {lengths.mean():.0f}" for name, lengths in parts.items()]
     axes.hist([*parts.values()], np.linspace(0, max_length, 65), histtype="step", linewidth=1.5, label=labels)
-    axes.axvline(max_length, color="grey", linestyle=":", label=f"--model_max_length {max_length}")
     axes.legend()
     figure.savefig(path, dpi=120)
 
 
-def _common_ending(sources: list[str]) -> str:
-    """The last line that most of the prompts share; empty when there is none."""
-    lines = Counter(source.rsplit("\n", 1)[-1][-LONGEST_ENDING:] for source in sources)
-    line, times = lines.most_common(1)[0] if lines else ("", 0)
-    return line if line.strip() and times * 2 > len(sources) and times > 1 else ""
-
-
-def _repeats(keys: array) -> np.ndarray:
-    """Whether each key stood earlier already."""
-    repeated = np.ones(len(keys), bool)
-    repeated[np.unique(np.frombuffer(keys, np.int64), return_index=True)[1]] = False
-    return repeated
-
-
-def _rows_with_ids(rows: TokenizedRows, ids: list[int], block: int = 2**22) -> tuple[list[int], int]:
+def _rows_with_ids(rows: TokenizedRows, ids: list[int], block: int = 2**22) -> tuple[np.ndarray, int]:
     """Numbers of the rows that hold one of these ids, and how often the ids occur in all."""
-    found: set[int] = set()
-    total = 0
-    wanted = np.zeros(rows.largest_id + 1, bool)
-    wanted[[i for i in ids if i <= rows.largest_id]] = True
-    for start in range(0, len(rows.tokens) if wanted.any() else 0, block):
-        places = start + np.flatnonzero(wanted[rows.tokens[start : start + block]])
+    total, found = 0, [np.empty(0, np.int64)]
+    for start in range(0, len(rows.tokens) if ids else 0, block):
+        places = start + np.flatnonzero(np.isin(rows.tokens[start : start + block], ids))
         total += len(places)
-        found.update(np.unique(np.searchsorted(rows.offsets, places, side="right") - 1).tolist())
-    return rows.row_numbers[sorted(found)].tolist(), total
+        found.append(np.unique(np.searchsorted(rows.offsets, places, side="right") - 1))
+    return rows.row_numbers[np.unique(np.concatenate(found))], total

@@ -1,7 +1,5 @@
 """Find what is wrong with the data and the tokenizer before anything slow: template, files, columns, vocabulary."""
 
-from typing import Any
-
 from transformers import PreTrainedTokenizerBase
 
 from sft.data.csv_rows import header_problems
@@ -29,32 +27,17 @@ def data_problems(data_args: DataArguments) -> list[str]:
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model_config) -> list[str]:
     """Problems between a tokenizer and the model it is to feed, known before weights load."""
     problems = []
-    eos_ids = model_config.eos_token_id
-    eos_ids = eos_ids if isinstance(eos_ids, (list, tuple)) else [eos_ids]
-    if eos_ids != [None] and tokenizer.eos_token_id not in eos_ids:
+    declared, rows = model_config.eos_token_id, model_config.vocab_size
+    if declared is not None and tokenizer.eos_token_id not in (declared if isinstance(declared, list) else [declared]):
         problems.append(
-            f"tokenizer: EOS {tokenizer.eos_token!r} is id {tokenizer.eos_token_id}, but the model's config.json says eos_token_id {model_config.eos_token_id}. "
+            f"tokenizer: EOS {tokenizer.eos_token!r} is id {tokenizer.eos_token_id}, but the model's config.json says eos_token_id {declared}. "
             "A model trained so never stops. Fix eos_token_id in config.json, or eos_token in tokenizer_config.json."
         )
-    outside = sorted((i, token) for token, i in tokenizer.get_vocab().items() if i >= model_config.vocab_size)
+    outside = sorted((i, token) for token, i in tokenizer.get_vocab().items() if i >= rows)
     if outside:
         named = ", ".join(f"{token!r} = {i}" for i, token in outside[:5]) + (", …" if len(outside) > 5 else "")
         problems.append(
-            f"tokenizer: {len(outside)} tokens have ids outside the model's embedding of {model_config.vocab_size} rows ({named}). "
+            f"tokenizer: {len(outside)} tokens have ids outside the model's embedding of {rows} rows ({named}). "
             "Use the tokenizer of this model, or take these tokens out of added_tokens.json and tokenizer.json."
         )
     return problems
-
-
-def check_ids(tokenizer: PreTrainedTokenizerBase, data_module: dict[str, Any], config) -> None:
-    """Refuse a tokenizer that is not the model's, and rows with an id that has no embedding."""
-    problems = check_vocabulary(tokenizer, config)
-    datasets = filter(None, (data_module["train_dataset"], data_module["eval_dataset"]))
-    largest = max(dataset.counts["largest_id"] for dataset in datasets)
-    if largest >= config.vocab_size:
-        problems.append(
-            f"the data holds token id {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}), and the model's embedding "
-            f"ends at {config.vocab_size - 1}. The tokenizer in the model's folder is another model's."
-        )
-    if problems:
-        raise UserError(problems)

@@ -10,7 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from contextlib import suppress
 
 from tqdm import tqdm
 
@@ -18,6 +18,7 @@ from sft.job import UserError
 
 LARGEST_CELL = 64 * 2**20  # characters; beyond it a quote was never closed, and the rest of the file would be one cell
 PROBLEMS_SHOWN = 10
+NUL, BAD_BYTE = "\0", re.compile("[\0\udc80-\udcff]")
 ROWS_PER_BATCH, CHARACTERS_PER_BATCH = 256, 2**20  # small, so that all cores end together; bounded in memory
 
 
@@ -32,37 +33,35 @@ def read_csv(
     csv.field_size_limit(LARGEST_CELL)
     problems = []
     row_number = 0  # of the last row that was read whole
-    with _open(path) as file:
-        reader = csv.reader(file, strict=True)
-        try:
+    try:
+        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            reader = csv.reader(file, strict=True)
             header = next(reader, [])
             row_number = 1
-            problems = _header_problems(path, header, source, target)
+            problems = _bad_bytes(f"{path}, row 1", [], header) or _header_problems(path, header, source, target)
             if problems:
                 raise UserError(problems)
             at_source, at_target = header.index(source), None if target is None else header.index(target)
-            for row in reader:
-                row_number += 1
+            for row_number, row in enumerate(reader, 2):
+                where = f"{path}, row {row_number}"
                 if row and len(row) != len(header):
                     problems.append(
-                        f"{path}, row {row_number}: {len(row)} field{'s' * (len(row) > 1)} where the header has {len(header)}. "
+                        f"{where}: {len(row)} field{'s' * (len(row) > 1)} where the header has {len(header)}. "
                         "Add the missing ones, or put a cell that holds a comma in quotes."
                     )
-                elif any("\0" in cell for cell in row):
-                    column = header[next(i for i, cell in enumerate(row) if "\0" in cell)]
-                    problems.append(f"{path}, row {row_number}, column {quoted(column)}: a NUL byte. Remove it.")
+                elif bad := _bad_bytes(where, header, row):
+                    problems += bad
+                    break  # the whole file may be of another encoding
                 elif not problems:
                     row = row or [""] * len(header)
                     yield row_number, row[at_source], "" if at_target is None else row[at_target]
-                    progress(file.buffer.tell())
+                    progress(file.buffer.tell())  # type: ignore[attr-defined]  # a file has it
                 if len(problems) == PROBLEMS_SHOWN:
                     break
-        except UnicodeDecodeError:
-            problems.append(_bad_byte(path))
-        except OSError as error:
-            problems.append(f"{path}, row {row_number + 1}: reading failed: {error.strerror}.")
-        except csv.Error as error:
-            problems.append(f"{path}, row {row_number + 1}: {_CURES.get(str(error).split(' (')[0], str(error))}")
+    except OSError as error:
+        problems.append(f"{path}: {error.strerror}. Give a CSV file that can be read.")
+    except csv.Error as error:
+        problems.append(f"{path}, row {row_number + 1}: {_CURES.get(str(error).split(' (')[0], str(error))}")
     if problems:
         raise UserError(problems)
     if row_number == 1:
@@ -85,9 +84,9 @@ def read_batches(path: str, source: str, target: str) -> Iterator[list[tuple[str
     with tqdm(total=size, unit="B", unit_scale=True, desc=title, mininterval=seconds) as bar:
         batch: list[tuple[str, str]] = []
         characters = 0
-        for _, *cells in read_csv(path, source, target, lambda at: bar.update(at - bar.n)):
-            batch.append((cells[0], cells[1]))
-            characters += len(cells[0]) + len(cells[1])
+        for _, prompt, response in read_csv(path, source, target, lambda at: bar.update(at - bar.n)):
+            batch.append((prompt, response))
+            characters += len(prompt) + len(response)
             if len(batch) == ROWS_PER_BATCH or characters > CHARACTERS_PER_BATCH:
                 yield batch
                 batch, characters = [], 0
@@ -108,18 +107,9 @@ def quoted(text: str, longest: int = 60) -> str:
     return repr(text if len(text) <= longest else text[: longest - 1] + "…")
 
 
-def _open(path: str):
-    if Path(path).is_dir():
-        raise UserError(f"{path}: a folder. Give the CSV file itself with --data_path.")
-    try:
-        return open(path, encoding="utf-8-sig", newline="")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}. Give a CSV file that can be read with --data_path.") from None
-
-
 def _header_problems(path: str, header: list[str], source: str, target: str | None) -> list[str]:
     if not header:
-        empty = Path(path).stat().st_size == 0
+        empty = os.path.getsize(path) == 0
         return [f"{path}: {'the file is empty' if empty else 'row 1 is blank'}. Its first row must name the columns."]
     columns = f"Its columns are {', '.join(quoted(name) for name in header[:50])}"
     problems = [
@@ -127,34 +117,24 @@ def _header_problems(path: str, header: list[str], source: str, target: str | No
         for name, flag in ((source, "--source"), (target, "--target"))
         if name is not None and name not in header
     ]
-    for name in dict.fromkeys(header):
-        if name and header.count(name) > 1:  # unnamed columns are what spreadsheets add
-            problems.append(f"{path}: {header.count(name)} columns are named {quoted(name)}. Rename or remove one.")
+    problems += [
+        f"{path}: {header.count(name)} columns are named {quoted(name)}. Rename or remove one."
+        for name in dict.fromkeys(header)
+        if name and header.count(name) > 1  # unnamed columns are what spreadsheets add
+    ]
     if source == target:
         problems.append(f"{path}: --source and --target are both {quoted(source)}. Name two columns.")
     return problems
 
 
-def _bad_byte(path: str) -> str:
-    """Find the first byte that is not UTF-8: its offset in the file, and the row and column it stands in."""
-    offset = 0
-    with open(path, "rb") as file:
-        for line in file:  # no UTF-8 sequence contains a line feed, so lines decode one by one as the whole does
-            try:
-                line.decode()
-            except UnicodeDecodeError as error:
-                offset, byte = offset + error.start, line[error.start]
-                break
-            offset += len(line)
-    place = ""
-    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        header: list[str] = []
-        lines = (line.replace("\0", "") for line in file)  # Python 3.10 refuses them
-        for row_number, row in enumerate(csv.reader(lines), 1):
-            header = header or row
-            bad = [index for index, cell in enumerate(row) if re.search("[\udc80-\udcff]", cell)]
-            if bad:
-                named = row_number > 1 and bad[0] < len(header)
-                place = f", row {row_number}" + (f", column {quoted(header[bad[0]])}" if named else "")
-                break
-    return f"{path}{place}: byte {offset} of the file (0x{byte:02x}) is not UTF-8. Save the file as UTF-8."
+def _bad_bytes(where: str, header: list[str], row: list[str]) -> list[str]:
+    """The first byte of a row that is NUL or not UTF-8 (surrogateescape: a surrogate)."""
+    text = "".join(row)
+    with suppress(UnicodeEncodeError):
+        text.encode()
+        if NUL not in text:
+            return []
+    place, byte = next((i, found[0]) for i, cell in enumerate(row) if (found := BAD_BYTE.search(cell)))
+    column = f", column {quoted(header[place])}" if header else ""
+    fault = f"byte 0x{ord(byte) - 0xDC00:02x} is not UTF-8. Save the file as UTF-8."
+    return [f"{where}{column}: {'a NUL byte. Remove it.' if byte == NUL else fault}"]

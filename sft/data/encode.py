@@ -11,43 +11,33 @@ from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
+from sft.data.csv_rows import quoted
 from sft.data.word_cache import LEADING_SPACE, Words, parts_before_model
 from sft.job import UserError, say
 
 # What tokenizers have been seen to differ on: runs of spaces, edges, line ends, code, marks, scripts, control texts, length.
 PROBES = [
     "The quick brown fox jumps over the lazy dog.",
-    "cheese.  Rick said:   three,    four, and a run of" + " " * 40 + "forty.",
-    " one space first",
-    "   three spaces first",
-    "one space last ",
-    "three spaces last   ",
-    "   ",
-    "tab\tand\t\ttwo tabs\t",
-    "\tfirst",
-    "line\nline\n\nblank line\r\nwindows\r",
-    "\n\n\nfirst",
-    " \n \n ",
+    "cheese.  Rick said:   three,    four, and a run of" + " " * 40 + "forty.", " one space first",
+    "   three spaces first", "one space last ", "three spaces last   ", "   ", "tab\tand\t\ttwo tabs\t", "\tfirst",
+    "line\nline\n\nblank line\r\nwindows\r", "\n\n\nfirst", " \n \n ",
     "def f(x):\n    if x > 0:\n        return {'a': [1, 2, 3]}  # why?\n\n\tprint(f\"{x!r:>10}\")\n",
     "for (int i = 0; i < n; ++i) { a[i] += b[i] & 0xFF; } // https://example.org/a?b=c&d=%20",
     '<p class="x">1 &lt; 2</p></s><s><unk><pad>[INST] <|endoftext|> <0x0A>',
     "3.14159 1,000,000 12345678901234567890 1e-9 ½ ² ①",
     "don't WON'T they're we'll I'd o'clock aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
-    "naïve café Ångström e\u0301 A\u030a o\u0308\u0304 ﬁne ﬀ \ufb03",
-    "日本語のテキスト、中文文本。한국어 텍스트 ｆｕｌｌｗｉｄｔｈ ｶﾅ ガ か\u3099",
-    "עברית مرحبا بالعالم हिन्दी ไทย Ελληνικά Русский",
-    "😀 👩‍👩‍👧‍👦 🏳️‍🌈 👍🏽 \U0001f9ff",
+    "naïve café Ångström e\u0301 A\u030a o\u0308\u0304 ﬁne ﬀ \ufb03", "日本語のテキスト、中文文本。한국어 텍스트 ｆｕｌｌｗｉｄｔｈ ｶﾅ ガ か\u3099",
+    "עברית مرحبا بالعالم हिन्दी ไทย Ελληνικά Русский", "😀 👩‍👩‍👧‍👦 🏳️‍🌈 👍🏽 \U0001f9ff",
     "zero\u200bwidth soft\u00adhyphen no\u00a0break em\u2003space \u3000ideographic \ufeffbom line\u2028sep",
-    "nul\x00 bell\x07 escape\x1b[0m delete\x7f nel\x85 private\ue000 \U0010ffff",
-    "▁ literal ▁▁ escape ▁",
+    "nul\x00 bell\x07 escape\x1b[0m delete\x7f nel\x85 private\ue000 \U0010ffff", "▁ literal ▁▁ escape ▁",
     "A longer text, so that many merges compete for the same characters. " * 40,
-]
+]  # fmt: skip
 
 
 def encode_prompts(tokenizer, texts: list[str], *, allow_control_tokens: bool = False) -> list[array]:
     """Ids of each text as generation will see it, with BOS where the tokenizer puts one.
 
-    A control token's text inside a cell (`</s>`, `<|endoftext|>`) stays text unless `allow_control_tokens`.
+    A control token's text inside a cell (`</s>`, `<|endoftext|>`) stays text unless `allow_control_tokens`; in responses too.
     """
     if not tokenizer.is_fast:
         return [array("i", tokenizer(text, split_special_tokens=not allow_control_tokens).input_ids) for text in texts]
@@ -57,11 +47,10 @@ def encode_prompts(tokenizer, texts: list[str], *, allow_control_tokens: bool = 
 def encode_responses(tokenizer, texts: list[str], *, allow_control_tokens: bool = False) -> list[array]:
     """Ids of each text as the continuation of a prompt: no BOS, no dummy-prefix space, no EOS.
 
-    Equal to `tokenizer(eos_token + text, add_special_tokens=False).input_ids[1:]` (proved on probes at loading), but a
-    control token's text stays text unless `allow_control_tokens`.
+    Equal to `tokenizer(eos_token + text, add_special_tokens=False).input_ids[1:]`, which is proved on probes at loading.
     """
     if not tokenizer.is_fast:
-        return [array("i", _slow_continuation(tokenizer, text, allow_control_tokens)) for text in texts]
+        return [_slow_continuation(tokenizer, text, allow_control_tokens) for text in texts]
     return encode(tokenizer, "response", texts, False, allow_control_tokens)
 
 
@@ -86,10 +75,7 @@ def words_of(tokenizer: PreTrainedTokenizerBase) -> Words:
 
 @functools.cache
 def backend_for(tokenizer: PreTrainedTokenizerBase, use: str, allow_control_tokens: bool) -> Tokenizer:
-    """A copy of the tokenizer's backend for prompts or for responses, made once.
-
-    A copy, because truncation, padding and encode_special_tokens are state of the backend, and calls of the tokenizer change it.
-    """
+    """A copy of the tokenizer's backend for prompts or for responses, made once: calls of the tokenizer change its own state."""
     backend = copy.deepcopy(tokenizer.backend_tokenizer)
     backend.no_truncation()
     backend.no_padding()
@@ -108,11 +94,8 @@ def _without_prefix(part: dict | None) -> dict | None:
     if part["type"] == "Sequence":
         key = "normalizers" if "normalizers" in part else "pretokenizers"
         return part | {key: [kept for kept in map(_without_prefix, part[key]) if kept is not None]}
-    if part["type"] == "Metaspace":
-        return part | {"prepend_scheme": "never"}
-    if part["type"] == "ByteLevel":
-        return part | {"add_prefix_space": False}
-    return part
+    settings: dict[str, dict] = {"Metaspace": {"prepend_scheme": "never"}, "ByteLevel": {"add_prefix_space": False}}
+    return part | settings.get(part["type"], {})
 
 
 def find_file(model_args, name: str) -> str | None:
@@ -161,7 +144,7 @@ def _after(tokenizer: PreTrainedTokenizerBase, anchor: str, text: str, **options
     return joint[len(before) :] if joint[: len(before)] == before else None
 
 
-def _slow_continuation(tokenizer: PreTrainedTokenizerBase, text: str, allow_control_tokens: bool) -> list[int]:
+def _slow_continuation(tokenizer: PreTrainedTokenizerBase, text: str, allow_control_tokens: bool) -> array:
     """The continuation by a tokenizer without a backend: what follows EOS, or a line end where control tokens must stay text."""
     literal = not allow_control_tokens and any(token in text for token in tokenizer.all_special_tokens)
     ids = _after(tokenizer, "\n" if literal else tokenizer.eos_token, text, split_special_tokens=literal)
@@ -169,7 +152,7 @@ def _slow_continuation(tokenizer: PreTrainedTokenizerBase, text: str, allow_cont
         raise UserError(
             f"tokenizer: {text[:80]!r} merges with what comes before it, so its ids as a response are not defined. Use a fast tokenizer."
         )
-    return ids
+    return array("i", ids)
 
 
 def _prove_ids(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -180,17 +163,13 @@ def _prove_ids(tokenizer: PreTrainedTokenizerBase) -> None:
     plain = [text for text in PROBES if not any(token in text for token in tokenizer.all_special_tokens)]
     prompts, responses = encode_prompts(tokenizer, plain), encode_responses(tokenizer, plain)
     for text, prompt_ids, response_ids in zip(plain, prompts, responses, strict=True):
-        own = tokenizer(text).input_ids
-        if prompt_ids.tolist() != own:
-            raise UserError(
-                f"tokenizer: the prompt {text[:80]!r} gets {prompt_ids[:8]}…, but generation gives {own[:8]}…. Report this model."
-            )
-        after_eos, after_line = (_after(tokenizer, anchor, text) for anchor in (tokenizer.eos_token, "\n"))
-        if response_ids.tolist() not in (after_eos, after_line):
-            raise UserError(
-                f"tokenizer: the response {text[:80]!r} gets {response_ids[:8]}…, but after EOS it is {(after_eos or [])[:8]}…. "
-                "Report this model."
-            )
+        after = [_after(tokenizer, anchor, text) for anchor in (tokenizer.eos_token, "\n")]
+        for use, ids, own in (("prompt", prompt_ids, [tokenizer(text).input_ids]), ("response", response_ids, after)):
+            if ids.tolist() not in own:
+                raise UserError(
+                    f"tokenizer: the {use} {text[:80]!r} gets {ids[:8].tolist()}…, but generation gives or meets {(own[0] or [])[:8]}…. "
+                    "Report this model."
+                )
 
 
 def compare_with_sentencepiece(tokenizer, texts: list[str]) -> None:
@@ -211,6 +190,5 @@ def differences(tokenizer, model_file: str, texts: list[str]) -> list[str]:
         if (ours := ids.tolist()) != expected:
             first = next((i for i, (a, b) in enumerate(zip(ours, expected)) if a != b), min(len(ours), len(expected)))
             window = slice(max(0, first - 2), first + 6)
-            shown = text if len(text) <= 120 else text[:120] + "…"
-            found.append(f"{shown!r} from token {first}: {ours[window]}, SentencePiece {expected[window]}")
+            found.append(f"{quoted(text, 120)} from token {first}: {ours[window]}, SentencePiece {expected[window]}")
     return found

@@ -23,8 +23,7 @@ from sft.job import UserError, say
 def load_llama_tokenizer(model_args, training_args) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a LLaMA-family model, equal to SentencePiece wherever the model has a `tokenizer.model`.
 
-    BOS as the model's own tokenizer puts it, never an EOS, pad = unk (else EOS). The attribute `sentencepiece_model`
-    is the path of the reference that `compare_with_sentencepiece` uses, or None.
+    BOS as the model's own tokenizer puts it, never an EOS, pad = unk (else EOS). `sentencepiece_model` is set to the path.
     """
     model_file, json_file = (encode.find_file(model_args, name) for name in ("tokenizer.model", "tokenizer.json"))
     proto = _read_sentencepiece(model_file) if model_file else None
@@ -35,13 +34,10 @@ def load_llama_tokenizer(model_args, training_args) -> PreTrainedTokenizerBase:
     elif proto:
         tokenizer = _wrap_sentencepiece(proto, model_args, None)
         say(f"tokenizer: built from {model_file}")
-    elif model_file:
-        raise UserError(
-            f"{model_file}: not a SentencePiece model, and there is no tokenizer.json beside it. Download it again, or add tokenizer.json."
-        )
     else:
+        found = "tokenizer.model is not a SentencePiece model, and tokenizer.json is not there"
         raise UserError(
-            f"{model_args.model_name_or_path}: neither tokenizer.json nor tokenizer.model is there. "
+            f"{model_args.model_name_or_path}: {found if model_file else 'neither tokenizer.json nor tokenizer.model is there'}. "
             "Name a folder or a hub repository that holds the model together with its tokenizer."
         )
     tokenizer.sentencepiece_model = model_file if proto else None
@@ -53,7 +49,7 @@ def load_llama_tokenizer(model_args, training_args) -> PreTrainedTokenizerBase:
 
 
 def _reconcile(published: PreTrainedTokenizerBase, proto, model_file: str, model_args) -> PreTrainedTokenizerBase:
-    """The published tokenizer.json if it equals the SentencePiece model beside it, else that model converted here.
+    """The published tokenizer.json if it equals the SentencePiece model next to it, else that model converted here.
 
     Pre-training used SentencePiece; a tokenizer.json was converted from it later, often wrongly. What the folder adds to it is kept.
     """
@@ -62,7 +58,7 @@ def _reconcile(published: PreTrainedTokenizerBase, proto, model_file: str, model
     if other:
         i, piece = other[0]
         raise UserError(
-            f"{model_file} and the tokenizer.json beside it are different vocabularies: {len(other)} pieces have other ids, for example {piece!r}, "
+            f"{model_file} and the tokenizer.json next to it are different vocabularies: {len(other)} pieces have other ids, for example {piece!r}, "
             f"{i} in tokenizer.model and {vocab.get(piece)} in tokenizer.json. Keep the file that the model was trained with and remove the other."
         )
     wrong = encode.differences(published, model_file, encode.PROBES)
@@ -102,29 +98,20 @@ def _sentencepiece_backend(proto) -> Tokenizer:
     # Only these are ever made by merging (bpe_model.cc looks up no control, unknown or byte piece).
     scores = {piece.piece: piece.score for piece in pieces if piece.type in (piece.NORMAL, piece.UNUSED)}
     user_defined = [piece.piece for piece in pieces if piece.type == piece.USER_DEFINED]
-    backend = Tokenizer(
-        BPE(
-            vocab=vocab,
-            merges=generate_merges(vocab, scores, skip_tokens=vocab.keys() - scores.keys()),
-            unk_token=pieces[proto.trainer_spec.unk_id].piece,
-            fuse_unk=True,
-            byte_fallback=proto.trainer_spec.byte_fallback,
-            ignore_merges=bool(user_defined),
-        )
-    )
+    merges = generate_merges(vocab, scores, skip_tokens=vocab.keys() - scores.keys())
+    unk, byte_fallback = pieces[proto.trainer_spec.unk_id].piece, proto.trainer_spec.byte_fallback
+    options = {"fuse_unk": True, "byte_fallback": byte_fallback, "ignore_merges": bool(user_defined)}
+    backend = Tokenizer(BPE(vocab=vocab, merges=merges, unk_token=unk, **options))
     steps: list = []
     if spec.precompiled_charsmap:
         # Precompiled looks up a grapheme at a time and takes the shortest match (tokenizers 0.23): a decomposed Vietnamese letter
         # would lose its tone, Korean would stay in jamo, and CR LF would be one space. So nothing that is one grapheme is left in parts.
-        if "nfkc" in spec.name:
-            steps.append(normalizers.NFC())
-        if "nmt" in spec.name:
-            steps.append(normalizers.Replace("\r", "\n"))  # each is a space in nmt_nfkc
+        steps += [normalizers.NFC()] if "nfkc" in spec.name else []
+        steps += [normalizers.Replace("\r", "\n")] if "nmt" in spec.name else []  # each is a space in nmt_nfkc
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:
         steps += [normalizers.Replace(Regex(RUN_OF_SPACES), " "), normalizers.Replace(Regex(LAST_SPACES), "")]
-        if not spec.add_dummy_prefix:
-            steps.append(normalizers.Replace(Regex(LEADING_SPACE), ""))
+        steps += [] if spec.add_dummy_prefix else [normalizers.Replace(Regex(LEADING_SPACE), "")]
     else:
         # Escaped this early, a first space is no reason for the Metaspace below to leave out the prefix.
         steps.append(normalizers.Replace(" ", SPACE))
@@ -141,59 +128,46 @@ def _sentencepiece_backend(proto) -> Tokenizer:
         escaped = ("".join(f"\\x{{{ord(character):x}}}" for character in text) for text in longest_first)
         splits.append(pre_tokenizers.Split(Regex("|".join(escaped)), behavior="isolated"))
     backend.pre_tokenizer = pre_tokenizers.Sequence(splits)
-    cleaning: list = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    if spec.add_dummy_prefix:
-        cleaning.append(decoders.Strip(content=" ", left=1, right=0))
-    backend.decoder = decoders.Sequence(cleaning)
+    strip = [decoders.Strip(content=" ", left=1, right=0)] if spec.add_dummy_prefix else []
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
     return backend
 
 
 def _wrap_sentencepiece(proto, model_args, published: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerFast:
     """The converted model with the special tokens, added tokens, chat template and BOS rule that the folder declares."""
     config = get_tokenizer_config(model_args.model_name_or_path, cache_dir=model_args.cache_dir)
-    backend = _sentencepiece_backend(proto)
-    spec = proto.trainer_spec
-    piece_of = {"unk_token": spec.unk_id, "bos_token": spec.bos_id, "eos_token": spec.eos_id}
-    special = {name: proto.pieces[i].piece for name, i in piece_of.items() if 0 <= i < len(proto.pieces)}
-    control = [piece.piece for piece in proto.pieces if piece.type in (piece.CONTROL, piece.UNKNOWN)]
+    if published is not None:
+        config |= published.special_tokens_map | {"chat_template": published.chat_template}
+        added = published.added_tokens_decoder
+    else:
+        path = encode.find_file(model_args, "added_tokens.json")
+        ids = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
+        added = {i: AddedToken(text, normalized=False, special=False) for text, i in ids.items()}
+        for i, fields in config.get("added_tokens_decoder", {}).items():
+            added[int(i)] = AddedToken(**{key: value for key, value in fields.items() if key != "__type"})
+    backend, pieces, spec = _sentencepiece_backend(proto), proto.pieces, proto.trainer_spec
+    control = [piece.piece for piece in pieces if piece.type in (piece.CONTROL, piece.UNKNOWN)]
     backend.add_special_tokens([AddedToken(piece, normalized=False, special=True) for piece in control])
-
-    added = _added_tokens(model_args, config, published, len(proto.pieces))
-    for i, token in sorted(added.items()):
+    for i, token in sorted((i, token) for i, token in added.items() if i >= len(pieces)):
         backend.add_special_tokens([token]) if token.special else backend.add_tokens([token])
         if backend.token_to_id(token.content) != i:
             raise UserError(
                 f"{model_args.model_name_or_path}: the added token {token.content!r} should have id {i}, but ids after tokenizer.model's "
-                f"{len(proto.pieces)} are given in order and it would get {backend.token_to_id(token.content)}. Fix added_tokens.json or tokenizer_config.json."
+                f"{len(pieces)} are given in order and it would get {backend.token_to_id(token.content)}. Fix added_tokens.json or tokenizer_config.json."
             )
-    for name in special:
-        declared = published.special_tokens_map.get(name) if published is not None else config.get(name)
+    special = {}
+    for name, i in (("unk_token", spec.unk_id), ("bos_token", spec.bos_id), ("eos_token", spec.eos_id)):
+        declared = config.get(name)
         declared = declared["content"] if isinstance(declared, dict) else declared
-        if declared and backend.token_to_id(declared) is not None:  # LLaMA's first conversions declare them as ""
-            special[name] = declared
+        known = declared and backend.token_to_id(declared) is not None  # LLaMA's first conversions declare them as ""
+        if 0 <= i < len(pieces):
+            special[name] = declared if known else pieces[i].piece
     if config.get("add_bos_token", True) is not False and "bos_token" in special:
         bos = special["bos_token"]
         backend.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, backend.token_to_id(bos))]
         )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        clean_up_tokenization_spaces=False,
-        chat_template=published.chat_template if published is not None else config.get("chat_template"),
-        **special,
-    )
-
-
-def _added_tokens(
-    model_args, config: dict, published: PreTrainedTokenizerBase | None, first_id: int
-) -> dict[int, AddedToken]:
-    """Tokens that the folder adds after tokenizer.model's pieces, by id."""
-    if published is not None:
-        return {i: token for i, token in published.added_tokens_decoder.items() if i >= first_id}
-    added = {}
-    if path := encode.find_file(model_args, "added_tokens.json"):
-        ids = json.loads(Path(path).read_text(encoding="utf-8"))
-        added = {i: AddedToken(text, normalized=False, special=False) for text, i in ids.items()}
-    for i, fields in config.get("added_tokens_decoder", {}).items():
-        added[int(i)] = AddedToken(**{key: value for key, value in fields.items() if key != "__type"})
-    return {i: token for i, token in added.items() if i >= first_id}
+    options = {"clean_up_tokenization_spaces": False, "chat_template": config.get("chat_template"), **special}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **options)

@@ -11,8 +11,6 @@ Labels follow from tokens and prompt lengths. An entry is built next to its plac
 releases when its holder dies, and then renamed. Sizes and checksums reveal what was damaged later.
 """
 
-import contextlib
-import errno
 import functools
 import gc
 import hashlib
@@ -24,8 +22,10 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
 from pathlib import Path
 from threading import Thread
 from typing import Any, NamedTuple
@@ -38,6 +38,7 @@ from sft.job import UserError, say
 VERSION = 1  # raise it when the same parts of a key come to mean other tokens, or the files another form
 OUTCOMES = ("kept", "cut", "empty", "no_room")  # of a row of the CSV
 KEPT, CUT, EMPTY, NO_ROOM = range(4)
+HOLD_OUT_SEED = 0  # the training seed does not decide which rows are held out
 QUIET_WAIT_S = 2.0  # ranks of one machine ask at the same moment; shorter waits are not printed
 MOST_PROCESSES = 16  # one process reads and writes for about as many that tokenize
 
@@ -49,6 +50,10 @@ class Batch(NamedTuple):
     lengths: np.ndarray
     prompt_lengths: np.ndarray
     outcomes: np.ndarray
+
+
+INDEX = Batch._fields[1:]  # each is a file of its own
+DAMAGED = (OSError, ValueError, KeyError)  # what opening an entry raises that is not there, or not whole
 
 
 @dataclass
@@ -84,19 +89,33 @@ class TokenizedRows:
         for start, length in zip(self.offsets.tolist(), self.prompt_lengths.tolist()):
             yield hash(self.tokens[start : start + length].tobytes())
 
+    def hold_out(self, share: float) -> tuple[np.ndarray, np.ndarray]:
+        """Split the kept rows at random into those to train on and those to evaluate, as positions in order.
+
+        Rows with the same prompt stay together: instruction data repeats prompts, and an evaluation that was trained on
+        says nothing. So the held-out share is at most the one asked for, and at least one prompt's rows.
+        """
+        digests = list(self.prompt_digests())
+        _, first, group = np.unique(digests, return_index=True, return_inverse=True)
+        group = np.argsort(np.argsort(first))[group]  # numbered by their first rows: the same in each process
+        order = np.random.default_rng(HOLD_OUT_SEED).permutation(len(first))
+        sizes = np.cumsum(np.bincount(group)[order])
+        wanted = max(1, round(len(digests) * share))
+        held_out = np.isin(group, order[: max(1, np.searchsorted(sizes, wanted, side="right"))])
+        if held_out.all():
+            raise UserError(
+                f"--eval_split {share:g} leaves none of {len(digests)} examples to train on; they have {len(first)} different "
+                "prompts. Give a smaller share, or evaluation rows of their own with --eval_data_path."
+            )
+        return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+
     def counts(self) -> dict[str, int]:
         """How many rows were read, kept, cut and dropped, and how many tokens they have."""
         kept, cut, empty, no_room = np.bincount(self.outcomes, minlength=4).tolist()
-        return {
-            "rows_read": len(self.outcomes),
-            "rows_empty": empty,
-            "rows_no_room": no_room,
-            "rows_cut": cut,
-            "kept": kept + cut,
-            "tokens": len(self.tokens),
-            "trained_tokens": len(self.tokens) - int(self.prompt_lengths.sum(dtype=np.int64)),
-            "largest_id": self.largest_id,
-        }
+        trained = len(self.tokens) - int(self.prompt_lengths.sum(dtype=np.int64))
+        rows = {"rows_read": len(self.outcomes), "rows_empty": empty, "rows_no_room": no_room, "rows_cut": cut}
+        tokens = {"tokens": len(self.tokens), "trained_tokens": trained, "largest_id": self.largest_id}
+        return rows | {"kept": kept + cut} | tokens
 
 
 def default_cache_dir() -> Path:
@@ -105,42 +124,49 @@ def default_cache_dir() -> Path:
 
 
 def load_or_build(cache_dir: Path, key: dict[str, Any], build: Callable[[], Iterable[Batch]]) -> TokenizedRows:
-    """Open the entry of this key, or build it.
+    """Open the entry of this key (the parts that decide the content, as JSON can write them), or build it.
 
     Of several processes that want the same entry the first builds; the others wait for it, however long it takes, and
     raise its UserError when it ends in one, instead of reading the whole file again to find the same mistake.
-
-    Args:
-        key: the parts that decide the content, as JSON can write them.
-        build: called only when there is no whole entry.
     """
     entry = cache_dir / _digest(key)
-    if rows := _open_whole(entry):
-        return rows
-    failure = entry.with_suffix(".error")
-    with _lock(entry.with_suffix(".lock")) as waited:
-        if rows := _open_whole(entry):
-            return rows
-        if waited and (problems := _read_json(failure)):
-            raise UserError(problems)
+    with suppress(*DAMAGED):
+        return _open(entry, check=True)
+    failure, lock = entry.with_suffix(".error"), FileLock(entry.with_suffix(".lock"))
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        for patience in (0, QUIET_WAIT_S, -1):  # seconds; -1: however long it takes
+            if patience < 0:
+                say(f"data: another process is tokenizing the same rows; waiting for it ({lock.lock_file})")
+            with suppress(Timeout):
+                lock.acquire(timeout=patience)
+                break
+        with suppress(*DAMAGED):
+            return _open(entry, check=True)
+        if patience != 0 and failure.exists():  # of the process that this one waited for
+            raise UserError(json.loads(failure.read_text()))
         if entry.exists():
             say(f"data: the tokenized rows in {entry} are damaged; building them again")
-        try:
-            with _writing(cache_dir):
-                failure.unlink(missing_ok=True)  # an older build's; its cause may be fixed
-                _build(entry, key, build())
-        except UserError as error:
-            with contextlib.suppress(OSError):  # the error itself follows
-                failure.write_text(json.dumps(error.problems))
-            raise
-    return _open(entry)
+        failure.unlink(missing_ok=True)  # an older build's; its cause may be fixed
+        _build(entry, key, build())
+        return _open(entry)
+    except (OSError, UserError) as error:
+        problems = getattr(error, "problems", None) or [
+            f"{cache_dir}: the tokenized rows cannot be written here: {getattr(error, 'strerror', None) or error}. Name "
+            "a folder on another disk with --data_cache_dir, or make room: this folder can be deleted at any time."
+        ]
+        with suppress(OSError):  # the error itself follows
+            if lock.is_locked:
+                failure.write_text(json.dumps(problems))
+        raise UserError(problems) from None
+    finally:
+        lock.release()
 
 
 def map_ahead(function: Callable, items: Iterable) -> Iterator:
     """Results of function(item) in order, by a process for each core, with few items in work: bounded memory.
 
-    A fast tokenizer's own threads leave making Python's integers, and freeing what the tokenizer returned, to one core.
-    They are all that helps where processes cannot be forked safely (macOS).
+    A fast tokenizer's threads, all that helps where forks are unsafe (macOS), leave making Python's integers to one core.
     """
     if sys.platform != "linux":
         yield from map(function, items)
@@ -166,13 +192,8 @@ def _start_worker(function: Callable) -> None:
     _function = function
     gc.freeze()  # what was inherited is not searched for garbage, which would copy its pages
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tokenizer's threads did not survive the fork
-    Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A killed parent ends no child by itself (CPython 3.11): each would wait for work for ever."""
-    parent_process().join()
-    os._exit(1)
+    # A killed parent ends no child by itself (CPython 3.11): each would wait for work for ever.
+    Thread(target=lambda: wait([parent_process().sentinel]) and os._exit(1), daemon=True).start()
 
 
 def _work(item: Any) -> Any:
@@ -193,10 +214,9 @@ def _digest(content: Any) -> str:
 
 def tokenizer_digest(tokenizer: Any) -> str:
     """Digest of everything in a tokenizer that decides its ids; not of the padding that an earlier call left set."""
-    content: Any
     if tokenizer.is_fast:
-        content = tokenizer.backend_tokenizer.to_str()
-        content = content[content.index('"added_tokens"') :]  # before it stand version, truncation and padding
+        state = tokenizer.backend_tokenizer.to_str()
+        content: Any = state[state.index('"added_tokens"') :]  # before it stand version, truncation and padding
     else:
         files = [str(value) for _, value in sorted(tokenizer.init_kwargs.items()) if os.path.isfile(str(value))]
         content = [sorted(tokenizer.get_vocab().items()), [file_digest(path) for path in files]]
@@ -209,54 +229,36 @@ def _build(entry: Path, key: dict[str, Any], batches: Iterable[Batch]) -> None:
         shutil.rmtree(left, ignore_errors=True)
     building.mkdir()
     try:
-        largest_id = 0
-        index: dict[str, list[np.ndarray]] = {"lengths": [], "prompt_lengths": [], "outcomes": []}
+        index, largest_id = [], 0
         with open(building / "tokens.bin", "wb") as tokens:
             for batch in batches:
                 tokens.write(batch.tokens)
                 largest_id = max(largest_id, int(batch.tokens.max(initial=0)))
-                for name, parts in index.items():
-                    parts.append(getattr(batch, name))
-        for name, parts in index.items():
+                index.append(batch[1:])
+        for name, parts in zip(INDEX, zip(*index)):
             np.save(building / f"{name}.npy", np.concatenate(parts))
         files = {path.name: _size_and_crc(path) for path in sorted(building.iterdir())}
-        (building / "meta.json").write_text(
-            json.dumps({"key": key, "files": files, "largest_id": largest_id}, indent=1)
-        )
+        meta = json.dumps({"key": key, "files": files, "largest_id": largest_id}, indent=1)
+        (building / "meta.json").write_text(meta)
         building.rename(entry)
     finally:
         shutil.rmtree(building, ignore_errors=True)  # nothing is there after the rename
 
 
-def _open_whole(entry: Path) -> TokenizedRows | None:
-    """Open the entry if it is there and its files are as they were written."""
-    files = (_read_json(entry / "meta.json") or {}).get("files")
-    with contextlib.suppress(OSError):  # a file is missing; where it cannot be read, the lock's error says so
-        if files and all(_size_and_crc(entry / name) == written for name, written in files.items()):
-            return _open(entry)
-    return None
-
-
-def _open(entry: Path) -> TokenizedRows:
-    arrays = {name: np.load(entry / f"{name}.npy") for name in ("lengths", "prompt_lengths", "outcomes")}
-    if arrays["lengths"].size:
-        tokens = np.asarray(np.memmap(entry / "tokens.bin", dtype=np.int32, mode="r"))
-    else:
-        tokens = np.empty(0, np.int32)  # an empty file cannot be mapped
-    return TokenizedRows(str(entry), tokens, largest_id=_read_json(entry / "meta.json")["largest_id"], **arrays)
-
-
-def _read_json(path: Path) -> Any:
-    """The file's content, or None if it is missing or damaged."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
+def _open(entry: Path, check: bool = False) -> TokenizedRows:
+    """Open the entry; one of DAMAGED is raised if it is not there or, when it is checked, not as it was written."""
+    meta = json.loads((entry / "meta.json").read_text())
+    if check and any(_size_and_crc(entry / name) != written for name, written in meta["files"].items()):
+        raise ValueError(f"{entry}: damaged")
+    index = {name: np.load(entry / f"{name}.npy") for name in INDEX}
+    tokens = np.empty(0, np.int32)  # an empty file cannot be mapped
+    if len(index["lengths"]):
+        tokens = np.asarray(np.memmap(entry / "tokens.bin", np.int32, "r"))
+    return TokenizedRows(str(entry), tokens, largest_id=meta["largest_id"], **index)
 
 
 def _size_and_crc(path: Path) -> list[int]:
-    checksum = functools.reduce(lambda so_far, block: zlib.crc32(block, so_far), _blocks(path), 0)
-    return [path.stat().st_size, checksum]
+    return [path.stat().st_size, functools.reduce(lambda crc, block: zlib.crc32(block, crc), _blocks(path), 0)]
 
 
 def _blocks(path: str | Path) -> Iterator[bytes]:
@@ -264,35 +266,3 @@ def _blocks(path: str | Path) -> Iterator[bytes]:
     with open(path, "rb") as file:
         while block := file.read(2**24):
             yield block
-
-
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[bool]:
-    """Hold the lock of this path; yields whether another process held it first."""
-    with _writing(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock, waited = FileLock(path), False
-        for seconds in (0, QUIET_WAIT_S, -1):  # -1: however long it takes
-            if seconds < 0:
-                say(f"data: another process is tokenizing the same rows; waiting for it ({path})")
-            with contextlib.suppress(Timeout):
-                lock.acquire(timeout=seconds)
-                break
-            waited = True
-    try:
-        yield waited
-    finally:
-        lock.release()
-
-
-@contextlib.contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    """Turn the file system's refusals into a message that says where the cache is and how to move it."""
-    try:
-        yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        raise UserError(
-            f"{folder}: the tokenized rows cannot be written here: {'the disk is full' if full else error.strerror or error}. "
-            "Name a folder on another disk with --data_cache_dir, or make room: this folder can be deleted at any time."
-        ) from None

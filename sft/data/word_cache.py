@@ -32,8 +32,7 @@ class Words:
         about_spaces = [{"String": " "}, {"Regex": RUN_OF_SPACES}, {"Regex": LAST_SPACES}]
         self.stand_alone = (
             isinstance(model, BPE)
-            and not (model.dropout or model.ignore_merges)
-            and not (model.continuing_subword_prefix or model.end_of_word_suffix)
+            and not any((model.dropout, model.ignore_merges, model.continuing_subword_prefix, model.end_of_word_suffix))
             and SPACE in vocab
             and not any(SPACE in piece.lstrip(SPACE) for piece in vocab)
             and all(token.special for token in encoder.get_added_tokens_decoder().values())  # they are text here
@@ -72,10 +71,6 @@ class Words:
 
 
 def parts_before_model(backend: Tokenizer) -> dict[str, dict | None]:
-    """Normalizer and pre-tokenizer as JSON, through that of a tokenizer without a vocabulary: they have no other public form."""
-    empty, names = Tokenizer(BPE()), ("normalizer", "pre_tokenizer")
-    for name in names:
-        if (part := getattr(backend, name)) is not None:
-            setattr(empty, name, part)
-    state = json.loads(empty.to_str())
-    return {name: state[name] for name in names}
+    """Normalizer and pre-tokenizer as JSON, which is their pickled form."""
+    parts = {name: getattr(backend, name) for name in ("normalizer", "pre_tokenizer")}
+    return {name: None if part is None else json.loads(part.__getstate__()) for name, part in parts.items()}

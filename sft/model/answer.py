@@ -3,40 +3,35 @@
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig
 
 from sft.job import world_size
 
 
 def greedy_answers(
     model: Any,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Any,
     prompts: list[list[int]],
     device: torch.device,
     max_new_tokens: int,
     streamer: Any = None,
 ) -> list[tuple[list[int], bool]]:
-    """Answer all prompts in one batch. A collective: every rank of a job calls it.
+    """Answer all prompts in one batch, padded on the left, so that every answer starts in the same column.
 
-    Prompts are padded on the left, so that every answer starts in the same column.
-
-    Args:
-        model: whole or sharded, or peft's wrapper; it stays in training mode if it was.
-        streamer: gets the tokens of a single prompt's answer while they are made.
+    A collective: every rank of a job calls it. The model (whole or sharded, or peft's wrapper) stays in training mode if
+    it was; a streamer gets the tokens of a single prompt's answer while they are made.
 
     Returns: for each prompt the ids of its answer without EOS, and whether it was cut: it had not ended in time.
     """
     width, pad, eos = max(map(len, prompts)), tokenizer.pad_token_id, tokenizer.eos_token_id
-    settings = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, use_cache=True, eos_token_id=eos, pad_token_id=pad
-    )
+    ends = {"max_new_tokens": max_new_tokens, "eos_token_id": eos, "pad_token_id": pad}
     was_training = model.training
     model.eval()
     with torch.no_grad():
         output = model.generate(
             input_ids=torch.tensor([[pad] * (width - len(ids)) + ids for ids in prompts], device=device),
             attention_mask=torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device),
-            generation_config=settings,
+            generation_config=GenerationConfig(do_sample=False, use_cache=True, **ends),
             streamer=streamer,
             synced_gpus=world_size() > 1,  # no rank stops while another one still needs its shards
         )

@@ -3,8 +3,8 @@
 import copy
 import functools
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -35,23 +35,18 @@ def model_problems(flags) -> list[str]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=flags.trust_remote_code)
     present = {type(module).__name__ for module in model.modules()}
-    problems = [
-        f"{name} has no layer of class {wrap_class}, which FSDP should wrap. "
-        f"Its decoder layer: {', '.join(sorted(c for c in present if 'Layer' in c))}."
+    layers = ", ".join(sorted(name for name in present if "Layer" in name))
+    linear = [f".{name}" for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    candidates = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
+    targets = flags.lora_target_modules or []
+    return [
+        f"{name} has no layer of class {wrap_class}, which FSDP should wrap. Its decoder layer: {layers}."
         for wrap_class in (flags.fsdp_config or {}).get("transformer_layer_cls_to_wrap", [])
         if wrap_class not in present
-    ]
-    return problems + target_problems(model, flags.lora_target_modules)
-
-
-def target_problems(model: torch.nn.Module, target_modules: list[str] | None) -> list[str]:
-    """Check that each name in --lora_target_modules matches a linear layer; peft ignores a wrong one among several."""
-    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    candidates = sorted({name.rsplit(".", 1)[-1] for name in linear})
-    return [
-        f"--lora_target_modules {target}: no linear layer of this model has that name. It has {', '.join(candidates)}."
-        for target in target_modules or []
-        if target_modules != ["all-linear"] and not any(f".{name}".endswith(f".{target}") for name in linear)
+    ] + [  # peft ignores a wrong one among several
+        f"--lora_target_modules {target}: no linear layer of this model has that name. It has {candidates}."
+        for target in (targets if targets != ["all-linear"] else [])
+        if not any(linear_name.endswith(f".{target}") for linear_name in linear)
     ]
 
 
@@ -106,41 +101,27 @@ def rank_0_reads(model_args: ModelArguments, training_args: TrainingArguments) -
 def load_weights(
     model_args: ModelArguments, args: TrainingArguments, config: PreTrainedConfig, **options: Any
 ) -> PreTrainedModel:
-    """Load the weights with `from_pretrained` and its options; under FSDP rank 0 alone reads them."""
-    start_deepspeed(args)
+    """Load the weights with `from_pretrained` and its options; under FSDP rank 0 alone reads them.
 
-    def load() -> PreTrainedModel:
-        with safe_loads(model_args.model_name_or_path, deepspeed=False):
-            return AutoModelForCausalLM.from_pretrained(
-                model_args.model_name_or_path,
-                config=config,
-                cache_dir=model_args.cache_dir,
-                trust_remote_code=model_args.trust_remote_code,
-                **options,
-            )
-
-    return load_on_rank_0(load) if rank_0_reads(model_args, args) else load()
-
-
-def load_on_rank_0(load: Callable[[], PreTrainedModel]) -> PreTrainedModel:
-    """Load on rank 0 of the job; the other ranks get the same model with one zero in the place of each weight.
-
-    They would all read the whole checkpoint (transformers 5.23, whatever `cpu_ram_efficient_loading` says), and drop it
-    when Accelerate hands out the shards. The zeros are not on the meta device because Accelerate recognises the
-    optimizer's parameters by their addresses, which are all 0 there (1.15, accelerator.py, _prepare_fsdp2).
+    The other ranks would all read the whole checkpoint (transformers 5.23, whatever `cpu_ram_efficient_loading` says), and
+    drop it when Accelerate hands out the shards. They get the same model with one zero in the place of each weight. The
+    zeros are not on the meta device because Accelerate recognises the optimizer's parameters by their addresses, which
+    are all 0 there (1.15, accelerator.py, _prepare_fsdp2).
     """
-    with all_ranks_or_none():
-        model = load() if rank() == 0 else None
-    handed: list[Any] = [None]
-    if model is not None:
-
-        def zero(weight: torch.nn.Parameter) -> torch.nn.Parameter:
-            return torch.nn.Parameter(weight.new_zeros(()).expand(weight.shape), weight.requires_grad)
-
-        # config, ties and buffers are those of rank 0
-        handed = [copy.deepcopy(model, {id(weight): zero(weight) for weight in model.parameters()})]
+    start_deepspeed(args)
+    name, handed_on = model_args.model_name_or_path, rank_0_reads(model_args, args)
+    given = {"config": config, "cache_dir": model_args.cache_dir, "trust_remote_code": model_args.trust_remote_code}
+    model = None
+    with all_ranks_or_none() if handed_on else nullcontext(), safe_loads(name, deepspeed=False):
+        if rank() == 0 or not handed_on:
+            model = AutoModelForCausalLM.from_pretrained(name, **given, **options)
+    if not handed_on:
+        return model
+    weights = model.parameters() if model else ()
+    zeros = {id(w): torch.nn.Parameter(w.new_zeros(()).expand(w.shape), w.requires_grad) for w in weights}
+    handed = [model and copy.deepcopy(model, zeros)]  # config, ties and buffers are those of rank 0
     torch.distributed.broadcast_object_list(handed)
-    return handed[0] if model is None else model
+    return model or handed[0]
 
 
 def numel(parameter: torch.Tensor) -> int:

@@ -16,16 +16,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from sft.job import UserError
 
 SWITCH = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-DCP = "torch.distributed.checkpoint."
+DCP, METADATA = "torch.distributed.checkpoint.", "Metadata MetadataIndex StorageMeta TensorProperties"
+METADATA += " TensorStorageMetadata BytesStorageMetadata ChunkStorageMetadata _MEM_FORMAT_ENCODING"
 METADATA_NAMES = {  # what `.metadata` names: classes without code that runs when they are built
-    *((DCP + "metadata", name) for name in ("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties")),
-    *((DCP + "metadata", kind + "StorageMetadata") for kind in ("Tensor", "Bytes", "Chunk")),
-    (DCP + "metadata", "_MEM_FORMAT_ENCODING"),
-    (DCP + "filesystem", "_StorageInfo"),
-    ("torch.serialization", "_get_layout"),
-    ("torch", "Size"),
-    *((module, "PosixPath") for module in ("pathlib", "pathlib._local")),
-    ("collections", "OrderedDict"),
+    *(f"{DCP}metadata.{name}" for name in METADATA.split()),
+    *(DCP + "filesystem._StorageInfo", "torch.serialization._get_layout", "torch.Size", "collections.OrderedDict"),
+    *("pathlib.PosixPath", "pathlib._local.PosixPath"),
 }
 
 
@@ -34,7 +30,7 @@ class _MetadataOnly(pickle.Unpickler):
 
     def find_class(self, module: str, name: str):
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if (module, name) in METADATA_NAMES or is_dtype:
+        if f"{module}.{name}" in METADATA_NAMES or is_dtype:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it names {module}.{name}")
 
@@ -54,11 +50,7 @@ def safe_loads(source: str | None, deepspeed: bool) -> Iterator[None]:
     """Inside, torch.load runs no code from any file, whichever library calls it.
 
     DeepSpeed (0.19) and torch's sharded checkpoints (2.13) load with weights_only=False; torch's own switch overrules
-    that. What DeepSpeed stores besides tensors is allowed by name.
-
-    Args:
-        source: the model, or the checkpoint to resume from; None if nothing will be loaded.
-        deepspeed: DeepSpeed will read it.
+    that. What DeepSpeed stores besides tensors is allowed by name. `source` is the model or the checkpoint that is loaded.
     """
     allowed = []
     if deepspeed:
@@ -75,10 +67,8 @@ def safe_loads(source: str | None, deepspeed: bool) -> Iterator[None]:
         with torch.serialization.safe_globals(allowed):
             yield
     except (pickle.UnpicklingError, CheckpointException) as error:
-        errors = (
-            [failure for failure, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
-        )
-        refused = [str(failure) for failure in errors if isinstance(failure, pickle.UnpicklingError)]
+        failures = [failure for failure, _ in getattr(error, "failures", {}).values()] or [error]
+        refused = [str(failure) for failure in failures if isinstance(failure, pickle.UnpicklingError)]
         if not refused:
             raise
         reason = refused[0].rsplit("WeightsUnpickler error:", 1)[-1].strip().splitlines()[0]

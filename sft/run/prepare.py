@@ -14,11 +14,11 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from sft.arithmetic import compute_dtype, export_dtype
-from sft.data.checks import check_ids, data_problems
+from sft.data.checks import check_vocabulary, data_problems
 from sft.data.template import TEMPLATE_FILE, load_template
 from sft.data.token_cache import tokenizer_digest
 from sft.flags import DataArguments, ModelArguments, TrainingArguments
-from sft.job import all_ranks_or_none, rank, say
+from sft.job import UserError, all_ranks_or_none, rank, say
 from sft.model import loading, lora, safe_loads
 from sft.plan.deepspeed_file import check_deepspeed, read_for_plan
 from sft.plan.memory_ladder import explain_out_of_memory, stop_after_plan
@@ -94,7 +94,8 @@ class Run:
         """
         tokenizer = data_module["data_collator"].tokenizer
         with all_ranks_or_none():
-            check_ids(tokenizer, data_module, loading.load_config(self.model_args))
+            if problems := check_vocabulary(tokenizer, loading.load_config(self.model_args)):
+                raise UserError(problems)
         self.resume = resume.choose_checkpoint(self.args)
         self.before = resume.saved_identity(self.resume) if self.resume else {}
         resume.keep_token_budget(self.resume, self.before, self.args)

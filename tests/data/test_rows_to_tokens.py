@@ -153,10 +153,10 @@ NUL_COLUMN = ", column 'response'" if sys.version_info >= (3, 11) else ""  # csv
         ('prompt,response\na,b\n"c\n\n,d\n', ", row 3: a quote is opened and never closed. Close it; a quote inside a cell is written twice."),
         ('prompt,response\na,"b"c"\n', ", row 2: text after a closing quote. A quote inside a cell is written twice."),
         ("prompt,response\na,b\nc,d\0e\n", f", row 3{NUL_COLUMN}: a NUL byte. Remove it."),
-        (b"prompt,response\n\xff,b\n", ", row 2, column 'prompt': byte 16 of the file (0xff) is not UTF-8. Save the file as UTF-8."),
-        (b'\xef\xbb\xbfprompt,response\n"\xc3\xa9\n\n",b\nc,d\xc3\n', ", row 3, column 'response': byte 31 of the file (0xc3) is not UTF-8. Save the file as UTF-8."),
-        (b"prompt,response\na,b\xe2\x82", ", row 2, column 'response': byte 19 of the file (0xe2) is not UTF-8. Save the file as UTF-8."),
-        ("prompt,response\na,b\n".encode("utf-16"), ", row 1: byte 0 of the file (0xff) is not UTF-8. Save the file as UTF-8."),
+        (b"prompt,response\n\xff,b\n", ", row 2, column 'prompt': byte 0xff is not UTF-8. Save the file as UTF-8."),
+        (b'\xef\xbb\xbfprompt,response\n"\xc3\xa9\n\n",b\nc,d\xc3\n', ", row 3, column 'response': byte 0xc3 is not UTF-8. Save the file as UTF-8."),
+        (b"prompt,response\na,b\xe2\x82", ", row 2, column 'response': byte 0xe2 is not UTF-8. Save the file as UTF-8."),
+        ("prompt,response\na,b\n".encode("utf-16"), ", row 1: byte 0xff is not UTF-8. Save the file as UTF-8."),
         ("prompt,respond\na,b\n", ": no column 'response'. Its columns are 'prompt', 'respond'. Name the right one with --target."),
         ("prompt;response\na;b\n", [": no column 'prompt'. Its columns are 'prompt;response'. Name the right one with --source.",
                                     ": no column 'response'. Its columns are 'prompt;response'. Name the right one with --target."]),
@@ -184,18 +184,18 @@ def test_a_cell_without_end_does_not_fill_the_memory(write, monkeypatch):
 
 def test_files_that_cannot_be_read(tmp_path):
     assert faults(str(tmp_path / "no.csv")) == [
-        f"{tmp_path}/no.csv: No such file or directory. Give a CSV file that can be read with --data_path."
+        f"{tmp_path}/no.csv: No such file or directory. Give a CSV file that can be read."
     ]
-    assert faults(str(tmp_path)) == [f"{tmp_path}: a folder. Give the CSV file itself with --data_path."]
+    assert faults(str(tmp_path)) == [f"{tmp_path}: Is a directory. Give a CSV file that can be read."]
     if os.path.exists("/proc/self/mem"):  # opens, and fails when it is read
-        assert faults("/proc/self/mem") == ["/proc/self/mem, row 1: reading failed: Input/output error."]
+        assert faults("/proc/self/mem") == ["/proc/self/mem: Input/output error. Give a CSV file that can be read."]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
 def test_a_file_without_permission(write):
     path = write("prompt,response\na,b\n")
     os.chmod(path, 0)
-    assert faults(path) == [f"{path}: Permission denied. Give a CSV file that can be read with --data_path."]
+    assert faults(path) == [f"{path}: Permission denied. Give a CSV file that can be read."]
 
 
 def test_a_message_never_sends_a_cell_to_the_terminal(write):

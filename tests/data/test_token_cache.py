@@ -310,7 +310,7 @@ def test_a_full_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(token_cache, "open", open_on_a_full_disk, raising=False)
     with pytest.raises(UserError) as caught:
         load(tmp_path, builder)
-    assert caught.value.problems == [message(tmp_path / "cache", "the disk is full")]
+    assert caught.value.problems == [message(tmp_path / "cache", "No space left on device")]
     assert not list((tmp_path / "cache").glob("*.building"))
     monkeypatch.undo()
     assert_whole(load(tmp_path, builder))  # in the same process, once there is room

@@ -159,7 +159,7 @@ def test_models_that_llama_cannot_have(tmp_path):
         load_llama(tmp_path / "suffix")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")
-    with pytest.raises(UserError, match=r"not a SentencePiece model, and there is no tokenizer\.json beside it"):
+    with pytest.raises(UserError, match=r"not a SentencePiece model, and tokenizer\.json is not there"):
         load_llama(tmp_path / "broken")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"neither tokenizer\.json nor tokenizer\.model is there"):

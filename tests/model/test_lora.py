@@ -159,5 +159,6 @@ def test_a_run_merges_wherever_it_was_started(base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PYTHONPATH", raising=False)
     monkeypatch.setenv("WORLD_SIZE", "2")  # of the job whose rank 0 merges
-    lora._merge_in_another_process(tmp_path / "adapter", tmp_path / "merged", torch.float32, None)
+    model_args = ModelArguments(model_name_or_path=str(base), use_lora=True, merge_lora=True)
+    lora.finish_adapter(tmp_path / "adapter", tmp_path / "merged", model_args, torch.float32)
     assert load_file(tmp_path / "merged" / "model.safetensors").keys() == load_file(base / "model.safetensors").keys()
