@@ -33,7 +33,6 @@ def write_card(folder: Path, model_id: str | None = None) -> None:
     """Write README.md into the exported folder, from the run_report.json in it.
 
     Args:
-        folder: where the model is; an adapter is recognised by its adapter_config.json.
         model_id: the name on the hub, where the model is pushed to one. Default: the folder.
     """
     record: dict[str, Any] = json.loads((folder / "run_report.json").read_text(encoding="utf-8"))
