@@ -1,7 +1,6 @@
 """Measure how many tokens one micro-batch may hold on a GPU (`--tokens_per_micro_batch auto`)."""
 
 import contextlib
-import copy
 import io
 from collections.abc import Callable
 
@@ -13,11 +12,11 @@ from sft.flags import ModelArguments, TrainingArguments
 from sft.job import Choice
 from sft.model import loading, lora
 from sft.plan.memory import Plan
+from sft.plan.model_sizes import with_layers
 from sft.step.loss import summed_loss
 from sft.step.packed_rows import PackedCollator
 
 PROBES = (4_096, 8_192)  # tokens; long enough that the loss already works on whole chunks
-Prepare = Callable[[PreTrainedModel], torch.nn.Module]  # makes a model compute as the run's will; returns its LossHead
 
 
 def measured_tokens(
@@ -27,28 +26,28 @@ def measured_tokens(
     attention: str,
     floor: int,
     ceiling: int,
-    prepare: Prepare,
+    prepare: Callable[[PreTrainedModel], torch.nn.Module],
     memory_plan: Plan,
 ) -> Choice:
     """As many tokens as memory has room for, from `floor` up to `ceiling`. Every rank gets the smallest rank's answer.
 
-    Activations are measured on a small model of the same shape; the run's own is neither needed nor touched. The rest, most of
-    which does not exist yet, is counted by the memory plan and divides PyTorch's share of the GPU with them. That share is what
-    is free and what this process has reserved, so it is the same whether the run's weights are on the GPU already or not.
+    Activations are measured on a small model of the same shape. The rest, most of which does not exist yet, is counted by the
+    memory plan. Both divide what is free and what this process has reserved, wherever the run's weights are already.
 
     Args:
-        attention: the name of the attention kernel.
         floor: the padded run's micro-batch, which must fit anyway.
         ceiling: tokens of one rank in the fullest step, or as many as are ever worth trying.
+        prepare: makes a model compute as the run's will; returns its LossHead.
     """
-    what, device = "tokens per micro-batch", args.device
-    try:
-        fixed, per_layer = activation_bytes(model_args, args, config, attention, prepare)
-    except torch.OutOfMemoryError:
-        fixed = per_layer = 0.0
+    what, device, room, fixed, per_layer = "tokens per micro-batch", args.device, 0, 0.0, 0.0
+    # the run draws the same numbers as without
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), contextlib.suppress(torch.OutOfMemoryError):
+        probe = small_model(model_args, args, config, attention)
+        fixed, per_layer = activation_bytes(probe, prepare(probe), args)
+        del probe
     torch.cuda.empty_cache()
     per_token = fixed + per_layer * config.num_hidden_layers
-    share, room = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device), 0
+    share = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     # below the ceiling a step takes several micro-batches: gradients lie next to the activations
     for tokens in (ceiling, ceiling - 1) if per_layer > 0 else ():
         if room < ceiling:
@@ -59,32 +58,26 @@ def measured_tokens(
         room = int(smallest)
     if room <= floor:
         return Choice(what, floor, "per device x --model_max_length; no room was found for more")
-    measured = f"{per_token / 2**20:.2f} MiB per token, room for {room:,}"
-    if room >= ceiling:
-        return Choice(what, ceiling, f"auto: a whole step; {measured}")
-    return Choice(what, room, f"auto: {measured}")
+    whole = "a whole step; " if room >= ceiling else ""
+    measured = f"auto: {whole}{per_token / 2**20:.2f} MiB per token, room for {room:,}"
+    return Choice(what, min(room, ceiling), measured)
 
 
-def activation_bytes(
-    model_args: ModelArguments, args: TrainingArguments, config: PreTrainedConfig, attention: str, prepare: Prepare
-) -> tuple[float, float]:
+def activation_bytes(probe: PreTrainedModel, head: torch.nn.Module, args: TrainingArguments) -> tuple[float, float]:
     """Peak bytes per token of everything but the layers, and of one layer; from the slopes of four measured peaks."""
-    device, slopes = args.device, []
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):  # the run draws the same numbers as without
-        probe = small_model(model_args, args, config, attention)
-        shape, head = probe.config, prepare(probe)
-        if args.gradient_checkpointing or (args.fsdp_config or {}).get("activation_checkpointing"):
-            probe.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
-        for layers in (1, 2):
-            shape.num_hidden_layers = layers  # transformers' models run `self.layers[: config.num_hidden_layers]`
-            peaks = []
-            # the first compiles, and creates workspaces, which later peaks then have in common
-            for tokens in (PROBES[0], *PROBES):
-                torch.cuda.synchronize(device)
-                torch.cuda.reset_peak_memory_stats(device)
-                run_once(probe, head, tokens, args)
-                peaks.append(torch.cuda.max_memory_allocated(device))
-            slopes.append((peaks[2] - peaks[1]) / (PROBES[1] - PROBES[0]))
+    slopes = []
+    if args.gradient_checkpointing or (args.fsdp_config or {}).get("activation_checkpointing"):
+        probe.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
+    for layers in (1, 2):
+        probe.config.num_hidden_layers = layers  # transformers' models run `self.layers[: config.num_hidden_layers]`
+        peaks = []
+        # the first compiles, and creates workspaces, which later peaks then have in common
+        for tokens in (PROBES[0], *PROBES):
+            torch.cuda.synchronize(args.device)
+            torch.cuda.reset_peak_memory_stats(args.device)
+            run_once(probe, head, tokens, args)
+            peaks.append(torch.cuda.max_memory_allocated(args.device))
+        slopes.append((peaks[2] - peaks[1]) / (PROBES[1] - PROBES[0]))
     per_layer = slopes[1] - slopes[0]
     return max(slopes[0] - per_layer, 0.0), per_layer
 
@@ -93,15 +86,10 @@ def small_model(
     model_args: ModelArguments, args: TrainingArguments, config: PreTrainedConfig, attention: str
 ) -> PreTrainedModel:
     """Two layers of the run's model with random weights, whole on each rank, with the number types of the run's."""
-    small = copy.deepcopy(config)
-    small.num_hidden_layers = 2
-    if getattr(small, "layer_types", None):
-        small.layer_types = small.layer_types[:2]
-    dtype = compute_dtype(args) if model_args.use_lora else torch.float32
+    options = {"attn_implementation": attention, "trust_remote_code": model_args.trust_remote_code}
+    options["dtype"] = compute_dtype(args) if model_args.use_lora else torch.float32
     with loading.whole_models(args), torch.device(args.device):
-        probe = AutoModelForCausalLM.from_config(
-            small, attn_implementation=attention, dtype=dtype, trust_remote_code=model_args.trust_remote_code
-        )
+        probe = AutoModelForCausalLM.from_config(with_layers(config, 2), **options)
         if model_args.use_lora:
             with contextlib.redirect_stdout(io.StringIO()):  # what it prints is true of two layers alone
                 probe = lora.add_adapters(probe, model_args, args)

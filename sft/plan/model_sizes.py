@@ -1,7 +1,6 @@
 """Count a model's parameters and what one of its layers keeps for backward, from its config alone."""
 
 import copy
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -15,33 +14,24 @@ from sft.step.compiled_layers import keep_residual_in_compute_type
 MEASURED_TOKENS = 251  # no width of a model, to be taken for a weight's
 
 
-@dataclass(frozen=True, eq=False)  # a config cannot be hashed
+class NotMeasured(Exception):
+    """Why a model cannot be measured."""
+
+
 class Shape:
-    """Sizes of a model, in parameters unless a comment says otherwise."""
+    """Sizes of a model, in parameters unless a comment says otherwise.
 
-    config: PreTrainedConfig
-    layers: int  # number of them
-    hidden: int  # width
-    vocabulary: int  # ids
-    parameters: int
-    linear: int  # of the linear layers, without the head
-    embedding: int
-    head: int  # 0 when the output layer shares the embedding's weights
-    adapters: int  # that LoRA adds at rank 1
-    adapter_inputs: int  # width of all inputs of adapted layers
-    largest_linear: int
-    tensors: tuple[int, ...]
+    Args:
+        targets: --lora_target_modules; None or ["all-linear"] are all linear layers but the head.
 
-    @classmethod
-    def of(cls, config: PreTrainedConfig, targets: list[str] | None = None) -> "Shape | None":
-        """Build the model without memory and measure it; None for an architecture that transformers does not have.
+    Raises:
+        NotMeasured: an architecture that transformers does not have.
+    """
 
-        Args:
-            targets: --lora_target_modules; None or ["all-linear"] are all linear layers but the head.
-        """
+    def __init__(self, config: PreTrainedConfig, targets: list[str] | None = None):
         architecture = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
         if architecture is None or not isinstance(getattr(config, "num_hidden_layers", None), int):
-            return None
+            raise NotMeasured("transformers has no causal language model for this config")
         # `from_config` would split it among the ranks under ZeRO-3 (transformers 5.23)
         with torch.device("meta"):
             model = architecture(config)
@@ -49,21 +39,25 @@ class Shape:
         linear = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m.weight is not output}
         everything = targets in (None, ["all-linear"])
         adapted = [m for n, m in linear.items() if everything or n in targets or n.rsplit(".", 1)[-1] in targets]
-        tensors = tuple(p.numel() for p in model.parameters())  # tied tensors count once
-        return cls(
-            config=config,
-            layers=config.num_hidden_layers,
-            hidden=embedding.shape[1],
-            vocabulary=embedding.shape[0],
-            parameters=sum(tensors),
-            linear=sum(m.weight.numel() for m in linear.values()),
-            embedding=embedding.numel(),
-            head=0 if output is embedding else output.numel(),
-            adapters=sum(m.in_features + m.out_features for m in adapted),
-            adapter_inputs=sum(m.in_features for m in adapted),
-            largest_linear=max((m.weight.numel() for m in linear.values()), default=0),
-            tensors=tensors,
-        )
+        self.config, self.layers = config, config.num_hidden_layers  # number of them
+        self.vocabulary, self.hidden = embedding.shape  # ids, width
+        self.tensors = [p.numel() for p in model.parameters()]  # tied ones count once
+        self.parameters = sum(self.tensors)
+        self.embedding = embedding.numel()
+        self.head = 0 if output is embedding else output.numel()
+        self.linear = sum(m.weight.numel() for m in linear.values())  # without the head
+        self.largest_linear = max((m.weight.numel() for m in linear.values()), default=0)
+        self.adapter_inputs = sum(m.in_features for m in adapted)  # width of all inputs of adapted layers
+        self.adapters = self.adapter_inputs + sum(m.out_features for m in adapted)  # that LoRA adds at rank 1
+
+
+def with_layers(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
+    """The config of a model of the same shape with so many layers."""
+    config = copy.deepcopy(config)
+    config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
+    return config
 
 
 def _attend_in_one(module: torch.nn.Module, query, key, value, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:
@@ -76,10 +70,6 @@ def _attend_in_one(module: torch.nn.Module, query, key, value, *_: Any, **__: An
 AttentionInterface.register("memory_plan", _attend_in_one)
 
 
-class NotMeasured(Exception):
-    """A layer of this architecture cannot be computed without numbers."""
-
-
 @cache
 def kept_by_a_layer(shape: Shape, half: bool, autocast: bool, padded: bool) -> float:
     """Bytes that one token leaves for backward in one decoder layer, the difference of two layers and one.
@@ -87,22 +77,19 @@ def kept_by_a_layer(shape: Shape, half: bool, autocast: bool, padded: bool) -> f
     Weights and their casts are left out: they do not grow with the tokens. No ZeRO-3 may be announced meanwhile: it would
     split the model (sft/model/loading.py).
     """
-    experts = any(getattr(shape.config, name, 0) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+    why = f"a layer of {type(shape.config).__name__} cannot be measured without memory"
+    if any(getattr(shape.config, name, 0) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
+        raise NotMeasured(why)  # which experts work is decided by numbers
     try:
-        if experts:  # which of them work is decided by numbers
-            raise ValueError("experts")
-        two, one = (_kept(shape.config, layers, half, autocast, padded) for layers in (2, 1))
+        two, one = (_kept(with_layers(shape.config, layers), half, autocast, padded) for layers in (2, 1))
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise NotMeasured(f"a layer of {type(shape.config).__name__} cannot be measured without memory") from error
+        raise NotMeasured(why) from error
     return (two - one) / MEASURED_TOKENS
 
 
-def _kept(config: PreTrainedConfig, layers: int, half: bool, autocast: bool, padded: bool) -> int:
-    """Bytes that a model of so many layers keeps for backward, counted on tensors without memory."""
-    config, kept = copy.deepcopy(config), {}
-    config.num_hidden_layers = layers
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:layers]
+def _kept(config: PreTrainedConfig, half: bool, autocast: bool, padded: bool) -> int:
+    """Bytes that a model keeps for backward, counted on tensors without memory."""
+    kept, mask = {}, None
     options: dict[str, Any] = {"dtype": torch.bfloat16 if half and not autocast else torch.float32}
     if not padded:
         options["attn_implementation"] = "memory_plan"
@@ -116,8 +103,9 @@ def _kept(config: PreTrainedConfig, layers: int, half: bool, autocast: bool, pad
                 kept[id(storage)] = storage  # alive, so that no identity is used twice
             return tensor
 
-        mask = torch.ones(1, 1, MEASURED_TOKENS, MEASURED_TOKENS, dtype=torch.bool) if padded else None
-        if not padded:
+        if padded:
+            mask = torch.ones(1, 1, MEASURED_TOKENS, MEASURED_TOKENS, dtype=torch.bool)
+        else:
             keep_residual_in_compute_type(model)
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             ids = torch.zeros(1, MEASURED_TOKENS, dtype=torch.int64)

@@ -98,9 +98,8 @@ def settle(model_args: ModelArguments, args: TrainingArguments, dataset: Any) ->
 
     def memory_plan_of(*step: int) -> memory.Plan | None:
         with loading.whole_models(args):  # layers are built to be measured
-            return memory_ladder.plan(model_args, args, shape, *step)
+            return memory_ladder.plan(model_args, args, config, *step)
 
-    shape = memory.Shape.of(config, model_args.lora_target_modules)
     if not args.packing:
         sampler, packing = None, None
         if args.train_sampling_strategy == "random":

@@ -20,7 +20,7 @@ from sft.data.token_cache import tokenizer_digest
 from sft.flags import DataArguments, ModelArguments, TrainingArguments
 from sft.job import UserError, all_ranks_or_none, rank, say
 from sft.model import loading, lora, safe_loads
-from sft.plan.deepspeed_file import check_deepspeed, read_for_plan
+from sft.plan.deepspeed_file import check_deepspeed
 from sft.plan.memory_ladder import explain_out_of_memory, stop_after_plan
 from sft.plan.settle import Settled, engine
 from sft.report.progress import ReportCallback, tracker_problems
@@ -40,7 +40,7 @@ from sft.step.packed_rows import PackedCollator, group_by_prefix
 
 def plan_only(flags) -> list[str]:
     """With --plan_only print the memory plan and end the run, or return what keeps it from being made."""
-    return (read_for_plan(flags) or stop_after_plan(flags)) if flags.plan_only else []
+    return stop_after_plan(flags) if flags.plan_only else []
 
 
 CHECKS = (  # what can be known from the flags alone; all problems are raised together
@@ -83,7 +83,7 @@ class Run:
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Time a part of the run for its record, and end an out-of-memory in a sentence."""
-        with self.report.phase(name), explain_out_of_memory(self.memory_plan):
+        with self.report.phase(name), explain_out_of_memory(self.memory_plan, name):
             yield
 
     def resume_from(self, data_module: dict[str, Any]) -> str | None:

@@ -1,8 +1,7 @@
 """Write checkpoints that are whole or absent, and tell whether one still is.
 
-A checkpoint is written under `output_dir/incomplete/`, synced to the disk, given a `manifest.json` (step, sizes, hashes, what
-kind of run made it) as its last file, and only then renamed to `output_dir/checkpoint-N`. Older ones are removed after that.
-A folder named `checkpoint-N` is therefore complete unless it was damaged later, which the hashes reveal.
+It is written under `output_dir/incomplete/`, synced to the disk, given a `manifest.json` (step, sizes, hashes, what kind of
+run made it) as its last file, and only then renamed to `output_dir/checkpoint-N`. Older ones are removed after that.
 """
 
 import hashlib
@@ -42,14 +41,14 @@ def _my_share(names: list[str]) -> list[str]:
 
 def step_of(folder: Path) -> int:
     """checkpoint-12 -> 12, anything else -> -1."""
-    match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
-    return int(match[1]) if match and folder.is_dir() else -1
+    number = folder.name.removeprefix("checkpoint-")
+    return int(number) if number.isdecimal() and number != folder.name and folder.is_dir() else -1
 
 
 def newest_first(output_dir: str | Path) -> list[Path]:
     """The folders of output_dir that are named like a checkpoint, whole or not, highest step first."""
-    folder = Path(output_dir)
-    return sorted((f for f in folder.glob("checkpoint-*") if step_of(f) >= 0), key=step_of, reverse=True)
+    found = Path(output_dir).glob("checkpoint-*")
+    return sorted((folder for folder in found if step_of(folder) >= 0), key=step_of, reverse=True)
 
 
 def digest(path: Path) -> str:
@@ -70,10 +69,10 @@ def describe_file(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": digest(path)}
 
 
-def files_in(folder: Path) -> list[str]:
-    """Relative names of all files below a folder except the manifest, the largest first."""
-    files = [f for f in folder.rglob("*") if f.is_file() and f.name != MANIFEST]
-    return [f.relative_to(folder).as_posix() for f in sorted(files, key=lambda f: (-f.stat().st_size, f))]
+def files_in(folder: Path) -> dict[str, int]:
+    """Relative names of all files below a folder except the manifest, with their bytes, the largest first."""
+    sizes = {f.relative_to(folder).as_posix(): f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file()}
+    return dict(sorted((file for file in sizes.items() if file[0] != MANIFEST), key=lambda file: -file[1]))
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -87,13 +86,10 @@ def write_json(path: Path, value: dict) -> None:
     sync(path.parent)
 
 
-# ---- reading
-
-
 def why_not_whole(folder: Path, manifest: str = MANIFEST) -> str | None:
     """Why a folder's files are not those that its manifest lists, or None when they are.
 
-    Called by all ranks together: each hashes its share of the files and all get the same answer.
+    All ranks together: each hashes its share of the files and all get the same answer.
     """
     return next((problem for problem in gather(_problem_here(folder, manifest)) if problem), None)
 
@@ -101,10 +97,10 @@ def why_not_whole(folder: Path, manifest: str = MANIFEST) -> str | None:
 def _problem_here(folder: Path, name: str) -> str | None:
     try:
         manifest = json.loads((folder / name).read_text("utf-8"))
-        step, entries = int(manifest["step"]), manifest.get("files")
-        if entries is None:  # a COMPLETE.json of 2026-11 and before: sizes alone
-            entries = {file: {"bytes": size, "sha256": None} for file, size in manifest["bytes"].items()}
-        files = {file: (int(entry["bytes"]), entry["sha256"]) for file, entry in entries.items()}
+        step = int(manifest["step"])
+        if "bytes" in manifest:  # a COMPLETE.json of 2026-11 and before: sizes alone
+            manifest["files"] = {file: {"bytes": size, "sha256": None} for file, size in manifest["bytes"].items()}
+        files = {file: (int(entry["bytes"]), entry["sha256"]) for file, entry in manifest["files"].items()}
         if not files or not isinstance(manifest.get("run", {}), dict):
             raise ValueError
     except FileNotFoundError:
@@ -113,12 +109,13 @@ def _problem_here(folder: Path, name: str) -> str | None:
         return f"its {name} is damaged ({type(error).__name__})"
     home = folder.resolve()
     for file, (size, _) in files.items():
-        if not (home / file).resolve().is_relative_to(home):
+        path = (home / file).resolve()
+        if not path.is_relative_to(home):
             return f"its {name} names a file outside of it: {file!r}"
-        if not (home / file).is_file():
+        if not path.is_file():
             return f"{file} is missing"
-        if (home / file).stat().st_size != size:
-            return f"{file} has {(home / file).stat().st_size:,} of {size:,} bytes"
+        if path.stat().st_size != size:
+            return f"{file} has {path.stat().st_size:,} of {size:,} bytes"
     if step_of(folder) not in (-1, step):
         return f"its {name} is of step {step}"
     for file in _my_share(sorted(files, key=lambda file: -files[file][0])):
@@ -127,19 +124,14 @@ def _problem_here(folder: Path, name: str) -> str | None:
     return None
 
 
-# ---- writing
-
-
 def save_whole(trainer, identity: dict[str, str], write: Callable[[], None]) -> None:
-    """Write checkpoint-N so that it is whole or absent; all ranks call it together.
+    """Write checkpoint-N so that it is whole or absent; all ranks together.
 
     Args:
-        trainer: the Trainer whose state is saved.
         identity: what kind of run this is, from `resume.run_identity`.
         write: the Trainer's own saving, which writes to `args.output_dir/checkpoint-N`.
     """
-    args, step = trainer.args, trainer.state.global_step
-    output_dir = Path(args.output_dir)
+    args, step, output_dir = trainer.args, trainer.state.global_step, Path(trainer.args.output_dir)
     final, incomplete = output_dir / f"checkpoint-{step}", output_dir / INCOMPLETE
     staged = incomplete / final.name
     if too_little_space(output_dir, step):
@@ -155,7 +147,12 @@ def save_whole(trainer, identity: dict[str, str], write: Callable[[], None]) -> 
         if args.should_save:
             (staged / "training_args.bin").unlink(missing_ok=True)
         gather(None)  # before that, files come and go under the names of others
-        _move_best_checkpoint(trainer, staged, output_dir)
+        best = trainer.state.best_global_step
+        if best is not None:  # the best checkpoint is named as it will be called, in memory and in the saved state
+            there = best == step or (output_dir / f"checkpoint-{best}").is_dir()
+            trainer.state.best_model_checkpoint = str(output_dir / f"checkpoint-{best}") if there else None
+            if args.should_save:
+                trainer.state.save_to_json(str(staged / "trainer_state.json"))
         if local_rank() == 0:  # on each machine: over NFS one can only flush its own files
             sync(*staged.rglob("*"), staged, incomplete)
         gather(None)
@@ -163,7 +160,11 @@ def save_whole(trainer, identity: dict[str, str], write: Callable[[], None]) -> 
         if rank() == 0:
             manifest = {"step": step, "world_size": world_size(), "files": files, "run": identity}
             write_json(staged / MANIFEST, manifest)
-            _put_in_place(staged, final, incomplete)
+            if final.exists():  # damaged
+                os.rename(final, incomplete / "replaced")
+            os.rename(staged, final)
+            sync(output_dir)
+            shutil.rmtree(incomplete)
             rotate(output_dir, final, args.save_total_limit, trainer.state.best_model_checkpoint)
         gather(None)
     if args.push_to_hub:
@@ -188,9 +189,9 @@ def exit_on_failed_save(final: Path) -> Iterator[None]:
         elif kept:
             left = f"{kept.name} is untouched: mend the cause and continue with --resume_from_checkpoint True."
         there = next(folder for folder in final.absolute().parents if folder.is_dir())
-        reason = f"error: {what} could not be saved (rank {rank()}): {type(error).__name__}: {error}"
         free = f"{there} has {shutil.disk_usage(there).free / 1e9:.2f} GB free"
-        print(f"{reason}\n  {free}. {left}", file=sys.stderr, flush=True)
+        reason = f"{what} could not be saved (rank {rank()}): {type(error).__name__}: {error}"
+        print(f"error: {reason}\n  {free}. {left}", file=sys.stderr, flush=True)
         if rank() == 0:
             shutil.rmtree(final.parent / INCOMPLETE, ignore_errors=True)  # room on a full disk
         raise SystemExit(2) from error
@@ -199,13 +200,13 @@ def exit_on_failed_save(final: Path) -> Iterator[None]:
 def too_little_space(output_dir: Path, step: int) -> bool:
     """Whether the disk has no room for a checkpoint as large as the last one. Warns if so; the run goes on."""
     before = next(iter(newest_first(output_dir)), None)
-    needed = sum((before / name).stat().st_size for name in files_in(before)) if before else 0
+    needed = sum(files_in(before).values()) if before else 0
     free = shutil.disk_usage(output_dir).free if output_dir.is_dir() else needed
     full = gather(free < needed)[0]
     if full and before:
         room = f"it needs {needed / 1e9:.3f} GB and {output_dir} has {free / 1e9:.3f} GB free"
-        left = f"{before.name} is untouched and training goes on. Make room before the next save."
-        say(f"warning: checkpoint-{step} was not saved: {room}. {left}")
+        left = f"{before.name} is untouched and training goes on"
+        say(f"warning: checkpoint-{step} was not saved: {room}. {left}. Make room before the next save.")
     return full
 
 
@@ -221,37 +222,16 @@ def missing_parts(names: list[str], ranks: int) -> list[str]:
 
 
 def _describe_files(staged: Path, resumable: bool) -> dict[str, dict]:
-    """The manifest's entries of a staged checkpoint; raises when a part is missing. All ranks hash a share."""
-    names = gather(files_in(staged))[0]
+    """The manifest's entries of a staged checkpoint; raise when a part is missing. All ranks hash a share."""
+    names = gather(list(files_in(staged)))[0]
     problems = [f"it has no {part}" for part in missing_parts(names, world_size())] if resumable else []
-    elsewhere = "is not visible on every machine: --output_dir must be on a disk that they share"
-    problems += [f"{name} {elsewhere}" for name in _my_share(names) if not (staged / name).is_file()]
-    mine = {} if problems else {name: describe_file(staged / name) for name in _my_share(names)}
-    shares = gather((mine, problems))
-    problems = sorted({problem for _, found in shares for problem in found})
-    if problems:
-        raise RuntimeError("; ".join(problems))
-    return dict(sorted((name, entry) for share, _ in shares for name, entry in share.items()))
-
-
-def _move_best_checkpoint(trainer, staged: Path, output_dir: Path) -> None:
-    """Name the best checkpoint as it will be called, in memory and in the saved state."""
-    best = trainer.state.best_global_step
-    if best is None:
-        return
-    folder = output_dir / f"checkpoint-{best}"
-    trainer.state.best_model_checkpoint = str(folder) if folder.is_dir() or staged.name == folder.name else None
-    if trainer.args.should_save:
-        trainer.state.save_to_json(str(staged / "trainer_state.json"))
-
-
-def _put_in_place(staged: Path, final: Path, incomplete: Path) -> None:
-    """Rename a whole checkpoint to its final name; a damaged one of that name goes."""
-    if final.exists():
-        os.rename(final, incomplete / "replaced")
-    os.rename(staged, final)
-    sync(final.parent)
-    shutil.rmtree(incomplete)
+    mine = [name for name in _my_share(names) if (staged / name).is_file()]
+    if len(mine) < len(_my_share(names)):
+        problems.append("its files are not visible on every machine: --output_dir must be on a disk that they share")
+    shares = gather((problems, {} if problems else {name: describe_file(staged / name) for name in mine}))
+    if any(found for found, _ in shares):
+        raise RuntimeError("; ".join(sorted({problem for found, _ in shares for problem in found})))
+    return dict(sorted((name, entry) for _, share in shares for name, entry in share.items()))
 
 
 def rotate(output_dir: Path, newest: Path, limit: int | None, best: str | None) -> None:
@@ -259,12 +239,10 @@ def rotate(output_dir: Path, newest: Path, limit: int | None, best: str | None) 
 
     Each is renamed into `incomplete/` first, so that a kill in the middle leaves nothing that looks like a checkpoint.
     """
-    if limit is None or limit <= 0:
-        return
     others = [folder for folder in newest_first(output_dir) if folder != newest]
-    protected = [folder for folder in others if best and folder.name == Path(best).name]
-    removable = [folder for folder in others if folder not in protected]
-    for folder in removable[max(0, limit - 1 - len(protected)) :]:
+    removable = [folder for folder in others if not best or folder.name != Path(best).name]
+    kept = limit - 1 - len(others) + len(removable) if limit and limit > 0 else len(others)
+    for folder in removable[max(0, kept) :]:
         doomed = output_dir / INCOMPLETE / "removed"
         doomed.parent.mkdir(exist_ok=True)
         os.rename(folder, doomed)

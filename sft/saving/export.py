@@ -1,7 +1,6 @@
 """Write the exported model for plain transformers, then read it back and prove it.
 
-COMPLETE.json lists what was proved and the files that hold the weights. It is the last file of a run: a folder with it holds a
-finished model.
+COMPLETE.json lists what was proved and the files that hold the weights. It is the last file of a finished run.
 """
 
 import hashlib
@@ -31,8 +30,6 @@ FORWARD_INPUTS += ["prefix_starts", "prefix_lengths"]
 
 Weights = dict[str, torch.Tensor]
 
-# ---- finished or not
-
 
 def is_already_finished(training_args) -> bool:
     """Whether `--resume_from_checkpoint` finds a finished model, as it does when a scheduler starts a run once more. Prints it."""
@@ -55,9 +52,6 @@ def complete(output_dir: str, step: int, proved: list[str]) -> None:
     folder = Path(output_dir)
     files = {name: describe_file(folder / name) for name in weight_files(folder)}
     write_json(folder / COMPLETE, {"step": step, "proved": proved, "files": files})
-
-
-# ---- writing
 
 
 def gather_weights(trainer, dtype: torch.dtype, up_to_bytes: float = math.inf) -> Weights:
@@ -112,7 +106,6 @@ class Exporter:
     """Export the model and prove it afterwards. All ranks make one, after training.
 
     Args:
-        model_args: which model it was, and whether an adapter (LoRA) was trained.
         dtype: the type of the exported weights; an adapter keeps its own.
     """
 
@@ -135,26 +128,26 @@ class Exporter:
             from peft import get_peft_model_state_dict
 
             self.written = describe_weights(get_peft_model_state_dict(model, weights))
-            write_weights(self.trainer, self.trained, weights)
+        else:
+            self.written = describe_weights(weights)
+            model.config.use_cache = True
+        write_weights(self.trainer, self.trained, weights)
+        if model_args.use_lora:
             lora.finish_adapter(self.trained, self.folder, model_args, self.dtype)
-            return
-        self.written = describe_weights(weights)
-        model.config.use_cache = True
-        write_weights(self.trainer, self.folder, weights)
-        config = AutoConfig.from_pretrained(self.folder)
-        config.dtype = self.dtype  # save_pretrained (5.23) writes the type of the live weights
-        config.save_pretrained(self.folder)
+        else:
+            config = AutoConfig.from_pretrained(self.folder)
+            config.dtype = self.dtype  # save_pretrained (5.23) writes the type of the live weights
+            config.save_pretrained(self.folder)
 
     def prove(self) -> list[str]:
-        """Read back what lies in the output folder; rank 0 alone.
+        """Read back what lies in the output folder; rank 0 alone. Raise everything that is wrong in one UserError.
 
         Returns: one sentence for each thing that was found equal.
-
-        Raises:
-            UserError: with everything that is wrong.
         """
         trainer, tokenizer, folder = self.trainer, self.trainer.processing_class, self.folder
-        make_readable(self.trained)
+        for file in (*self.trained.glob("*.safetensors"), *folder.glob("*.safetensors")):
+            # safetensors (0.8) creates its own readable by the owner alone
+            file.chmod((folder / "tokenizer_config.json").stat().st_mode & 0o777)
         problems = check_weights(self.trained, self.written)
         tensors, hashed = len(self.written), sum(about["sha256"] is not None for about in self.written.values())
         proved = [
@@ -162,7 +155,6 @@ class Exporter:
             f"{hashed} of {tensors} tensors have the hash of the trained weight",
         ]
         if self.trained != folder:
-            make_readable(folder)
             problems += check_weights(folder, None)
             proved.append("the merged weights are finite and not all zero")
         embedding = trainer.model.get_input_embeddings().weight
@@ -173,14 +165,14 @@ class Exporter:
         texts = [tokenizer.decode(example["input_ids"], skip_special_tokens=True) for example in examples]
         texts += [" two  spaces\n\ttab", "naïve 漢字 🙂"]
         problems += check_tokenizer(folder, tokenizer, texts, rows)
-        same = f"the tokenizer reloads to the same ids on {len(texts)} texts"
-        proved.append(f"{same}, all below the embedding's {rows} rows")
+        below = f"all below the embedding's {rows} rows"
+        proved.append(f"the tokenizer reloads to the same ids on {len(texts)} texts, {below}")
         small = count_weights(trainer.model)[0] * self.dtype.itemsize <= SMALL_BYTES
         if not problems and small and not self.model_args.load_in_4bit:
             exact = self.dtype == torch.float32 and not (trainer.args.bf16 or trainer.args.fp16)
-            problems += check_logits(self._reload(), *self.probe, exact)
+            problems = check_logits(self._reload(), *self.probe, exact)
             same = f"the reloaded model gives the trained model's logits on {self.probe[0].numel()} tokens"
-            proved.append(same + ("" if exact else ", up to rounding"))
+            proved.append(same + ", up to rounding" * (not exact))
         if problems:
             left = "The export is not complete; the checkpoints are untouched."
             raise UserError([*(f"{folder}: {problem}" for problem in problems), left])
@@ -200,57 +192,32 @@ def upload(trainer) -> None:
     """With --push_to_hub True upload the output folder, without checkpoints; rank 0 calls it last."""
     args = trainer.args
     if args.push_to_hub:
-        HfApi().upload_folder(
-            repo_id=trainer.hub_model_id,
-            folder_path=args.output_dir,
-            commit_message="Model save",
-            token=args.hub_token,
-            revision=args.hub_revision,
-            ignore_patterns=["_*", ".*", "checkpoint-*", f"{INCOMPLETE}*"],
-        )
-
-
-# ---- proof
-
-
-def make_readable(folder: Path) -> None:
-    """Give weights the mode of the files next to them: safetensors (0.8) creates its own readable by the owner alone."""
-    mode = Path(folder, "tokenizer_config.json").stat().st_mode
-    for file in folder.glob("*.safetensors"):
-        file.chmod(mode & 0o777)
+        ignored = ["_*", ".*", "checkpoint-*", f"{INCOMPLETE}*"]
+        where = {"repo_id": trainer.hub_model_id, "revision": args.hub_revision, "commit_message": "Model save"}
+        HfApi().upload_folder(folder_path=args.output_dir, ignore_patterns=ignored, token=args.hub_token, **where)
 
 
 def describe(tensor: torch.Tensor, hashed: bool) -> dict[str, Any]:
-    """Shape and type and, where asked for, SHA-256 of the bytes."""
-    found: dict[str, Any] = {"shape": list(tensor.shape), "dtype": str(tensor.dtype), "sha256": None}
-    if hashed:
-        values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        found["sha256"] = hashlib.sha256(values.data).hexdigest()
-    return found
+    """Shape and type and, where asked for, SHA-256 of the bytes; tensors that share their memory have the same `memory`."""
+    bits = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data if hashed else b""
+    digest = hashlib.sha256(bits).hexdigest() if hashed else None
+    return {"shape": list(tensor.shape), "dtype": str(tensor.dtype), "sha256": digest, "memory": tensor.data_ptr()}
 
 
 def describe_weights(weights: Weights) -> dict[str, dict]:
-    """What is about to be written, with the hash of all tensors or of a sample spread over a large model.
-
-    Tensors that share their memory (tied embeddings) are written once: they have the same `memory`.
-    """
+    """What is about to be written, with the hash of all tensors or of a sample spread over a large model."""
     stride = math.ceil(sum(tensor.nbytes for tensor in weights.values()) / SMALL_BYTES) or 1
-    return {
-        name: describe(tensor, index % stride == 0) | {"memory": tensor.data_ptr()}
-        for index, (name, tensor) in enumerate(weights.items())
-    }
+    return {name: describe(tensor, n % stride == 0) for n, (name, tensor) in enumerate(weights.items())}
 
 
 def weight_files(folder: Path) -> dict[str, set[str] | None]:
     """The files of a saved model's or adapter's weights, each with the names that the index of the shards lists for it."""
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
-        adapter = (folder / "adapter_model.safetensors").is_file()
-        return {"adapter_model.safetensors" if adapter else "model.safetensors": None}
-    files: dict[str, set[str] | None] = {}
-    for name, file in json.loads(index.read_text("utf-8"))["weight_map"].items():
-        files[file] = (files.get(file) or set()) | {name}
-    return files
+        single = ("adapter_model.safetensors", "model.safetensors")
+        return {next((name for name in single if (folder / name).is_file()), single[1]): None}
+    names = json.loads(index.read_text("utf-8"))["weight_map"]
+    return {file: {name for name, home in names.items() if home == file} for file in dict.fromkeys(names.values())}
 
 
 def check_weights(folder: Path, written: dict[str, dict] | None) -> list[str]:
@@ -260,55 +227,48 @@ def check_weights(folder: Path, written: dict[str, dict] | None) -> list[str]:
         written: from `describe_weights`; None looks at the values alone.
     """
     problems: list[str] = []
-    seen: set[str] = set()
+    lost = {name: about["memory"] for name, about in (written or {}).items()}
     for file, listed in weight_files(folder).items():
         try:
             with safe_open(folder / file, "pt") as opened:
-                names = set(opened.keys())
-                problems += [
-                    f"the index and {file} disagree about {name}" for name in sorted(names ^ (listed or names))
-                ]
-                for name in sorted(names):
-                    problems += _problem_of(file, name, opened.get_tensor(name), written)
-                seen |= names
+                names = sorted(opened.keys())
+                disagreed = sorted(listed.symmetric_difference(names)) if listed else []
+                problems += [f"the index and {file} disagree about {name}" for name in disagreed]
+                for name in names:
+                    problem = _problem_of(name, opened.get_tensor(name), written and written.get(name, {}))
+                    problems += [f"{name}{problem}"] * bool(problem)
+                    lost = {other: memory for other, memory in lost.items() if memory != lost.get(name)}
         except FileNotFoundError:
             problems.append(f"{file} is missing")
         except SafetensorError as error:
             problems.append(f"{file} is damaged: {error}")
-    in_memory = {written[name]["memory"] for name in seen if written and name in written}
-    lost = [name for name, about in (written or {}).items() if about["memory"] not in in_memory]
     return problems + [f"{name} was not saved" for name in lost]
 
 
-def _problem_of(file: str, name: str, tensor: torch.Tensor, written: dict[str, dict] | None) -> list[str]:
-    may_be_zero = name.endswith("bias") or "lora_B" in name  # they begin as zeros
+def _problem_of(name: str, tensor: torch.Tensor, written: dict[str, Any] | None) -> str:
+    """What is wrong with a tensor that was read back, after its name; nothing when it is as it was written."""
     if not tensor.isfinite().all():
-        return [f"{name} holds NaN or infinity"]
-    if not may_be_zero and not tensor.any():
-        return [f"{name} is all zero"]
-    if written is None:
-        return []
-    if name not in written:
-        return [f"{file} holds {name}, which the model does not have"]
-    found = describe(tensor, hashed=written[name]["sha256"] is not None)
-    different = [key for key, value in found.items() if value != written[name][key]]
-    if different == ["sha256"]:
-        return [f"{name}: its bytes are not the trained weight's"]
-    return [f"{name}: {key} is {found[key]}, not {written[name][key]}" for key in different if key != "sha256"]
+        return " holds NaN or infinity"
+    if not tensor.any() and not (name.endswith("bias") or "lora_B" in name):  # these begin as zeros
+        return " is all zero"
+    if not written:
+        return "" if written is None else " was saved, which the model does not have"
+    found = describe(tensor, hashed=written["sha256"] is not None)
+    for key in ("shape", "dtype"):
+        if found[key] != written[key]:
+            return f": {key} is {found[key]}, not {written[key]}"
+    return "" if found["sha256"] == written["sha256"] else ": its bytes are not the trained weight's"
 
 
 def check_tokenizer(folder: Path, tokenizer, texts: list[str], embedding_rows: int) -> list[str]:
     """The saved tokenizer must give the training tokenizer's ids, and none beyond the embedding."""
     reloaded = AutoTokenizer.from_pretrained(folder)
     # verbose: a cell longer than --model_max_length is nothing to warn about here
-    ids = [reloaded(text, verbose=False)["input_ids"] for text in texts]
-    problems = [
-        f"the reloaded tokenizer gives other ids for {text[:60]!r}"
-        for text, found in zip(texts, ids)
-        if found != tokenizer(text, verbose=False)["input_ids"]
-    ]
+    ids, trained = ([by(text, verbose=False)["input_ids"] for text in texts] for by in (reloaded, tokenizer))
+    different = [text for text, one, other in zip(texts, ids, trained) if one != other]
+    problems = [f"the reloaded tokenizer gives other ids for {text[:60]!r}" for text in different]
     special = [reloaded.eos_token_id, reloaded.bos_token_id, reloaded.pad_token_id]
-    largest = max([*(i for found in ids for i in found), *(i for i in special if i is not None)], default=0)
+    largest = max(i or 0 for found in (*ids, special) for i in found)
     if largest >= embedding_rows:
         problems.append(f"the tokenizer has id {largest} and the embedding {embedding_rows} rows")
     return problems
@@ -339,9 +299,6 @@ def check_logits(model: torch.nn.Module, input_ids: torch.Tensor, trained: torch
     with torch.no_grad():
         reloaded = model(input_ids=input_ids, use_cache=False).logits.float()
     difference = float((reloaded - trained).norm() / trained.norm())
-    same = difference <= (1e-4 if exact else 5e-2)  # NaN is not
-    return (
-        []
-        if same
-        else [f"the reloaded model's logits differ from the trained model's by {difference:.2g} of their norm"]
-    )
+    if difference <= (1e-4 if exact else 5e-2):  # NaN is not
+        return []
+    return [f"the reloaded model's logits differ from the trained model's by {difference:.2g} of their norm"]

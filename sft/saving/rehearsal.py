@@ -1,7 +1,6 @@
 """Try saving before the first step: what would fail after days of training fails in the first minute, with the reason.
 
-The real model goes through the real saving code into a scratch folder, on all ranks, and the disk is compared with everything
-that the run will keep.
+The real model goes through the real saving code into a scratch folder, and the disk is compared with all that the run will keep.
 """
 
 import math
@@ -12,7 +11,7 @@ from pathlib import Path
 import torch
 
 from sft.job import UserError, all_ranks_or_none, rank, say, swapped
-from sft.saving.checkpoint import INCOMPLETE, gather, save_whole
+from sft.saving.checkpoint import INCOMPLETE, files_in, gather, newest_first, save_whole
 from sft.saving.export import count_weights, gather_weights, write_weights
 
 SMALL_BYTES = 4 * 2**30  # a checkpoint up to this size is rehearsed whole, a larger one by a sample
@@ -23,16 +22,11 @@ SCRATCH = f"{INCOMPLETE}/rehearsal"  # what is incomplete is cleared away when a
 def rehearse(trainer, export_dtype: torch.dtype) -> str:
     """Save once before the first step, on all ranks, and remove what was written; the Trainer's state stays as it was.
 
-    A small model goes through all of it, optimizer included. Of a large one the first weights are gathered, cast and written,
-    which takes the same collectives and little time.
+    A small model goes through all of it, optimizer included. Of a large one the first weights are gathered, cast and written.
 
     Returns: how much was rehearsed.
-
-    Raises:
-        UserError: when the disk cannot hold what the run will keep, or no weights were written.
     """
-    args, checkpoint = trainer.args, checkpoint_bytes(trainer)
-    output_dir = Path(args.output_dir)
+    args, checkpoint, output_dir = trainer.args, checkpoint_bytes(trainer), Path(trainer.args.output_dir)
     with all_ranks_or_none():
         say(check_space(output_dir, checkpoint, checkpoints_kept(trainer), model_bytes(trainer, export_dtype)))
     scratch, small = output_dir / SCRATCH, checkpoint <= SMALL_BYTES
@@ -50,10 +44,9 @@ def rehearse(trainer, export_dtype: torch.dtype) -> str:
             trainer._save_checkpoint(trainer.model_wrapped, None)
         with swapped(args, save_only_model=True):
             save_whole(trainer, {}, export)
+    # saving notes, for one, which checkpoint is the best: there is none in the scratch folder
     vars(trainer.state).clear()
-    vars(trainer.state).update(
-        state
-    )  # saving notes, for one, which checkpoint is the best: there is none in the scratch folder
+    vars(trainer.state).update(state)
     if was_empty:
         trainer.optimizer.state.clear()  # torch filled it in with a step of its own, to be able to save it (2.13)
     written = any((scratch / folder).glob("*.safetensors"))
@@ -72,37 +65,36 @@ def model_bytes(trainer, export_dtype: torch.dtype) -> int:
 
 
 def checkpoint_bytes(trainer) -> int:
-    """Size of one checkpoint: float32 weights and two AdamW moments; under DeepSpeed its own layout; adapters alone for LoRA."""
-    _, trained = count_weights(trainer.model)
-    if trainer.args.save_only_model:
-        return 4 * trained
+    """Size of one checkpoint: what is trained, in float32, and two AdamW moments; under DeepSpeed its own layout."""
+    each = 12
     if (
         trainer.is_deepspeed_enabled
     ):  # the Trainer's copy and DeepSpeed's in the compute type; float32 master and moments
-        return (2 * trainer.model.dtype.itemsize + 12) * trained
-    full = trainer.is_fsdp_enabled and "FULL" in str(trainer.accelerator.state.fsdp_plugin.state_dict_type)
-    return (16 if full else 12) * trained
+        each += 2 * trainer.model.dtype.itemsize
+    elif trainer.is_fsdp_enabled and "FULL" in str(trainer.accelerator.state.fsdp_plugin.state_dict_type):
+        each = 16
+    return (4 if trainer.args.save_only_model else each) * count_weights(trainer.model)[1]
 
 
 def checkpoints_kept(trainer) -> int:
     """How many checkpoints lie on the disk at the worst moment: a new one is whole before an old one goes."""
     args, state = trainer.args, trainer.state
     by_steps = math.ceil(state.max_steps / max(1, state.save_steps or 1))
-    made = {"steps": by_steps, "epoch": math.ceil(args.num_train_epochs)}.get(args.save_strategy.value, 1)
-    made = max(1, made)  # a stop saves one, whatever the strategy
+    # a stop saves one, whatever the strategy
+    made = max(1, {"steps": by_steps, "epoch": math.ceil(args.num_train_epochs)}.get(args.save_strategy.value, 1))
     return min(made, args.save_total_limit + 1) if args.save_total_limit else made
 
 
 def gb(size: int) -> str:
     """1234567890 -> "1.23 GB", 1234567 -> "0.0012 GB"."""
-    return f"{size / 1e9:.2f} GB" if size > 1e8 else f"{size / 1e9:.2g} GB"
+    return f"{size / 1e9:{'.2f' if size > 1e8 else '.2g'}} GB"
 
 
 def check_space(output_dir: Path, checkpoint: int, kept: int, model: int) -> str:
     """Return the sum of what a run will keep, in a sentence; raise when the disk has less."""
     there = next(folder for folder in (output_dir, *output_dir.absolute().parents) if folder.is_dir())
     free = shutil.disk_usage(there).free
-    mine = sum(f.stat().st_size for old in output_dir.glob("checkpoint-*") for f in old.rglob("*") if f.is_file())
+    mine = sum(sum(files_in(old).values()) for old in newest_first(output_dir))
     needed = kept * checkpoint + model
     line = f"disk: {kept} checkpoint{'s' * (kept != 1)} x {gb(checkpoint)} + model {gb(model)} = {gb(needed)}; "
     line += f"{gb(free)} free in {there}" + (f", {gb(mine)} in its checkpoints" if mine else "")

@@ -20,11 +20,10 @@ from sft.saving.export import COMPLETE
 
 
 def choose_checkpoint(training_args) -> str | None:
-    """The checkpoint that `--resume_from_checkpoint True | PATH` continues from; None starts at step 0.
+    """The checkpoint that `--resume_from_checkpoint True | PATH` continues from; None starts at step 0. All ranks together.
 
     True takes the newest whole one and names every one that it had to skip. With none at all it starts at the beginning,
-    which is what the first start under `torchrun --max_restarts` needs. All ranks call it together, once it is certain that
-    there is something left to do: from here on the folder holds no finished model.
+    which is what the first start under `torchrun --max_restarts` needs. From here on the folder holds no finished model.
     """
     wanted, output_dir = str(training_args.resume_from_checkpoint or False), Path(training_args.output_dir)
     if rank() == 0:
@@ -36,8 +35,9 @@ def choose_checkpoint(training_args) -> str | None:
             for folder in candidates:  # there are some only after --overwrite_output_dir True
                 shutil.rmtree(folder)
         return None
-    named = None if wanted.lower() == "true" else Path(os.path.normpath(wanted))
-    chosen = _named(named, candidates) if named else _newest_whole(candidates)
+    chosen = (
+        _newest_whole(candidates) if wanted.lower() == "true" else _named(Path(os.path.normpath(wanted)), candidates)
+    )
     say(f"resume: {chosen or f'{output_dir} holds no checkpoint yet: starting from the beginning'}")
     return str(chosen) if chosen else None
 
@@ -58,10 +58,10 @@ def _newest_whole(candidates: list[Path]) -> Path | None:
 
 def _named(folder: Path, candidates: list[Path]) -> Path:
     problem = why_not_whole(folder) if step_of(folder) >= 0 else "no such checkpoint folder"
-    names = ", ".join(other.name for other in candidates) or "no checkpoint"
     if not problem and any(step_of(other) > step_of(folder) for other in candidates):
         problem = "this run would mix its checkpoints with newer ones. Move those away, or resume with True"
     if problem:
+        names = ", ".join(other.name for other in candidates) or "no checkpoint"
         raise UserError(f"--resume_from_checkpoint {folder}: {problem}. --output_dir holds {names}.")
     return folder
 
@@ -78,10 +78,9 @@ def output_dir_problems(flags) -> list[str]:
         return []
     old = newest_first(output_dir)
     if old and not (output_dir / COMPLETE).is_file():
-        return [
-            f"{output_dir}: it holds {old[0].name} of an earlier run. Continue that with --resume_from_checkpoint True, name another "
-            "--output_dir, or start again with --overwrite_output_dir True, which removes its checkpoints."
-        ]
+        cure = "Continue that with --resume_from_checkpoint True, name another --output_dir, or start again with "
+        cure += "--overwrite_output_dir True, which removes its checkpoints."
+        return [f"{output_dir}: it holds {old[0].name} of an earlier run. {cure}"]
     finished = (
         f"{output_dir}: it holds a finished model. Name another --output_dir, or give --overwrite_output_dir True."
     )
@@ -105,7 +104,6 @@ def _why_not_made(folder: Path) -> str | None:
 
 
 def saved_identity(checkpoint: str) -> dict[str, str]:
-    """What kind of run wrote a checkpoint, as `save_whole` was told."""
     return json.loads((Path(checkpoint) / MANIFEST).read_text("utf-8"))["run"]
 
 
@@ -150,65 +148,58 @@ EVALUATION = re.compile(
 )
 
 
+def _as_text(value) -> str:
+    return json.dumps(value, sort_keys=True, default=str)
+
+
+def _short(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
 def run_identity(
     args, model_args, data_args, dataset, config, engine: str, template: str, tokenizer_digest: str
 ) -> dict[str, str]:
-    """What a continued run must share with the one that it continues: readable values, and every other flag that counts.
-
-    Args:
-        args, model_args, data_args: the parsed flags.
-        dataset: the training rows.
-        config: the model's config.
-        engine: what divides the run among its ranks.
-        template: the text around the instruction.
-    """
+    """What a continued run must share with the one that it continues: readable values, and every other flag that counts."""
     tokens = hashlib.sha256(dataset.rows.tokens.data)
     for numbers in (dataset.offsets, dataset.lengths, dataset.prompt_lengths):
         tokens.update(numpy.ascontiguousarray(numbers).data)
-    shape = config.to_diff_dict()
-    for name in ("transformers_version", "_name_or_path", "dtype", "use_cache", "pad_token_id"):
-        shape.pop(name, None)
+    unshared = ("transformers_version", "_name_or_path", "dtype", "use_cache", "pad_token_id")
+    shape = {name: value for name, value in config.to_diff_dict().items() if name not in unshared}
 
-    def as_text(value) -> str:
-        return json.dumps(value, sort_keys=True, default=str)
-
-    def short(text: str) -> str:
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
-
+    base, adapter = "in the checkpoint", "no"
+    if model_args.use_lora:
+        base = lora.weights_digest(model_args.model_name_or_path, model_args.cache_dir)[:12]
+        prefixes = ("lora_", "use_lora", "load_in_4bit")
+        adapter = json.dumps({name: value for name, value in vars(model_args).items() if name.startswith(prefixes)})
     per_device, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    prefixes = ("lora_", "use_lora", "load_in_4bit")
-    adapter = {name: value for name, value in vars(model_args).items() if name.startswith(prefixes)}
+    adam = f"betas {args.adam_beta1} {args.adam_beta2}, epsilon {args.adam_epsilon}, decay {args.weight_decay}"
+    length = f"{args.num_train_epochs} epochs, max_steps {args.max_steps}"
+    same = ("model_max_length", "world_size", "packing", "learning_rate", "max_grad_norm")
     identity = {
         "data": f"{len(dataset):,} examples, {int(dataset.lengths.sum()):,} tokens, {tokens.hexdigest()[:12]}",
-        "prompt_template": short(template),
-        "tokenizer": short(tokenizer_digest),
-        "model_max_length": str(args.model_max_length),
-        "model": f"{shape.get('model_type')} {short(as_text(shape))}",
-        "adapter": json.dumps(adapter) if model_args.use_lora else "no",
-        "base_weights": "in the checkpoint",
-        "world_size": str(args.world_size),
+        "prompt_template": _short(template),
+        "tokenizer": _short(tokenizer_digest),
+        "model": f"{shape.get('model_type')} {_short(_as_text(shape))}",
+        "adapter": adapter,
+        "base_weights": base,
         "engine": engine,
         "examples_per_step": str(args.world_size * per_device * accumulation),
         "micro_batch": f"{per_device} per device x {accumulation}",
-        "packing": str(args.packing),
+        "seed": f"{args.seed}, data {args.data_seed}",
+        "schedule": f"{args.lr_scheduler_type.value}, warmup {args.warmup_steps}, {length}",
+        "optimizer": f"{args.optim}, {adam}",
+        "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "float32",
+        **{name: str(getattr(args, name)) for name in same},
         "tokens_per_micro_batch": str(args.tokens_per_micro_batch or "auto") if args.packing else "-",
         "share_prefixes": str(args.share_prefixes) if args.packing else "-",
-        "seed": f"{args.seed}, data {args.data_seed}",
-        "schedule": f"{args.lr_scheduler_type.value}, warmup {args.warmup_steps}, {args.num_train_epochs} epochs, max_steps {args.max_steps}",
-        "learning_rate": str(args.learning_rate),
-        "optimizer": f"{args.optim}, betas {args.adam_beta1} {args.adam_beta2}, epsilon {args.adam_epsilon}, decay {args.weight_decay}",
-        "max_grad_norm": str(args.max_grad_norm),
-        "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "float32",
     }
-    if model_args.use_lora:
-        identity["base_weights"] = lora.weights_digest(model_args.model_name_or_path, model_args.cache_dir)[:12]
     given = {**vars(model_args), **vars(data_args), **args.to_dict()}
     if args.deepspeed:
         is_file = isinstance(args.deepspeed, str)
-        given["deepspeed"] = short(Path(args.deepspeed).read_text("utf-8") if is_file else as_text(args.deepspeed))
+        given["deepspeed"] = _short(Path(args.deepspeed).read_text("utf-8") if is_file else _as_text(args.deepspeed))
     defaults = {f.name: f.default for kind in (args, model_args, data_args) for f in dataclasses.fields(kind)}
     flags = {
-        name: as_text(value)
+        name: _as_text(value)
         for name, value in sorted(given.items())
         if (value or None) not in (defaults.get(name) or None, "auto")
         and not HELD.fullmatch(name)
@@ -216,7 +207,7 @@ def run_identity(
     }
     evaluation = {name: value for name, value in flags.items() if EVALUATION.fullmatch(name)}
     judged = args.load_best_model_at_end or args.early_stopping_patience or "plateau" in identity["schedule"]
-    identity["evaluation"] = as_text(evaluation) if judged else "-"
+    identity["evaluation"] = _as_text(evaluation) if judged else "-"
     return identity | {f"--{name}": value for name, value in flags.items() if name not in evaluation}
 
 
@@ -229,19 +220,17 @@ def keep_token_budget(checkpoint: str | None, before: dict[str, str], args) -> N
 
 def refuse_changes(checkpoint: str, before: dict[str, str], now: dict[str, str], go_on: bool) -> None:
     """Compare the run that wrote a checkpoint with this one: print each difference and what it does; stop unless told to go on."""
-    unknown = sorted(key for key in before.keys() ^ now.keys() if not key.startswith("--"))
+    unknown = ", ".join(sorted(key for key in before.keys() ^ now.keys() if not key.startswith("--")))
     if unknown:
-        names = ", ".join(unknown)
-        say(
-            f"warning: {checkpoint} is of another version of these scripts. Not compared: {names} and flags not named in it."
-        )
+        other = f"{checkpoint} is of another version of these scripts"
+        say(f"warning: {other}. Not compared: {unknown} and flags not named in it.")
     both = (before.keys() & now.keys()) if unknown else (before.keys() | now.keys())
-    changes = [
-        f"{key} was {before.get(key, 'its default')!r} and is now {now.get(key, 'its default')!r}: "
-        + EFFECT_OF_CHANGE.get(key, "the remaining steps are computed otherwise")
-        for key in [*EFFECT_OF_CHANGE, *sorted(both - EFFECT_OF_CHANGE.keys())]
-        if key in both and before.get(key) != now.get(key)
-    ]
+    changes = []
+    for key in [*EFFECT_OF_CHANGE, *sorted(both - EFFECT_OF_CHANGE.keys())]:
+        old, new = before.get(key, "its default"), now.get(key, "its default")
+        if key in both and old != new:
+            effect = EFFECT_OF_CHANGE.get(key, "the remaining steps are computed otherwise")
+            changes.append(f"{key} was {old!r} and is now {new!r}: {effect}")
     if changes and not go_on:
         cure = "Use the same settings for an exact continuation, or accept all of this with --resume_with_changes True."
         raise UserError([*(f"{checkpoint} was made by a different run. {change}" for change in changes), cure])

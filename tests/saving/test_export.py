@@ -39,7 +39,7 @@ def set_value(name, value):
     ("damage", "said"),
     [
         (damaged(lambda t: t.pop("model.norm.weight")), "model.norm.weight was not saved"),
-        (damaged(lambda t: t.update(extra=torch.ones(1))), "holds extra, which the model does not have"),
+        (damaged(lambda t: t.update(extra=torch.ones(1))), "extra was saved, which the model does not have"),
         (damaged(lambda t: t.update({"model.norm.weight": t["model.norm.weight"].bfloat16()})), "dtype is torch.bfloat16, not torch.float32"),
         (damaged(lambda t: t.update({"model.norm.weight": t["model.norm.weight"][:-1]})), r"shape is \[31\], not \[32\]"),
         (damaged(lambda t: t["model.norm.weight"].zero_()), "model.norm.weight is all zero"),
