@@ -224,8 +224,9 @@ def parse(
         UserError: on every rank, with every problem that any rank found, before anything slow.
     """
     known = parser()
+    argv = list(sys.argv[1:] if argv is None else argv)
     with all_ranks_or_none():
-        flags, notices = _read(known, list(sys.argv[1:] if argv is None else argv), checks)
+        flags, notices = _read(known, argv, checks)
     for notice in notices:
         say(notice)
     try:
