@@ -14,12 +14,13 @@ from watched import watch
 
 from sft.arithmetic import Arithmetic, Precision
 from sft.plan import memory_ladder, settle
-from sft.step.packed_rows import PackedCollator
+from sft.run import trainer as trainer_module
 
 DECISIONS = {  # where each is asked for
     "arithmetic": (Arithmetic, "of"),
     "precision": (Precision, "of"),
-    "attention": (settle, "choose_attention"),
+    "attention": (settle, "packed_or_padded"),
+    "proof": (settle, "prove"),
     "compiled layers": (settle, "choose_compilation"),
     "shared prefixes": (settle, "choose_prefixes"),
     "loss": (settle, "loss_kernel"),
@@ -36,7 +37,7 @@ def run(tiny_llama, questions_csv, tmp_path_factory):
     folder = tmp_path_factory.mktemp("settle")
     model = shutil.copytree(tiny_llama, folder / "model")  # another path: no other test has read its config
     asked, found, config_reads, trained = Counter(), {}, Counter(), []
-    read_config, collate = AutoConfig.from_pretrained, PackedCollator.__call__
+    read_config, take_counts = AutoConfig.from_pretrained, trainer_module.take_counts
 
     def counted(name, real):
         def call(*args, **kwargs):
@@ -51,15 +52,15 @@ def run(tiny_llama, questions_csv, tmp_path_factory):
         config_reads[str(name)] += caller.is_relative_to(ROOT / "sft")  # transformers' loaders read it for themselves
         return read_config(name, *args, **kwargs)
 
-    def noted(self, examples):
-        trained.append(sum(len(example["input_ids"]) for example in examples))
-        return collate(self, examples)
+    def noted(batches):
+        trained.extend(batch["counts"].real for batch in batches)
+        return take_counts(batches)
 
     with pytest.MonkeyPatch.context() as patch:
         for name, (home, attribute) in DECISIONS.items():
             patch.setattr(home, attribute, counted(name, getattr(home, attribute)))
         patch.setattr(AutoConfig, "from_pretrained", counted_read)
-        patch.setattr(PackedCollator, "__call__", noted)
+        patch.setattr(trainer_module, "take_counts", noted)
         recipe = "--per_device_train_batch_size 2 --gradient_accumulation_steps 3 --tokens_per_micro_batch 70"
         done = watch(model, questions_csv, folder / "out", recipe)
     return SimpleNamespace(
@@ -76,24 +77,17 @@ def test_each_choice_is_printed_once_with_its_reason(run):
     lines, settled = run.printed.splitlines(), run.settled
     for choice in (settled.attention, settled.compilation, settled.prefixes, settled.precision, settled.packing):
         assert lines.count(str(choice)) == 1, choice
-    for begins in (
-        "attention: ",
-        "compiled layers: ",
-        "shared prefixes: ",
-        "precision: ",
-        "packing: ",
-        "memory plan: ",
-    ):
-        assert sum(line.startswith(begins) for line in lines) == 1, begins
+    for what in ("attention", "proof", "compiled layers", "shared prefixes", "precision", "packing", "memory plan"):
+        assert sum(line.startswith(f"{what}: ") for line in lines) == 1, what
     assert run.printed.count("examples per optimizer step") == 1
     assert run.printed.count("optimizer steps per epoch") == 1
 
 
 def test_the_memory_plan_is_printed_for_the_micro_batches_that_run(run):
     packing, planned = run.record["packing"], run.record["memory_plan"]
-    count = packing["micro_batches"] * run.record["batch"]["steps"]
-    assert packing["micro_batches"] > 1 and len(run.trained) >= count  # the export is proved on one more
-    assert max(run.trained[:count]) == packing["fullest"] == planned["tokens_per_micro_batch"] < 70
+    assert packing["micro_batches"] > 1
+    assert len(run.trained) == packing["micro_batches"] * run.record["batch"]["steps"]
+    assert max(run.trained) == packing["fullest"] == planned["tokens_per_micro_batch"] < 70
     assert f"  micro-batches of up to {packing['fullest']} tokens (several in a step)" in run.printed
     assert f"of up to {packing['fullest']} tokens per step and device" in packing["line"]
     assert packing["max_tokens"] == 70 and packing["reason"] == "--tokens_per_micro_batch"

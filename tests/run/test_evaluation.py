@@ -146,6 +146,7 @@ def test_the_best_model_is_exported_and_the_run_stops_early(tiny_llama, question
     assert f"stopped at step {len(losses)}: the evaluation loss was lowest at step {lowest['step']}" in run.printed
 
 
+@pytest.mark.slow
 def test_stopping_early_does_not_need_the_best_model(tiny_llama, questions_csv, tmp_path):
     run = watch(tiny_llama, questions_csv, tmp_path / "model", DESTROYS, "--early_stopping_patience 1")
     losses = [entry["eval_loss"] for entry in run.record["evaluations"]]

@@ -200,16 +200,32 @@ def test_a_signal_to_one_rank_stops_all_with_exit_code_0_and_the_command_continu
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_torchrun_passes_a_signal_on_and_waits_for_the_checkpoint(tiny_llama, questions_csv, tmp_path, number):
+def test_torchrun_passes_a_signal_on_and_waits_for_the_checkpoint(tiny_llama, questions_csv, tmp_path):
     flags = [*flags_for(tiny_llama, questions_csv, tmp_path / "out"), *STEPS_THAT_LAST]
     job = Torchrun(flags, tmp_path / "log")
     job.wait_for("step  20/")
-    job.process.send_signal(number)
+    job.process.send_signal(signal.SIGTERM)
     _, printed = job.end()
-    assert f"{number.name}: finishing this step and saving a checkpoint" in printed
+    assert_stopped_by("SIGTERM", printed, tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_an_interrupt_of_all_ranks_waits_for_the_checkpoint(tiny_llama, questions_csv, tmp_path):
+    """As a terminal's Ctrl-C reaches them."""
+    flags = [*flags_for(tiny_llama, questions_csv, tmp_path / "out"), *STEPS_THAT_LAST]
+    job = jobs.Job(flags, 2, tmp_path / "log")
+    while "step  20/" not in job.printed() and job.runs():
+        time.sleep(0.1)
+    for rank in job.ranks:
+        os.kill(rank.pid, signal.SIGINT)
+    assert job.wait() == [0, 0], job.printed()
+    assert_stopped_by("SIGINT", job.printed(), tmp_path / "out")
+
+
+def assert_stopped_by(name: str, printed: str, output: Path) -> None:
+    assert f"{name}: finishing this step and saving a checkpoint" in printed
     step = int(re.search(r"stopped at step (\d+) of 200\. To continue:", printed)[1])
-    assert choose(tmp_path / "out").endswith(f"checkpoint-{step}")
+    assert choose(output).endswith(f"checkpoint-{step}")
 
 
 def never_finish_a_step_after_the_third() -> None:

@@ -216,6 +216,7 @@ def killed_in_the_export(monkeypatch, flags) -> None:
 BEST = "--load_best_model_at_end True --eval_strategy steps --eval_steps 1 --save_steps 1 --max_steps 3 --eval_split 0.1 --eval_samples 0"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [1, 2])
 def test_a_resumed_run_still_knows_its_best_checkpoint(tiny_llama, questions_csv, tmp_path, monkeypatch, limit):
     # at a learning rate of 0 the first evaluation stays the best; a falling loss makes the last one the best
