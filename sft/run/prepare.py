@@ -4,6 +4,7 @@ The recipe knows none of it. Here the record is kept, checkpoints and the export
 """
 
 import contextlib
+import json
 import sys
 import time
 from collections.abc import Iterator
@@ -77,7 +78,7 @@ class Run:
         self.template = load_template(data_args.prompt_template)
         self.memory_plan = None
         self.identity: dict[str, str] = {}
-        self.before: dict[str, str] = {}  # the identity of the run that wrote the checkpoint
+        self.before_attention: str | None = None  # the kernel of the run that wrote the checkpoint
         self.resume: str | None = None
 
     @contextlib.contextmanager
@@ -90,24 +91,33 @@ class Run:
         """The checkpoint that this run continues from, if any. All ranks together.
 
         Raises:
-            UserError: token ids have no embedding, or there is no such checkpoint.
+            UserError: token ids have no embedding, or another run made the checkpoint.
         """
         tokenizer = data_module["data_collator"].tokenizer
         with all_ranks_or_none():
             if problems := check_vocabulary(tokenizer, loading.load_config(self.model_args)):
                 raise UserError(problems)
         self.resume = resume.choose_checkpoint(self.args)
-        self.before = resume.saved_identity(self.resume) if self.resume else {}
-        resume.keep_token_budget(self.resume, self.before, self.args)
+        before = resume.saved_identity(self.resume) if self.resume else {}
+        self.before_attention = before.pop(ATTENTION, None)  # known when the run is settled
+        resume.keep_token_budget(self.resume, before, self.args)
+        flags, dataset = (self.args, self.model_args, self.data_args), data_module["train_dataset"]
+        config, digest = loading.load_config(self.model_args), tokenizer_digest(tokenizer)
+        self.identity = resume.run_identity(*flags, dataset, config, engine(self.args), self.template, digest)
+        if self.resume:
+            resume.refuse_changes(self.resume, before, self.identity, self.args.resume_with_changes)
         return self.resume
 
-    def refuse_changes(self, settled: Settled, data_module: dict[str, Any]) -> None:
-        """Refuse to continue another run than this one. Raises UserError with every difference."""
-        flags, tokenizer = (self.args, self.model_args, self.data_args), data_module["data_collator"].tokenizer
-        dataset, digest = data_module["train_dataset"], tokenizer_digest(tokenizer)
-        self.identity = resume.run_identity(*flags, dataset, settled.config, engine(self.args), self.template, digest)
-        if self.resume:
-            resume.refuse_changes(self.resume, self.before, self.identity, self.args.resume_with_changes)
+    def refuse_another_kernel(self, settled: Settled) -> None:
+        """Raise a UserError when the checkpoint's run had another attention kernel: each machine chooses its own."""
+        self.memory_plan = settled.memory_plan
+        if not self.args.packing:
+            return
+        now = {ATTENTION: json.dumps(settled.attention.value)}
+        self.identity |= now
+        if self.before_attention:
+            before = {ATTENTION: self.before_attention}
+            resume.refuse_changes(self.resume, before, now, self.args.resume_with_changes)
 
     def build_trainer(
         self,
@@ -135,7 +145,6 @@ class Run:
         if args.packing:
             share = group_by_prefix if settled.prefixes.value else None
             data_module = data_module | {"data_collator": PackedCollator(share)}
-        self.memory_plan = settled.memory_plan
         trainer = SupervisedTrainer(
             model=model,
             args=args,

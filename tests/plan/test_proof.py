@@ -146,7 +146,7 @@ def test_a_model_that_cannot_be_packed_is_padded_unless_packing_was_asked_for(ti
     args = parser().parse_known_args(["--use_cpu", "True", "--model_name_or_path", str(tiny_llama)])[0]
     args.device, config = torch.device("cpu"), AutoConfig.for_model("bloom", **SHAPE, n_layer=2, n_head=4)
     args.packing_asked = True
-    with pytest.raises(UserError, match="--packing True: examples see each other .*the run is padded"):
+    with pytest.raises(UserError, match=r"--packing True: examples see each other .*the run is padded"):
         packed_or_padded(args, args, config, rows(3, seed=1))
     args.packing_asked = False
     packed_or_padded(args, args, config, rows(3, seed=1))
