@@ -4,6 +4,7 @@ The recipe knows none of it. Here the record is kept, checkpoints and the export
 """
 
 import contextlib
+import json
 import sys
 import time
 from collections.abc import Iterator
@@ -98,7 +99,8 @@ class Run:
                 raise UserError(problems)
         self.resume = resume.choose_checkpoint(self.args)
         self.before = resume.saved_identity(self.resume) if self.resume else {}
-        resume.keep_token_budget(self.resume, self.before, self.args)
+        longest = int(data_module["train_dataset"].lengths.max())
+        resume.keep_token_budget(self.resume, self.before, self.args, longest)
         return self.resume
 
     def refuse_changes(self, settled: Settled, data_module: dict[str, Any]) -> None:
@@ -106,6 +108,8 @@ class Run:
         flags, tokenizer = (self.args, self.model_args, self.data_args), data_module["data_collator"].tokenizer
         dataset, digest = data_module["train_dataset"], tokenizer_digest(tokenizer)
         self.identity = resume.run_identity(*flags, dataset, settled.config, engine(self.args), self.template, digest)
+        if settled.attention.value:  # chosen by the machine, unless the user did
+            self.identity["--attn_implementation"] = json.dumps(settled.attention.value)
         if self.resume:
             resume.refuse_changes(self.resume, self.before, self.identity, self.args.resume_with_changes)
 
