@@ -218,7 +218,7 @@ def train(load_tokenizer: LoadTokenizer, argv: list[str] | None = None) -> prepa
         data_module = make_supervised_data_module(tokenizer, data_args, args)
     resume = run.resume_from(data_module)
     settled = settle.settle(model_args, args, data_module["train_dataset"])
-    run.refuse_another_kernel(settled)
+    run.refuse_changes(settled, data_module)
     set_seed(args.seed)
     with run.phase("load"):
         model = load_model(model_args, args, tokenizer, settled)

@@ -1,14 +1,18 @@
 """Find what is wrong with the data and the tokenizer before anything slow: template, files, columns, vocabulary."""
 
+from typing import TYPE_CHECKING
+
 from transformers import PreTrainedTokenizerBase
 
 from sft.data.csv_rows import header_problems
 from sft.data.template import load_template
-from sft.flags import DataArguments
 from sft.job import UserError
 
+if TYPE_CHECKING:  # the commands read tokenizers without the Trainer's arguments, which import peft and bitsandbytes
+    from sft.flags import DataArguments
 
-def data_problems(data_args: DataArguments) -> list[str]:
+
+def data_problems(data_args: "DataArguments") -> list[str]:
     """Problems that are known before a row is tokenized: template, files, columns."""
     problems = []
     try:

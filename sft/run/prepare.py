@@ -56,9 +56,6 @@ CHECKS = (  # what can be known from the flags alone; all problems are raised to
 )
 
 
-ATTENTION = "--attn_implementation"  # its entry in a checkpoint's identity: the kernel that computed
-
-
 class Run:
     """One run's flags and record, from the parsed command line to the exported model.
 
@@ -78,7 +75,7 @@ class Run:
         self.template = load_template(data_args.prompt_template)
         self.memory_plan = None
         self.identity: dict[str, str] = {}
-        self.before_attention: str | None = None  # the kernel of the run that wrote the checkpoint
+        self.before: dict[str, str] = {}  # the identity of the run that wrote the checkpoint
         self.resume: str | None = None
 
     @contextlib.contextmanager
@@ -98,26 +95,21 @@ class Run:
             if problems := check_vocabulary(tokenizer, loading.load_config(self.model_args)):
                 raise UserError(problems)
         self.resume = resume.choose_checkpoint(self.args)
-        before = resume.saved_identity(self.resume) if self.resume else {}
-        self.before_attention = before.pop(ATTENTION, None)  # known when the run is settled
-        resume.keep_token_budget(self.resume, before, self.args)
-        flags, dataset = (self.args, self.model_args, self.data_args), data_module["train_dataset"]
-        config, digest = loading.load_config(self.model_args), tokenizer_digest(tokenizer)
-        self.identity = resume.run_identity(*flags, dataset, config, engine(self.args), self.template, digest)
-        if self.resume:
-            resume.refuse_changes(self.resume, before, self.identity, self.args.resume_with_changes)
+        self.before = resume.saved_identity(self.resume) if self.resume else {}
+        longest = int(data_module["train_dataset"].lengths.max())
+        resume.keep_token_budget(self.resume, self.before, self.args, longest)
         return self.resume
 
-    def refuse_another_kernel(self, settled: Settled) -> None:
-        """Raise a UserError when the checkpoint's run had another attention kernel: each machine chooses its own."""
+    def refuse_changes(self, settled: Settled, data_module: dict[str, Any]) -> None:
+        """Refuse to continue another run than this one. Raises UserError with every difference."""
         self.memory_plan = settled.memory_plan
-        if not self.args.packing:
-            return
-        now = {ATTENTION: json.dumps(settled.attention.value)}
-        self.identity |= now
-        if self.before_attention:
-            before = {ATTENTION: self.before_attention}
-            resume.refuse_changes(self.resume, before, now, self.args.resume_with_changes)
+        flags, tokenizer = (self.args, self.model_args, self.data_args), data_module["data_collator"].tokenizer
+        dataset, digest = data_module["train_dataset"], tokenizer_digest(tokenizer)
+        self.identity = resume.run_identity(*flags, dataset, settled.config, engine(self.args), self.template, digest)
+        if settled.attention.value:  # chosen by the machine, unless the user did
+            self.identity["--attn_implementation"] = json.dumps(settled.attention.value)
+        if self.resume:
+            resume.refuse_changes(self.resume, self.before, self.identity, self.args.resume_with_changes)
 
     def build_trainer(
         self,

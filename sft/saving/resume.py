@@ -211,10 +211,11 @@ def run_identity(
     return identity | {f"--{name}": value for name, value in flags.items() if name not in evaluation}
 
 
-def keep_token_budget(checkpoint: str | None, before: dict[str, str], args) -> None:
+def keep_token_budget(checkpoint: str | None, before: dict[str, str], args, longest: int) -> None:
     """`--tokens_per_micro_batch auto` measures the GPU's memory; a continued run takes the number that the run began with."""
-    if args.packing and args.tokens_per_micro_batch is None and before.get("tokens_per_micro_batch", "-") != "-":
-        args.tokens_per_micro_batch = int(before["tokens_per_micro_batch"])
+    kept = before.get("tokens_per_micro_batch", "-")
+    if args.packing and args.tokens_per_micro_batch is None and kept != "-" and longest <= int(kept):
+        args.tokens_per_micro_batch = int(kept)
         say(f"--tokens_per_micro_batch auto: {args.tokens_per_micro_batch}, as in {checkpoint}")
 
 

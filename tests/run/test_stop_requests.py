@@ -1,66 +1,20 @@
-"""Signals end a run with a checkpoint, numbers that are not finite end it before the weights are touched."""
+"""Signals end a run with a checkpoint, and the command that continues it."""
 
-import csv
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections import deque
 from pathlib import Path
 
 import jobs
-import numpy as np
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
-from saved_runs import choose, flags_for, losses, same_weights, train
-from scripts import QUESTIONS, ROOT
+from saved_runs import choose, flags_for, losses, same_weights
+from scripts import ROOT
 
-from sft.job import UserError
-from sft.run import finite_check, stop_requests
-from sft.run.step_message import StepMessage
+from sft.run import stop_requests
 from sft.saving import export
-from utils import DataCollatorForSupervisedDataset
-
-# ---- rows
-
-
-class Rows:
-    """Three examples; the second stands in the file twice."""
-
-    ids = (torch.tensor([1, 5, 6]), torch.tensor([1, 7]), torch.tensor([1, 7]), torch.tensor([1, 8]))
-    lengths = np.array([3, 2, 2, 2])
-    row_numbers = np.array([2, 3, 5, 9])
-
-    def __getitem__(self, index):
-        return {"input_ids": self.ids[index]}
-
-
-def test_rows_are_found_by_their_tokens_packed_and_padded():
-    packed = {"input_ids": torch.tensor([[1, 8, 1, 5, 6]]), "cu_seq_lens_q": torch.tensor([0, 2, 5])}
-    assert finite_check.rows_of(packed, Rows()) == [2, 9]
-    examples = [{"input_ids": Rows.ids[i], "labels": Rows.ids[i]} for i in (0, 1)]
-    padded = DataCollatorForSupervisedDataset(type("T", (), {"pad_token_id": 1}))(examples)
-    assert finite_check.rows_of(padded, Rows()) == [2, 3, 5]
-
-
-# ---- spikes
-
-
-def test_a_spike_is_a_loss_outside_the_band_of_those_before_it():
-    calm = [2.0, 2.1, 1.9, 2.05, 1.95, 2.0, 2.1, 1.9, 2.0, 2.05]
-    assert finite_check.is_spike(3.0, calm)
-    assert finite_check.is_spike(3.0, [*calm, 9.0])  # one spike does not hide the next
-    assert not finite_check.is_spike(2.3, calm)  # inside the band
-    assert not finite_check.is_spike(1.0, calm)
-    assert not finite_check.is_spike(3.0, calm[:9])  # too little to compare with
-    assert not finite_check.is_spike(2.1, deque([2.0] * 50))  # a band of no width still allows 20 %
-
-
-# ---- what to type next
 
 
 def test_the_command_to_continue(monkeypatch):
@@ -87,69 +41,6 @@ def test_the_command_to_continue(monkeypatch):
         "torchrun --nproc_per_node=4 --nnodes=2 [your rendezvous flags] a.py --resume_from_checkpoint True"
     )
 
-
-# ---- numbers that are not finite
-
-POISONED_ROW = 40
-
-
-@pytest.fixture(scope="module")
-def poisoned(tiny_llama, tmp_path_factory):
-    """A model whose embedding of the tokens of `@` is infinite, and a CSV with an `@` in one row."""
-    folder = tmp_path_factory.mktemp("poisoned")
-    model, data = folder / "model", folder / "data.csv"
-    shutil.copytree(tiny_llama, model)
-    weights = load_file(model / "model.safetensors")
-    weights["model.embed_tokens.weight"][3 + ord("@")] = float("inf")  # byte fallback: <0x40>
-    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
-    rows = [[q, a] for q, a in QUESTIONS]
-    rows[POISONED_ROW - 2][1] += " @"
-    with open(data, "w", newline="") as file:
-        csv.writer(file).writerows([("prompt", "response"), *rows])
-    return model, data
-
-
-@pytest.mark.parametrize("packing", ["True", "False"])
-def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(poisoned, tmp_path, packing):
-    output = tmp_path / "out"
-    with pytest.raises(UserError) as stopped:
-        train(*flags_for(*poisoned, output, "--packing", packing, "--save_steps", "100", "--seed", "4"))
-    message = str(stopped.value)
-    step = int(re.search(r"step (\d+): the loss is nan", message)[1])
-    assert step == 5  # seed 4 puts the row there
-    assert re.search(rf"rank 0, micro-batch \d: CSV rows (\d+, )*{POISONED_ROW}\b", message)
-    assert f"the weights are those of step {step - 1}. They are in checkpoint-{step - 1}." in message
-    kept = Path(choose(output))
-    assert kept.name == f"checkpoint-{step - 1}"
-    weights = load_file(kept / "model.safetensors")
-    assert all(tensor.isfinite().all() for name, tensor in weights.items() if name != "model.embed_tokens.weight")
-    assert not (output / "COMPLETE.json").exists()
-
-
-def test_a_gradient_that_is_not_finite_stops_with_the_rows_of_the_step(
-    tiny_llama, questions_csv, tmp_path, monkeypatch
-):
-    real, sent = StepMessage.exchange, []
-
-    def infinite_at_step_2(self, grad_norm, *others, **more):
-        sent.append(grad_norm)
-        return real(self, torch.tensor(float("inf")) if len(sent) == 2 else grad_norm, *others, **more)
-
-    monkeypatch.setattr(StepMessage, "exchange", infinite_at_step_2)
-    with pytest.raises(UserError) as stopped:
-        train(*flags_for(tiny_llama, questions_csv, tmp_path / "out"))
-    message = str(stopped.value)
-    assert "step 2: every loss is finite but the gradient norm is inf" in message
-    rows = [
-        int(row)
-        for line in message.splitlines()
-        if "CSV rows" in line
-        for row in line.split("CSV rows ")[1].split(", ")
-    ]
-    assert len(set(rows)) == 8  # the examples of one step
-
-
-# ---- signals through torchrun
 
 STEPS_THAT_LAST = ["--num_train_epochs", "50", "--save_steps", "1000", "--save_rehearsal", "False"]
 
@@ -258,13 +149,6 @@ def test_a_second_signal_stops_at_once(tiny_llama, questions_csv, tmp_path):
     assert rank.exitcode == -signal.SIGTERM
     assert "stopped at step" not in job.printed()
     assert choose(tmp_path / "out").endswith("checkpoint-3")  # the one before stays
-
-
-@pytest.mark.slow
-def test_the_rank_with_the_broken_loss_is_named_by_all(poisoned, tmp_path):
-    printed = jobs.run(flags_for(*poisoned, tmp_path / "out"), 2, tmp_path / "log", expect=2)
-    assert len(re.findall(r"error: step \d+: the loss is nan", printed)) == 1
-    assert re.search(rf"rank [01], micro-batch \d: CSV rows (\d+, )*{POISONED_ROW}\b", printed)
 
 
 @pytest.mark.slow

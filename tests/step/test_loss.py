@@ -7,7 +7,28 @@ import importlib.util
 
 import pytest
 import torch
+import torch.nn.functional as F
 from interpreted import run_interpreted
+
+from sft.step import loss
+
+
+@pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_the_summed_loss_and_its_gradients(monkeypatch, dtype, error):
+    monkeypatch.setattr(loss, "CHUNK_BYTES", 4 * 50 * 7)  # chunks of 7 positions
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(40, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True)
+    targets = torch.randint(0, 50, (40,))
+    targets[[0, 7, 39]] = -100
+    expected = F.cross_entropy(hidden @ weight.T, targets, reduction="sum")
+    wanted = torch.autograd.grad(expected / 7, (hidden, weight))
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        found = loss.SummedLoss.apply(hidden, weight, targets, loss.losses_and_gradient, True)
+    got = torch.autograd.grad(found / 7, (hidden, weight))
+    assert found.dtype == torch.float32 and [g.dtype for g in got] == [torch.float32] * 2
+    assert abs(found - expected) / expected < error
+    for a, b in zip(got, wanted):
+        assert (a - b).norm() / b.norm() < error
 
 
 def compare(frozen: bool) -> None:

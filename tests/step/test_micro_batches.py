@@ -18,7 +18,6 @@ from packed_models import gradients, largest_error, padded_step, rows, small_lla
 from safetensors.torch import load_file
 from scripts import run_script
 from torch.utils.data import DataLoader, RandomSampler
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import utils
 from sft import IGNORE_INDEX
@@ -28,7 +27,7 @@ from sft.run.trainer import SupervisedTrainer
 from sft.step import micro_batches, packed_rows
 from sft.step.loss import summed_loss
 from sft.step.micro_batches import PackedBatchSampler, balance, describe, permutation
-from sft.step.modules import LabelledLayer, exchange
+from sft.step.modules import exchange
 from sft.step.packed_rows import PackedCollator
 
 
@@ -215,49 +214,6 @@ def test_tied_embeddings_and_one_head_group():
     loss, expected = padded_step(padded_model, [data[:3], data[3:]])
     found_loss, found = packed_step(packed_model, [data])
     assert float(found_loss) == pytest.approx(float(loss), rel=2e-6) and largest_error(found, expected) < 5e-6
-
-
-def loss_at_every_position(model, batch: dict) -> torch.Tensor:
-    """The summed loss by the stock modules, from the logits of the whole row."""
-    inputs = {name: value for name, value in batch.items() if not name.startswith("label")}
-    logits = model(**inputs, use_cache=False).logits[0, batch["label_positions"]]
-    return torch.nn.functional.cross_entropy(logits, batch["label_targets"], reduction="sum")
-
-
-def test_the_last_mlp_works_at_labelled_positions_alone():
-    model = small_llama(attn_implementation="per_example")
-    batch = PackedCollator()(rows(4))
-    widths = []
-    for layer in model.model.layers:
-        layer.mlp.register_forward_hook(lambda module, inputs, output: widths.append(output.shape[1]))
-    everywhere = loss_at_every_position(model, batch)
-    head = exchange(model)
-    labelled = summed_loss(model, head, batch)
-    tokens, trained = batch["input_ids"].shape[1], len(batch["label_positions"])
-    assert trained < 0.8 * tokens and widths == [tokens] * 5 + [trained]
-    assert labelled.item() == pytest.approx(everywhere.item(), rel=1e-6)
-    other = {**batch, "label_positions": batch["label_positions"] - 1}
-    assert summed_loss(model, head, other).item() != pytest.approx(everywhere.item(), rel=1e-3)
-
-
-@pytest.mark.parametrize("layers", [1, 2, 3])
-def test_a_model_of_which_few_layers_run(layers):
-    """As the automatic budget's trials run it: the last of them may be the model's last, and may not."""
-    model = small_llama(attn_implementation="per_example")
-    model.config.num_hidden_layers = layers
-    batch = PackedCollator()(rows(4))
-    everywhere = loss_at_every_position(model, batch)
-    assert summed_loss(model, exchange(model), batch).item() == pytest.approx(everywhere.item(), rel=1e-6)
-
-
-def test_another_familys_last_layer_and_a_derived_one_stay_as_they_are():
-    model = small_llama()
-    model.model.layers[-1].__class__ = type("Derived", (LlamaDecoderLayer,), {})
-    shape = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
-    other = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(vocab_size=211, **shape))
-    for left in (model, other):
-        exchange(left)
-        assert not any(isinstance(module, LabelledLayer) for module in left.modules())
 
 
 @pytest.mark.parametrize("fault", ["positions not reset", "mask passed", "first label kept", "examples not kept apart"])

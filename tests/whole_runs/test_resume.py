@@ -139,13 +139,16 @@ def test_a_changed_run_is_listed_with_its_effects_and_refused(two_checkpoints, c
     [
         ("--seed 4", {"seed"}),
         ("--model_max_length 10", {"data", "model_max_length"}),
-        ("--prompt_template alpaca --model_max_length 1024", {"data", "prompt_template", "model_max_length"}),
+        (
+            "--prompt_template alpaca --model_max_length 1024",
+            {"data", "prompt_template", "model_max_length", "tokens_per_micro_batch"},
+        ),
         ("--per_device_train_batch_size 4", {"examples_per_step", "micro_batch"}),
         ("--learning_rate 1e-3", {"learning_rate"}),
         ("--lr_scheduler_type cosine", {"schedule"}),
         ("--weight_decay 0.1", {"optimizer"}),
         ("--tokens_per_micro_batch 60", {"tokens_per_micro_batch"}),
-        ("--packing False", {"packing", "tokens_per_micro_batch", "share_prefixes"}),
+        ("--packing False", {"packing", "tokens_per_micro_batch", "share_prefixes", "--attn_implementation"}),
         ("--share_prefixes False", {"share_prefixes"}),
         ('--lr_scheduler_type polynomial --lr_scheduler_kwargs {"power":2}', {"schedule", "--lr_scheduler_kwargs"}),
         ("--full_determinism True", {"--full_determinism"}),

@@ -270,6 +270,7 @@ def test_an_upload_holds_the_proved_model_and_no_token(tiny_llama, questions_csv
     hub = FakeHub()
     monkeypatch.setattr("transformers.trainer.hf_api", lambda: hub)
     monkeypatch.setattr(export, "HfApi", lambda: hub)
+    monkeypatch.setattr("huggingface_hub.whoami", lambda token: {"name": "me"})
     train(
         *flags_for(tiny_llama, questions_csv, tmp_path / "out", "--max_steps", "3", "--push_to_hub", "True"),
         *("--hub_token", TOKEN, "--hub_model_id", "me/model"),
