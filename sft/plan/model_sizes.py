@@ -55,7 +55,7 @@ def with_layers(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
     """The config of a model of the same shape with so many layers."""
     config = copy.deepcopy(config)
     config.num_hidden_layers = layers
-    if getattr(config, "layer_types", None):
+    if vars(config).get("layer_types"):  # some configs compute it
         config.layer_types = config.layer_types[:layers]
     return config
 

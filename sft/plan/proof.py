@@ -3,7 +3,6 @@
 What is claimed of packing is claimed of the model at hand, so it is tried on it, on rows of the data: no list of architectures decides.
 """
 
-import copy
 import math
 from collections.abc import Callable
 from functools import partial
@@ -17,6 +16,7 @@ from sft import IGNORE_INDEX
 from sft.arithmetic import compute_dtype
 from sft.flags import ModelArguments, TrainingArguments
 from sft.model import loading
+from sft.plan.model_sizes import with_layers
 from sft.step import attention
 from sft.step.loss import summed_loss
 from sft.step.modules import exchange
@@ -70,15 +70,13 @@ def prove(
     The model has as many layers as it takes to have each kind of them, and weights large enough that a fault shows. It computes
     in float32 where the kernel can, because rounding hides what a few tokens do.
     """
-    small, kinds = copy.deepcopy(config), getattr(config, "layer_types", None)
-    small.num_hidden_layers = max(2, *(kinds.index(kind) + 1 for kind in set(kinds))) if kinds else 2
-    if getattr(small, "output_router_logits", False):
-        small.output_router_logits = (
-            False  # a router's own loss is a mean over all tokens of a batch: each way has its own
-        )
-    small.num_hidden_layers = min(small.num_hidden_layers, config.num_hidden_layers)
-    if kinds:
-        small.layer_types = kinds[: small.num_hidden_layers]
+    kinds = getattr(config, "layer_types", None) or []
+    layers = max([2, *(kinds.index(kind) + 1 for kind in set(kinds))])
+    small = with_layers(config, min(layers, config.num_hidden_layers))
+    if getattr(
+        small, "output_router_logits", False
+    ):  # its loss is a mean over all tokens of a batch: each way has its own
+        small.output_router_logits = False
     half = compute_dtype(args) if kernel in (attention.TRITON, attention.VARLEN) else torch.float32
     if (
         half != torch.float32

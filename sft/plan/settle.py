@@ -164,8 +164,8 @@ def packed_or_padded(
                 from sft.step import attention_kernel  # noqa: F401  its operator; a CPU's PyTorch comes without Triton
             proof = prove(model_args, args, config, dataset, choice.value)
             why = proof.fault
-        except (UserError, ValueError, ImportError) as error:  # transformers' own refusals of a kernel, too
-            why = str(error)
+        except Exception as error:  # of a kernel or a model that packed rows do not fit: the reason is printed
+            why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}".splitlines()[0]
         if why is None:
             say(choice)
             say(f"proof: {proof}")

@@ -16,6 +16,7 @@ from huggingface_hub import HfApi
 from safetensors import SafetensorError, safe_open
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.core_model_loading import revert_weight_conversion
 
 from sft.job import UserError, say
 from sft.model import lora
@@ -131,7 +132,8 @@ class Exporter:
 
             self.written = describe_weights(get_peft_model_state_dict(model, weights))
         else:
-            self.written = describe_weights(weights)
+            # as save_pretrained writes them: some models' weights have other names, or shapes, in a file (a mixture of experts')
+            self.written = describe_weights(revert_weight_conversion(model, weights))
             model.config.use_cache = True
         write_weights(self.trainer, self.trained, weights)
         if model_args.use_lora:

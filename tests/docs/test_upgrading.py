@@ -16,7 +16,7 @@ from scripts import ROOT
 PAGE = ROOT / "docs" / "upgrading.md"
 SOURCES = [ROOT / "utils.py", *sorted(ROOT.glob("sft/**/*.py"))]
 PRIVATE = re.compile(r"\b_[A-Za-z]\w*")
-DOCUMENTED = {"_asdict", "_replace", "_exit", "_local"}  # by Python
+DOCUMENTED = {"_asdict", "_fields", "_replace", "_exit", "_local"}  # by Python
 WORDS = {"_token", "_key"}  # ends of flags, no names
 INNER_MODULES = ("deepspeed.runtime", "deepspeed.utils", "liger_kernel.ops", "transformers.integrations.deepspeed")
 OWN = {"self", "cls", "ctx", "flags"}  # objects of this project by these names
