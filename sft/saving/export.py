@@ -36,7 +36,8 @@ def is_already_finished(training_args) -> bool:
     """Whether `--resume_from_checkpoint` finds a finished model, as it does when a scheduler starts a run once more. Prints it."""
     folder = Path(training_args.output_dir)
     resumes = str(training_args.resume_from_checkpoint or False).lower() != "false"
-    if not resumes or training_args.overwrite_output_dir or not gather((folder / COMPLETE).is_file())[0]:
+    there = resumes and not training_args.overwrite_output_dir and (folder / COMPLETE).is_file()
+    if not gather(there)[0]:  # all ranks ask, also one whose command differs: it would wait for the others
         return False
     problem = why_not_whole(folder, COMPLETE)
     if problem:
