@@ -10,12 +10,12 @@ from types import SimpleNamespace
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import torch
-import transformers
+import torch  # noqa: E402
+import transformers  # noqa: E402
 
-from sft import IGNORE_INDEX
-from sft.job import UserError
-from sft.plan.proof import Proof, prove
+from sft import IGNORE_INDEX  # noqa: E402
+from sft.job import UserError  # noqa: E402
+from sft.plan.proof import Proof, prove  # noqa: E402
 
 SIZES = {
     "vocab_size": 256,

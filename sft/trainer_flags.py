@@ -180,8 +180,10 @@ def _metric(flags: Any) -> list[str]:
 def _scheduler(flags: Any) -> list[str]:
     """Build the scheduler once, on one weight."""
     name, given = text(flags.lr_scheduler_type), flags.lr_scheduler_kwargs or {}
-    takes = inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[transformers.SchedulerType(name)]).parameters
-    takes = {key for key in takes if key not in ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")}
+    parameters = inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[transformers.SchedulerType(name)]).parameters
+    takes = {
+        key for key in parameters if key not in ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
+    }
     if isinstance(given, str):
         return []  # not JSON, which has been said
     unknown = [key for key in given if key not in takes and "kwargs" not in takes]

@@ -46,13 +46,15 @@ class Proof(NamedTuple):
         """What is wrong, in words; None when nothing is. NaN is wrong, except where no gradient was compared."""
         sees = 1e-5  # the same sums of the same numbers: nothing is rounded otherwise
         if not self.causality <= sees:
-            return f"a token sees later ones (the loss of an example's first tokens moves by {self.causality:.2%} with the last ones)"
+            return f"a token sees later ones (the loss of an example's first tokens moves by {100 * self.causality:.2g} % with the last ones)"
         if not self.isolation <= sees:
-            return f"examples see each other (a loss moves by {self.isolation:.2%} with another example's tokens)"
+            return (
+                f"examples see each other (a loss moves by {100 * self.isolation:.2g} % with another example's tokens)"
+            )
         if not self.loss <= self.rounding:
-            return f"an example's loss is off by {self.loss:.2%}: this model does more to its logits or its loss than is computed here"
+            return f"an example's loss is off by {100 * self.loss:.2g} %: this model does more to its logits or its loss than is computed here"
         if self.gradient > self.rounding * (2 if self.rounding > 1e-3 else 20):
-            return f"an example's gradient is off by {self.gradient:.2%} of its norm"
+            return f"an example's gradient is off by {100 * self.gradient:.2g} % of its norm"
         return None
 
     def __str__(self) -> str:

@@ -96,7 +96,7 @@ def settle(model_args: ModelArguments, args: TrainingArguments, dataset: Any) ->
     def sampler_within(tokens: int) -> PackedBatchSampler:
         return PackedBatchSampler.of(args, lengths, arithmetic, max_tokens=tokens)
 
-    def memory_plan_of(*step: int) -> memory.Plan | None:
+    def memory_plan_of(*step: Any) -> memory.Plan | None:
         with loading.whole_models(args):  # layers are built to be measured
             return memory_ladder.plan(model_args, args, config, *step)
 

@@ -21,6 +21,7 @@ from sft.data.token_cache import tokenizer_digest
 from sft.flags import DataArguments, ModelArguments, TrainingArguments
 from sft.job import UserError, all_ranks_or_none, rank, say
 from sft.model import loading, lora, safe_loads
+from sft.plan import memory
 from sft.plan.deepspeed_file import check_deepspeed
 from sft.plan.memory_ladder import explain_out_of_memory, stop_after_plan
 from sft.plan.settle import Settled, engine
@@ -73,7 +74,7 @@ class Run:
             transformers.utils.logging.disable_progress_bar()
         self.report = Report(model_args, data_args, args)
         self.template = load_template(data_args.prompt_template)
-        self.memory_plan = None
+        self.memory_plan: memory.Plan | None = None
         self.identity: dict[str, str] = {}
         self.before: dict[str, str] = {}  # the identity of the run that wrote the checkpoint
         self.resume: str | None = None

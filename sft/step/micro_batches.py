@@ -155,7 +155,7 @@ class PackedBatchSampler(Sampler[list[int]]):
             seed=args.seed if args.data_seed is None else args.data_seed,
             epochs=-(-arithmetic.steps // arithmetic.steps_per_epoch),
             drop_last=args.dataloader_drop_last,
-            **size,
+            **size,  # type: ignore[arg-type]
         )
 
     def _blocks(self, epoch: int) -> Iterator[np.ndarray]:

@@ -49,7 +49,8 @@ def _with_the_models_logits(model: PreTrainedModel, kernel: Callable) -> tuple[C
     Names of transformers 5.17 to 5.23; a model that does something else is found out by sft/plan/proof.py.
     """
     config, causal = model.config, getattr(model, "get_base_model", lambda: model)()
-    scale, cap, neutral = 1.0, getattr(config, "final_logit_softcapping", None), []
+    scale, cap = 1.0, getattr(config, "final_logit_softcapping", None)
+    neutral: list[tuple[Any, str, Any]] = []
     if cap is not None:
         neutral.append((config, "final_logit_softcapping", None))
     if hasattr(config, "logits_scaling"):
@@ -62,7 +63,7 @@ def _with_the_models_logits(model: PreTrainedModel, kernel: Callable) -> tuple[C
 
 
 def _become(module: torch.nn.Module, kind: type) -> None:
-    module.__class__ = _joined(kind, type(module))
+    module.__class__ = _joined(kind, type(module))  # type: ignore[arg-type]
 
 
 @functools.cache  # layers of one class share one compiled graph

@@ -1,0 +1,17 @@
+"""docs/models.md says what the proof says."""
+
+import models
+import pytest
+from scripts import ROOT
+
+PAGE = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "granite", "mixtral", "bloom", "lfm2", "stablelm"])
+def test_the_page_says_what_the_proof_says(kind):
+    verdict = models.row(kind).split("|")[2].strip()
+    assert f"\n| {kind} | {verdict} |" in PAGE
+
+
+def test_every_architecture_is_on_the_page():
+    assert all(f"\n| {kind} | " in PAGE for kind in models.MODELS)
