@@ -210,6 +210,12 @@ def test_fsdp_with_deepspeed_is_refused(monkeypatch):
     ]
 
 
+def test_a_script_reads_its_own_command_line(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["llama_training.py", *REQUIRED, "--use_cpu", "True", "--packing", "True"])
+    assert parse()[2].packing_asked
+    assert not parse([*REQUIRED, "--use_cpu", "True"])[2].packing_asked
+
+
 def test_what_is_missing_is_named():
     with pytest.raises(UserError) as raised:
         parse([])

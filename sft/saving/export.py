@@ -70,7 +70,8 @@ def gather_weights(trainer, dtype: torch.dtype, up_to_bytes: float = math.inf) -
         import deepspeed
 
         opened = deepspeed.zero.GatheredParameters
-        # after an evaluation ZeRO-3 (0.19.8) holds weights that it fetched for the next one, and cannot split these again
+        # after a forward pass alone (an evaluation, the proof's) ZeRO-3 (0.19.8) has weights under way for a backward pass: it
+        # cannot gather those
         trainer.deepspeed.empty_partition_cache()
     trained = {name: weight for name, weight in trainer.model.named_parameters() if weight.requires_grad}
     adapter = len(trained) < len(list(trainer.model.parameters()))

@@ -44,11 +44,12 @@ class Run:
         self.weights = {name: weight for file in files for name, weight in load_file(file).items()}
 
 
-def edited_deepspeed_file(folder: Path, stage: int) -> str:
+def edited_deepspeed_file(folder: Path, stage: int, more: str = "") -> str:
     text = (ROOT / "ds_config.json").read_text()
     assert text.count('"stage": 2') == 1
-    (folder / f"stage{stage}.json").write_text(text.replace('"stage": 2', f'"stage": {stage}'))
-    return str(folder / f"stage{stage}.json")
+    file = folder / f"stage{stage}{'-more' * bool(more)}.json"
+    file.write_text(text.replace('"stage": 2', f'{more}"stage": {stage}'))
+    return str(file)
 
 
 def shares_its_gpu(words: list[str]) -> bool:
@@ -89,7 +90,10 @@ class Runs:
         words = name.split()
         flags = [] if "cuda" in words else ["--use_cpu", "True"]
         for stage in (2, 3):
-            flags += ["--deepspeed", edited_deepspeed_file(self.folder, stage)] * (f"zero{stage}" in words)
+            more = '"stage3_max_reuse_distance": 0, ' * ("ahead" in words)
+            flags += ["--deepspeed", edited_deepspeed_file(self.folder, stage, more)] * (f"zero{stage}" in words)
+        flags += ["--eval_split", "0.2", "--eval_steps", f"{HALFWAY}"] * ("evaluated" in words)
+        flags += ["--eval_strategy", "steps"] * ("evaluated" in words)
         if "fsdp" in words:
             flags += ["--fsdp", "full_shard auto_wrap" + " offload" * ("offload" in words)]
             flags += ["--fsdp_transformer_layer_cls_to_wrap", "LlamaDecoderLayer"]
@@ -197,6 +201,15 @@ def test_deepspeed_resumes_where_it_was(runs, engine):
     assert resumed.rates == pytest.approx(RATES, rel=1e-6, abs=1e-12)
     for name, weight in resumed.weights.items():
         torch.testing.assert_close(weight, whole.weights[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_zero3_saves_after_an_evaluation_with_weights_that_it_fetches_ahead(runs):
+    """A large model's weights are let go between forward and backward, and fetched ahead for a backward pass that never comes."""
+    pytest.importorskip("deepspeed")
+    run = runs.get("zero3 ahead evaluated")
+    assert (run.folder / f"checkpoint-{HALFWAY}" / "manifest.json").is_file()
+    assert "the reloaded model gives the trained model's logits" in runs.printed["zero3 ahead evaluated"]
 
 
 @pytest.mark.slow
