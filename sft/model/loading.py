@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from sft.flags import ModelArguments, TrainingArguments
-from sft.job import all_ranks_or_none, rank, say, world_size
+from sft.job import UserError, all_ranks_or_none, rank, say, world_size
 from sft.model.safe_loads import safe_loads
 
 
@@ -114,7 +114,8 @@ def load_weights(
     model = None
     with all_ranks_or_none() if handed_on else nullcontext(), safe_loads(name, deepspeed=False):
         if rank() == 0 or not handed_on:
-            model = AutoModelForCausalLM.from_pretrained(name, **given, **options)
+            model, found = AutoModelForCausalLM.from_pretrained(name, **given, **options, output_loading_info=True)
+            refuse_new_weights(name, found)
     if not handed_on:
         return model
     weights = model.parameters() if model else ()
@@ -122,6 +123,20 @@ def load_weights(
     handed = [model and copy.deepcopy(model, zeros)]  # config, ties and buffers are those of rank 0
     torch.distributed.broadcast_object_list(handed)
     return model or handed[0]
+
+
+def refuse_new_weights(name: str, found: dict[str, Any]) -> None:
+    """Raise a UserError when the checkpoint lacks weights of the model: transformers fills them in at random, with a warning."""
+    missing, unexpected = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
+    if not missing:
+        return
+    others = f" It has {len(unexpected)} that the model does not know, such as {unexpected[0]}." if unexpected else ""
+    if any(key.startswith("_orig_mod.") for key in unexpected):
+        others += " torch.compile put _orig_mod. before their names: save the model without it, or remove that from the names."
+    raise UserError(
+        f"{name}: {len(missing)} of the model's weights are not in the checkpoint, such as {missing[0]}; they would be trained from "
+        f"random numbers.{others} Download the model again, or take a checkpoint that is complete."
+    )
 
 
 def numel(parameter: torch.Tensor) -> int:
