@@ -131,7 +131,7 @@ def refuse_new_weights(name: str, found: dict[str, Any]) -> None:
     if not missing:
         return
     others = f" It has {len(unexpected)} that the model does not know, such as {unexpected[0]}." if unexpected else ""
-    if any(key.startswith("_orig_mod.") for key in unexpected):
+    if any(key.startswith("_orig_mod.") for key in unexpected):  # the name that torch.compile gives
         others += " torch.compile put _orig_mod. before their names: save the model without it, or remove that from the names."
     raise UserError(
         f"{name}: {len(missing)} of the model's weights are not in the checkpoint, such as {missing[0]}; they would be trained from "

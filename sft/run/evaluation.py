@@ -131,8 +131,14 @@ class EarlyStop(transformers.TrainerCallback):
     def __init__(self, patience: int):
         self.patience = patience
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        # a run that stopped here, and was killed before its model was exported, takes no further step
+        self.on_evaluate(args, state, control)
+
     def on_evaluate(self, args, state, control, **kwargs):
         losses = [(entry["eval_loss"], entry["step"]) for entry in state.log_history if "eval_loss" in entry]
+        if not losses:
+            return
         # a NaN is lower than nothing, and nothing is lower than a NaN
         best = min(range(len(losses)), key=lambda index: (math.isnan(losses[index][0]), losses[index][0]))
         if len(losses) - 1 - best >= self.patience:

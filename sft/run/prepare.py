@@ -78,6 +78,7 @@ class Run:
         self.identity: dict[str, str] = {}
         self.before: dict[str, str] = {}  # the identity of the run that wrote the checkpoint
         self.resume: str | None = None
+        self.lock: Any = None  # of the output folder
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -95,6 +96,7 @@ class Run:
         with all_ranks_or_none():
             if problems := check_vocabulary(tokenizer, loading.load_config(self.model_args)):
                 raise UserError(problems)
+            self.lock = checkpoint.hold_output_dir(self.args.output_dir)
         self.resume = resume.choose_checkpoint(self.args)
         self.before = resume.saved_identity(self.resume) if self.resume else {}
         longest = int(data_module["train_dataset"].lengths.max())
@@ -182,8 +184,7 @@ class Run:
         """Export and prove the trained model, or say how to continue a run that was stopped; all ranks together."""
         if trainer.stops.ended_early(trainer.state):
             self.report.finish(trainer.meter.summary())
-            step, steps = trainer.state.global_step, trainer.state.max_steps
-            say(f"stopped at step {step:,} of {steps:,}. To continue:\n  {command_to_continue()}")
+            self._say_how_to_continue(trainer.state.global_step, trainer.state.max_steps)
         else:
             proved = self._export(trainer)
             self.report.finish(trainer.meter.summary())
@@ -191,9 +192,27 @@ class Run:
                 write_card(Path(self.args.output_dir), self.args.hub_model_id)
                 export.complete(self.args.output_dir, trainer.state.global_step, proved)
                 export.upload(trainer)
+        if self.lock:
+            self.lock.release()
         # a rank that leaves while another still merges or writes aborts now and then (gloo's threads, torch 2.13)
         trainer.accelerator.wait_for_everyone()
         trainer.accelerator.end_training()
+
+    def _say_how_to_continue(self, step: int, steps: int) -> None:
+        """Raises SystemExit 4 when the last steps could not be saved."""
+        newest = next(iter(checkpoint.newest_first(self.args.output_dir)), None)
+        if newest is not None and checkpoint.step_of(newest) == step:
+            say(f"stopped at step {step:,} of {steps:,}. To continue:\n  {command_to_continue()}")
+            return
+        there = f"{newest.name} is the newest checkpoint" if newest else "there is no checkpoint"
+        if rank() == 0:
+            print(
+                f"error: stopped at step {step:,} of {steps:,}, and checkpoint-{step} was not saved (see the warning above): {there}, so the "
+                f"steps since then are lost. Make room in {self.args.output_dir}, then continue:\n  {command_to_continue()}",
+                file=sys.stderr,
+                flush=True,
+            )
+        raise SystemExit(4)
 
     def _export(self, trainer: SupervisedTrainer) -> list[str]:
         """Write the tuned model, its tokenizer and its prompt template for plain transformers; return what was proved of them."""

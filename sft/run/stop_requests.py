@@ -1,7 +1,7 @@
 """Early stops by a signal: finish the step, save, and say how to continue.
 
-    SIGTERM, SIGINT, SIGUSR1    finish the optimizer step, save a whole checkpoint on all ranks, exit 0
-    a second one                stop at once
+    SIGTERM, SIGINT, SIGHUP, SIGUSR1    finish the optimizer step, save a whole checkpoint on all ranks, exit 0
+    a second one                        stop at once
 
 torchrun passes SIGTERM and SIGINT on to its processes and kills them 30 s later. A large checkpoint needs more time, and a
 scheduler may send SIGUSR1: `torchrun --signals-to-handle SIGTERM,SIGINT,SIGUSR1 --shutdown-timeout 600` (torch 2.13).
@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 
 from sft.job import rank
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 ONE_PRESS_S = 2.0  # a scheduler and torchrun may both pass on the same request; later ones are a second request
 
 
@@ -31,7 +31,8 @@ class StopRequests(TrainerCallback):
         self._before: dict = {}
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        heeded = [number for number in SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._on_signal) for number in heeded}  # nohup ignores SIGHUP
 
     def on_train_end(self, args, state, control, **kwargs):
         for number, handler in self._before.items():

@@ -125,8 +125,8 @@ class SupervisedTrainer(Trainer):
     def _run_epoch(self, **kwargs) -> None:
         if self.sampler:
             self.sampler.set_epoch(kwargs["epoch"])
-        # transformers 5.23 resumes a run at its end with one step more
-        if self.state.global_step < self.state.max_steps:
+        # transformers 5.23 resumes a run at its end, or past its early stop, with one step more
+        if self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
             super()._run_epoch(**kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

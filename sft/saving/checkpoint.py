@@ -9,7 +9,9 @@ import json
 import os
 import re
 import shutil
+import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from filelock import FileLock, Timeout
 
 from sft.job import UserError, local_rank, rank, say, swapped, sync, world_size
 
@@ -195,6 +198,30 @@ def exit_on_failed_save(final: Path) -> Iterator[None]:
         if rank() == 0:
             shutil.rmtree(final.parent / INCOMPLETE, ignore_errors=True)  # room on a full disk
         raise SystemExit(2) from error
+
+
+def hold_output_dir(output_dir: str) -> FileLock | None:
+    """Lock the output folder for this run (rank 0): a second run would remove the files that this one is writing.
+
+    The kernel lets go of the lock when its process ends, also by SIGKILL. Raises UserError with who holds it.
+    """
+    if rank() != 0:
+        return None
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    # one object for each folder and process, which may take it again: tests train twice in one process
+    lock, owner = FileLock(folder / ".run.lock", timeout=0, is_singleton=True), folder / ".run"
+    try:
+        lock.acquire()
+    except Timeout:
+        who = owner.read_text("utf-8") if owner.is_file() else "another process"
+        raise UserError(
+            f"{output_dir}: another run writes there ({who.strip()}). Wait for it, or name another --output_dir."
+        ) from None
+    owner.write_text(
+        f"host {socket.gethostname()}, process {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n", "utf-8"
+    )
+    return lock
 
 
 def too_little_space(output_dir: Path, step: int) -> bool:

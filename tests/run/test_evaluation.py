@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -247,3 +248,22 @@ def test_rows_that_cannot_be_evaluated(tiny_llama, questions_csv, tmp_path, monk
     (problem,) = error.value.problems
     assert problem.startswith(message.format(csv=tmp_path / "eval.csv"))
     assert not (tmp_path / "model").exists()
+
+
+def test_a_run_that_stopped_early_and_was_killed_in_its_export_takes_no_further_step(
+    tiny_llama, questions_csv, tmp_path, monkeypatch, capsys
+):
+    from sft.run.prepare import Run
+
+    def killed(self, trainer):
+        raise KeyboardInterrupt
+
+    flags = flags_for(tiny_llama, questions_csv, tmp_path / "out", EVALUATED)
+    flags += "--early_stopping_patience 1 --learning_rate 5 --eval_steps 1 --save_strategy steps --save_steps 1 --max_steps 8".split()
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Run, "_export", killed)
+        utils.train(load_llama_tokenizer, flags)
+    stopped = int(re.search(r"stopped at step (\d+): the evaluation loss was lowest", capsys.readouterr().out)[1])
+    trainer = utils.train(load_llama_tokenizer, [*flags, "--resume_from_checkpoint", "True"])
+    assert 0 < stopped < 8 and trainer.state.global_step == stopped
+    assert (tmp_path / "out" / "COMPLETE.json").is_file()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jobs
 import pytest
-from saved_runs import choose, flags_for, losses, same_weights
+from saved_runs import choose, flags_for, losses, same_weights, signal_at, train
 from scripts import ROOT
 
 from sft.run import stop_requests
@@ -175,3 +175,33 @@ def test_torchrun_restarts_a_killed_worker_and_the_weights_are_those_of_a_quiet_
     assert losses(tmp_path / "disturbed") == losses(tmp_path / "quiet")
     assert same_weights(tmp_path / "disturbed", tmp_path / "quiet")
     assert (tmp_path / "disturbed" / export.COMPLETE).is_file()
+
+
+def test_a_stop_that_could_not_be_saved_says_what_is_lost_and_fails(
+    tiny_llama, questions_csv, tmp_path, monkeypatch, capsys
+):
+    from sft.saving import checkpoint
+
+    signal_at(monkeypatch, 5)
+    real = checkpoint.too_little_space
+    monkeypatch.setattr(checkpoint, "too_little_space", lambda folder, step: step == 5 or real(folder, step))
+    with pytest.raises(SystemExit) as ended:
+        train(*flags_for(tiny_llama, questions_csv, tmp_path / "out"))
+    assert ended.value.code == 4
+    printed = capsys.readouterr().err
+    assert (
+        "stopped at step 5 of 16, and checkpoint-5 was not saved" in printed and "checkpoint-3 is the newest" in printed
+    )
+
+
+def test_sighup_stops_like_sigterm_unless_it_is_ignored(tiny_llama, questions_csv, tmp_path, monkeypatch, capsys):
+    signal_at(monkeypatch, 2, signal.SIGHUP)
+    monkeypatch.setattr(stop_requests, "ONE_PRESS_S", 100)
+    train(*flags_for(tiny_llama, questions_csv, tmp_path / "out"))
+    assert "stopped at step 2 of 16. To continue:" in capsys.readouterr().out
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup leaves it
+    try:
+        trainer = train(*flags_for(tiny_llama, questions_csv, tmp_path / "nohup", "--max_steps", "3"))
+        assert trainer.state.global_step == 3
+    finally:
+        signal.signal(signal.SIGHUP, before)

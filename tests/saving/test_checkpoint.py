@@ -4,12 +4,14 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from saved_runs import choose, flags_for, losses, same_weights, train
+from scripts import ROOT
 
 from sft.job import UserError
 from sft.report import record
@@ -348,3 +350,22 @@ def test_how_many_checkpoints_lie_on_the_disk_at_once():
     assert kept(20) == 10
     assert kept(None, "epoch") == 3
     assert kept(None, "no") == 1
+
+
+HOLD = """
+import sys, time
+from sft.saving import checkpoint
+lock = checkpoint.hold_output_dir(sys.argv[1])
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_second_run_into_the_same_folder_is_refused_until_the_first_has_ended(tmp_path):
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "out")]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=rf"another run writes there \(host .*, process {first.pid}, since 20"):
+            checkpoint.hold_output_dir(str(tmp_path / "out"))
+        first.kill()
+    checkpoint.hold_output_dir(str(tmp_path / "out")).release()
