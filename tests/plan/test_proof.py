@@ -1,5 +1,6 @@
 """Proof by behaviour: what computes right passes, and each property fails when it is broken on purpose."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -109,6 +110,27 @@ def test_each_property_fails_when_it_is_broken(broken):
     fault = proof.try_out(model, way, examples, alone).fault
     wanted = {"borders": "examples see each other", "gradient": "an example's gradient"}
     assert fault is None if broken is None else fault and wanted.get(broken, "") in fault
+
+
+def test_a_gradient_that_is_not_a_number_alone_is_a_fault():
+    model = large_weights()
+    examples, alone = way_of(model)
+    alone[1] = (alone[1][0], float("nan"))
+
+    def way(batch: list[dict], which: int) -> torch.Tensor:
+        return proof.stock(model, batch, which)
+
+    assert "an example's gradient" in proof.try_out(model, way, examples, alone).fault
+
+
+def test_rows_of_three_tokens_are_proved_on():
+    ids = torch.tensor([1, 5, 2])
+    short = [{"input_ids": ids + n, "labels": torch.where(torch.arange(3) > 0, ids + n, -100)} for n in range(3)]
+    model = large_weights()
+    examples = proof.short_examples(short)
+    found = proof.try_out(model, partial(proof.stock, model), examples, proof.losses_alone(model, examples))
+    assert found.fault is None
+    assert len(examples) == 3
 
 
 def test_a_token_that_sees_later_ones_is_seen():
