@@ -23,13 +23,10 @@ from sft.step.modules import exchange
 from sft.step.packed_rows import PackedCollator
 
 Example = dict[str, torch.Tensor]  # input_ids, labels: (tokens,)
-Way = Callable[
-    [list[Example], int], torch.Tensor
-]  # (examples, which) -> the summed loss of one, computed together with the others
-EXAMPLES, TOKENS = (
-    3,
-    64,
-)  # enough for a border on each side of an example; a few hundred tokens take a fraction of a second
+# (examples, which) -> the summed loss of one, computed together with the others
+Way = Callable[[list[Example], int], torch.Tensor]
+# enough for a border on each side of an example; a few hundred tokens take a fraction of a second
+EXAMPLES, TOKENS = 3, 64
 
 
 class Proof(NamedTuple):
@@ -75,14 +72,12 @@ def prove(
     kinds = getattr(config, "layer_types", None) or []
     layers = max([2, *(kinds.index(kind) + 1 for kind in set(kinds))])
     small = with_layers(config, min(layers, config.num_hidden_layers))
-    if getattr(
-        small, "output_router_logits", False
-    ):  # its loss is a mean over all tokens of a batch: each way has its own
+    if getattr(small, "output_router_logits", False):
+        # its loss is a mean over all tokens of a batch: each way has its own
         small.output_router_logits = False
     half = compute_dtype(args) if kernel in (attention.TRITON, attention.VARLEN) else torch.float32
-    if (
-        half != torch.float32
-    ):  # these kernels take no float32: what packing does to the model itself is seen without them
+    if half != torch.float32:
+        # these kernels take no float32: what packing does to the model itself is seen without them
         structure = prove(model_args, args, config, dataset, attention.PER_EXAMPLE)
         if structure.fault:
             return structure

@@ -140,7 +140,7 @@ class Run:
         if args.packing:
             share = group_by_prefix if settled.prefixes.value else None
             data_module = data_module | {"data_collator": PackedCollator(share)}
-        trainer = SupervisedTrainer(
+        return SupervisedTrainer(
             model=model,
             args=args,
             processing_class=tokenizer,
@@ -152,7 +152,6 @@ class Run:
             callbacks=callbacks,
             **data_module,
         )
-        return trainer
 
     def _write_checkpoint(self, trainer: SupervisedTrainer, write) -> None:
         identity = self.identity

@@ -67,9 +67,8 @@ def model_bytes(trainer, export_dtype: torch.dtype) -> int:
 def checkpoint_bytes(trainer) -> int:
     """Size of one checkpoint: what is trained, in float32, and two AdamW moments; under DeepSpeed its own layout."""
     each = 12
-    if (
-        trainer.is_deepspeed_enabled
-    ):  # the Trainer's copy and DeepSpeed's in the compute type; float32 master and moments
+    if trainer.is_deepspeed_enabled:
+        # the Trainer's copy and DeepSpeed's in the compute type; float32 master and moments
         each += 2 * trainer.model.dtype.itemsize
     elif trainer.is_fsdp_enabled and "FULL" in str(trainer.accelerator.state.fsdp_plugin.state_dict_type):
         each = 16

@@ -81,9 +81,8 @@ class LossHead(torch.nn.Module):
     targets: torch.Tensor | None = None
     plain = False  # an `nn.Linear` and nothing more: its weight may be used directly
     kernel: Callable
-    neutral: list[
-        tuple[Any, str, Any]
-    ]  # attributes of the model that hold a value of no effect while the loss is computed
+    # attributes of the model that hold a value of no effect while the loss is computed
+    neutral: list[tuple[Any, str, Any]]
     auxiliary = 0.0  # weight of a router's loss
 
     def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
