@@ -79,6 +79,8 @@ def expected(content: bytes) -> list[tuple[int, list[int]]] | None:
     named = [name for name in header if name]
     if "prompt" not in header or "response" not in header or len(set(named)) < len(named) or len(records) < 2:
         return None
+    if any("\0" in name for name in header):
+        return None
     examples = []
     for number, record in enumerate(records[1:], start=2):
         if (record and len(record) != len(header)) or any("\0" in cell for cell in record):
