@@ -1,5 +1,6 @@
 """Put an instruction into its prompt: the same text in training, in evaluation and when the tuned model is asked."""
 
+import json
 from pathlib import Path
 
 from sft.job import UserError
@@ -28,3 +29,28 @@ def load_template(prompt_template: str) -> str:
             "Write it once, where the source column's text belongs."
         )
     return template
+
+
+CHAT_TEMPLATE = """\
+{%- if tools %}{{ raise_exception("This model was trained without tools.") }}{% endif -%}
+{%- for message in messages -%}
+    {%- if loop.first and message["role"] == "user" -%}
+        {{- PROMPT -}}
+    {%- elif loop.index == 2 and message["role"] == "assistant" -%}
+        {%- generation -%}{{- message["content"] + eos_token -}}{%- endgeneration -%}
+    {%- else -%}
+        {{- raise_exception("This model was trained on one instruction and its answer: it takes one user message, no system message and no second turn.") -}}
+    {%- endif -%}
+{%- endfor -%}
+"""
+
+
+def chat_template(template: str) -> str:
+    """The Jinja text that renders a user's message as the template's prompt, and an assistant's as the answer with its EOS.
+
+    Without BOS, which depends on the tokenizer. A role or turn that training never saw is refused where it is rendered.
+    """
+    before, after = template.split("{instruction}")
+    literals = [json.dumps(part, ensure_ascii=False) if part else "" for part in (before, after)]
+    prompt = " + ".join(filter(None, (literals[0], 'message["content"]', literals[1])))
+    return CHAT_TEMPLATE.replace("PROMPT", prompt)

@@ -1,0 +1,34 @@
+"""The chat template renders what training saw, letter by letter, and refuses what it never saw."""
+
+import pytest
+from jinja2 import TemplateError
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from sft.data.template import ALPACA_TEMPLATE, chat_template
+
+ODD = 'Q "q" \\n é {{ x }} {% if %} {# no #}\r\n\t{instruction}\r\n\x07 A\'s\n'
+USER = {"role": "user", "content": " a {{ b }}\r\n"}
+ANSWER = {"role": "assistant", "content": " yes\n"}
+
+
+def render(template: str, *messages: dict, **more) -> tuple:
+    jinja = chat_template(template)
+    return render_jinja_template([list(messages)], chat_template=jinja, eos_token="</s>", **more)
+
+
+@pytest.mark.parametrize("template", ["{instruction}", ALPACA_TEMPLATE, ODD])
+def test_a_users_message_becomes_the_trained_prompt_and_the_answer_is_marked(template):
+    prompt = template.replace("{instruction}", USER["content"])
+    assert render(template, USER, add_generation_prompt=True)[0] == [prompt]
+    assert render(template, USER, ANSWER, return_assistant_tokens_mask=True) == (
+        [prompt + " yes\n</s>"],
+        [[(len(prompt), len(prompt + " yes\n</s>"))]],
+    )
+
+
+@pytest.mark.parametrize("messages", [[{"role": "system", "content": "x"}, USER], [USER, ANSWER, USER], [ANSWER]])
+def test_what_training_never_saw_is_refused(messages):
+    with pytest.raises(TemplateError, match="one user message, no system message and no second turn"):
+        render(ALPACA_TEMPLATE, *messages)
+    with pytest.raises(TemplateError, match="trained without tools"):
+        render(ALPACA_TEMPLATE, USER, tools=[{"type": "function"}])
