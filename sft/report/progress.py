@@ -18,6 +18,7 @@ class ReportCallback(transformers.TrainerCallback):
         self.report = report
         self.bar = tqdm(disable=True)
         self.first: tuple[float, int] | None = None  # when and at which step the first line was printed
+        self.first_step_pending = True
         self.evaluated = 0.0  # when the loss of the last evaluation was known
         self.recorded = 0  # entries of the Trainer's log that are in the record
 
@@ -30,7 +31,14 @@ class ReportCallback(transformers.TrainerCallback):
         self._record_numbers(state)
         self.report.write()
 
+    def on_step_begin(self, args, state, control, **kwargs):
+        if self.first_step_pending:
+            self.report.enter("first_step")
+
     def on_step_end(self, args, state, control, **kwargs):
+        if self.first_step_pending:
+            self.report.enter("steps")
+            self.first_step_pending = False
         self.bar.update(state.global_step - self.bar.n)
         if state.global_step >= state.max_steps and args.logging_strategy != "no":
             # else the last steps are not shown, and the final mean takes them from rank 0 alone (transformers 5.23)
@@ -46,7 +54,7 @@ class ReportCallback(transformers.TrainerCallback):
             self._print(live_line(logs, state.global_step, state.max_steps, left, args.device.type))
         if "eval_loss" in logs:
             self._print(evaluation_line(logs, state))
-            self.report.add_seconds("evaluate", logs["eval_runtime"])
+            self.report.move_seconds("evaluate", logs["eval_runtime"])
             self.evaluated = time.perf_counter()
         if "train_runtime" in logs:
             minutes = clock(logs["train_runtime"])
@@ -55,10 +63,12 @@ class ReportCallback(transformers.TrainerCallback):
         if state.is_world_process_zero:
             self._record_numbers(state)
             self.report.write(spare=True)
-        self.report.add_seconds("report", time.perf_counter() - began)
+        self.report.move_seconds("report", time.perf_counter() - began)
 
     def on_evaluate(self, args, state, control, **kwargs):
-        self.report.add_seconds("evaluate", time.perf_counter() - self.evaluated)  # the samples were answered meanwhile
+        self.report.move_seconds(
+            "evaluate", time.perf_counter() - self.evaluated
+        )  # the samples were answered meanwhile
         self.bar.set_postfix_str("")
 
     def on_train_end(self, args, state, control, **kwargs):

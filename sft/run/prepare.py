@@ -92,6 +92,7 @@ class Run:
         Raises:
             UserError: token ids have no embedding, or another run made the checkpoint.
         """
+        self.report.enter("plan")
         tokenizer = data_module["data_collator"].tokenizer
         with all_ranks_or_none():
             if problems := check_vocabulary(tokenizer, loading.load_config(self.model_args)):
@@ -162,10 +163,9 @@ class Run:
 
     def _rehearse(self, trainer: SupervisedTrainer) -> None:
         began = time.perf_counter()
-        what = rehearse(trainer, export_dtype(self.args))
-        seconds = time.perf_counter() - began
-        self.report.add_seconds("rehearsal", seconds)
-        say(f"save rehearsal: {what}, {seconds:.1f} s")
+        with self.report.phase("rehearsal"):
+            what = rehearse(trainer, export_dtype(self.args))
+        say(f"save rehearsal: {what}, {time.perf_counter() - began:.1f} s")
 
     def training(self, trainer: SupervisedTrainer, settled: Settled) -> contextlib.ExitStack:
         """The phase in which the model is trained: what a checkpoint holds is loaded without running code."""
@@ -181,6 +181,7 @@ class Run:
 
     def finish(self, trainer: SupervisedTrainer) -> None:
         """Export and prove the trained model, or say how to continue a run that was stopped; all ranks together."""
+        self.report.enter("end")
         if trainer.stops.ended_early(trainer.state):
             self.report.finish(trainer.meter.summary())
             self._say_how_to_continue(trainer.state.global_step, trainer.state.max_steps)
@@ -196,6 +197,7 @@ class Run:
         # a rank that leaves while another still merges or writes aborts now and then (gloo's threads, torch 2.13)
         trainer.accelerator.wait_for_everyone()
         trainer.accelerator.end_training()
+        say(self.report.phases())
 
     def _say_how_to_continue(self, step: int, steps: int) -> None:
         """Raises SystemExit 4 when the last steps could not be saved."""

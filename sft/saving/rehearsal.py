@@ -79,8 +79,9 @@ def checkpoints_kept(trainer) -> int:
     """How many checkpoints lie on the disk at the worst moment: a new one is whole before an old one goes."""
     args, state = trainer.args, trainer.state
     by_steps = math.ceil(state.max_steps / max(1, state.save_steps or 1))
-    # a stop saves one, whatever the strategy
     made = max(1, {"steps": by_steps, "epoch": math.ceil(args.num_train_epochs)}.get(args.save_strategy.value, 1))
+    if args.save_strategy.value == "no":
+        made = 0  # a stop saves one where there is room, and prints it where there is none
     return min(made, args.save_total_limit + 1) if args.save_total_limit else made
 
 
@@ -95,7 +96,8 @@ def check_space(output_dir: Path, checkpoint: int, kept: int, model: int) -> str
     free = shutil.disk_usage(there).free
     mine = sum(sum(files_in(old).values()) for old in newest_first(output_dir))
     needed = kept * checkpoint + model
-    line = f"disk: {kept} checkpoint{'s' * (kept != 1)} x {gb(checkpoint)} + model {gb(model)} = {gb(needed)}; "
+    checkpoints = f"{kept} checkpoint{'s' * (kept != 1)} x {gb(checkpoint)} + "
+    line = f"disk: {checkpoints * (kept > 0)}model {gb(model)}{f' = {gb(needed)}' * (kept > 0)}; "
     line += f"{gb(free)} free in {there}" + (f", {gb(mine)} in its checkpoints" if mine else "")
     if needed > free + mine:
         cure = "Keep fewer checkpoints (--save_total_limit 1, larger --save_steps) or use another --output_dir."

@@ -77,8 +77,19 @@ def test_what_the_record_says_of_the_run(watched):
     ]
     assert record["final"]["shared_share"] == pytest.approx(sum(shared) / int(train.lengths.sum())) and sum(shared) > 0
     assert record["final"]["model_flops"] == by_hand(shape, train, shared)
-    assert {"data", "load", "train", "evaluate", "save", "report"} <= set(record["durations_s"])
-    assert 0 < record["final"]["train_steps_s"] < record["durations_s"]["train"]
+
+
+def test_each_second_of_the_command_stands_in_one_phase(watched):
+    durations = watched.record["durations_s"]
+    phases = "start data plan load train rehearsal first_step steps evaluate save proof report end"
+    assert set(durations) == set(phases.split()) and min(durations.values()) >= 0
+    steps = durations["first_step"] + durations["steps"]
+    assert 0 < watched.record["final"]["train_steps_s"] < steps + durations["report"] + durations["train"]
+    line = watched.printed.splitlines()[-1]
+    printed = [float(number) for number in re.findall(r" ([\d.]+)", line)]
+    assert line.startswith("seconds: start ") and line.endswith(" in all")
+    assert sum(printed[:-1]) == pytest.approx(printed[-1], abs=0.05 * len(printed))
+    assert printed[-1] == pytest.approx(watched.age, abs=0.03 * watched.seconds + 0.05)
 
 
 def by_hand(shape, dataset, shared):

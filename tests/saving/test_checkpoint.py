@@ -336,7 +336,7 @@ def refuse_to_write_below(folder: Path, real):
     return mkdir
 
 
-def test_how_many_checkpoints_lie_on_the_disk_at_once():
+def test_how_many_checkpoints_lie_on_the_disk_at_once(tmp_path):
     def kept(limit, strategy="steps", steps=100, every=10):
         args = SimpleNamespace(
             save_strategy=SimpleNamespace(value=strategy), save_total_limit=limit, num_train_epochs=3
@@ -349,7 +349,9 @@ def test_how_many_checkpoints_lie_on_the_disk_at_once():
     assert kept(1) == 2  # the old one goes when the new one is whole
     assert kept(20) == 10
     assert kept(None, "epoch") == 3
-    assert kept(None, "no") == 1
+    assert kept(None, "no") == 0
+    assert kept(None, "best") == 1
+    assert rehearsal.check_space(tmp_path, 10**18, 0, 1000).startswith("disk: model 1e-06 GB; ")
 
 
 HOLD = """

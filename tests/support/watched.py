@@ -4,9 +4,12 @@ import contextlib
 import io
 import json
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
+
+import psutil
 
 import utils
 from sft.data.llama_tokenizer import load_llama_tokenizer
@@ -30,14 +33,19 @@ def flags_for(model: Path, csv: Path, output: Path, *more: str) -> list[str]:
 
 
 def watch(model: Path, csv: Path, output: Path, *more: str) -> SimpleNamespace:
-    """Train. Returns: the trainer, the output folder, what was printed, the record; two secrets were in play."""
+    """Train. Two secrets are in play.
+
+    Returns: the trainer, the output folder, what was printed, the record; seconds of the run, and of this process.
+    """
     command = ["llama_training.py", "--hub_token", SECRET, "--run_name", f"with {SECRET_IN_ENVIRONMENT}"]
-    printed = io.StringIO()
+    printed, began = io.StringIO(), time.time()
     with (
         mock.patch.dict("os.environ", {"WANDB_API_KEY": SECRET_IN_ENVIRONMENT}),
         mock.patch.object(sys, "argv", command),
         contextlib.redirect_stdout(printed),
     ):
         trainer = utils.train(load_llama_tokenizer, flags_for(model, csv, output, f"--hub_token {SECRET}", *more))
+    seconds, age = time.time() - began, time.time() - psutil.Process().create_time()
     record = json.loads((output / "run_report.json").read_text())
-    return SimpleNamespace(trainer=trainer, folder=output, printed=printed.getvalue(), record=record)
+    watched = {"trainer": trainer, "folder": output, "printed": printed.getvalue(), "record": record}
+    return SimpleNamespace(**watched, seconds=seconds, age=age)
