@@ -29,7 +29,7 @@ format: $(DEV)  ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-readme: $(RUN)  ## put the flags and the map of the code into README.md
+readme: $(RUN)  ## put the flags and the map of the code into docs/
 	$(BIN)/python .ci/readme.py
 
 bench-data: $(DEV)  ## rows per second of the data path

@@ -1,7 +1,4 @@
-"""Rewrite what comes from the code: README.md's flags and map, and docs/flags.md. `make readme`; tests/docs/test_readme.py compares.
-
-Such a part stands between <!-- begin NAME --> and <!-- end NAME -->.
-"""
+"""Rewrite what comes from the code: the map in docs/code.md, and docs/flags.md. `make readme`; tests/docs/test_readme.py compares."""
 
 import ast
 import sys
@@ -23,7 +20,7 @@ OTHER_FILES = {  # what is not Python and so has no docstring
     "examples/facts.csv": "587 rows of facts, the demo's data; examples/make_facts.py wrote them.",
     "examples/slurm.sh": "Several machines under Slurm.",
     "benchmarks/LOG.md": "What was tried, predicted and measured, failures included.",
-    "benchmarks/results/": "What the tables above were made from.",
+    "benchmarks/results/": "What the tables of docs/results.md were made from.",
     "benchmarks/run_multi_gpu.sh": "All that needs several GPUs, stage by stage.",
     "tests/": "One file for each of these; CPU, offline.",
     "Makefile": "`make help` lists its targets.",
@@ -32,19 +29,17 @@ OTHER_FILES = {  # what is not Python and so has no docstring
 ORDER = ("llama_training.py", "xgen_training.py", "utils.py", "sft", "ds_config.json", "requirements", "examples")
 
 
-def render(readme: str) -> str:
-    """The README with its generated parts as the code is now."""
-    for name, part in (("flags", flags.flags_table()), ("map", f"```text\n{code_map()}\n```")):
-        begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->"
-        before, rest = readme.split(begin)
-        readme = f"{before}{begin}{part}\n{end}{rest.split(end, 1)[1]}"
-    return readme
+def render(page: str) -> str:
+    """docs/code.md with its map as the code is now, between <!-- begin map --> and <!-- end map -->."""
+    begin, end = "<!-- begin map -->\n", "<!-- end map -->"
+    before, rest = page.split(begin)
+    return f"{before}{begin}```text\n{code_map()}\n```\n{end}{rest.split(end, 1)[1]}"
 
 
 def flags_page() -> str:
     """docs/flags.md, for the version of transformers that is installed."""
     version = ".".join(transformers.__version__.split(".")[:2])
-    return f"""# Flags
+    return f"""# What flags are there, and what becomes of the Trainer's own?
 
 `make readme` writes this page from the code. `--help` has the same texts.
 
@@ -84,6 +79,6 @@ def first_line(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    path = ROOT / "README.md"
+    path = ROOT / "docs" / "code.md"
     path.write_text(render(path.read_text(encoding="utf-8")), encoding="utf-8")
     (ROOT / "docs" / "flags.md").write_text(flags_page(), encoding="utf-8")

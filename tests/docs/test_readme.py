@@ -1,4 +1,4 @@
-"""The README against the code: its commands parse, its parts that come from the code are the code's, what it quotes is printed."""
+"""README and docs/ against the code: commands parse, parts that come from the code are the code's, what is quoted is printed."""
 
 import ast
 import csv
@@ -24,7 +24,15 @@ from sft import flags, flags_2023, generate, job
 from sft.data.llama_tokenizer import load_llama_tokenizer
 from sft.flags import ModelArguments
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))
+}
+README, ORIGINAL_PAGE, RESULTS = PAGES["README.md"], PAGES["docs/original.md"], PAGES["docs/results.md"]
+
+
+def test_the_first_page_is_one():
+    assert len(README.splitlines()) <= 240 and len(README.encode()) <= 18_000
 
 
 def commands(text: str) -> list[str]:
@@ -72,7 +80,7 @@ def check_script(script: str, words: list[str]) -> None:
         assert all(f'"{word}"' in source for word in words if word.startswith("-")), script
 
 
-@pytest.mark.parametrize("command", commands(README))
+@pytest.mark.parametrize("command", dict.fromkeys(commands("\n".join(PAGES.values()))))
 def test_every_command_is_understood(command, monkeypatch):
     monkeypatch.chdir(ROOT)
     if "--deepspeed" in command:
@@ -126,16 +134,19 @@ XGEN |= {"output": "./xgen-7b-4k-open-instruct", "batch": 1, "accumulation": 32,
 
 
 def test_the_originals_commands_stand_there_word_for_word_with_what_they_become():
-    blocks = re.findall(r"<!-- original command -->\n(```bash\n.*?^```)", README, re.S | re.M)
-    original = [shlex.split(commands(block)[0]) for block in blocks]
-    assert original == [shlex.split(ORIGINAL.format(**recipe)) for recipe in (LLAMA, XGEN)]
+    def original_in(page: str) -> list[list[str]]:
+        blocks = re.findall(r"<!-- original command -->\n(```bash\n.*?^```)", page, re.S | re.M)
+        return [shlex.split(commands(block)[0]) for block in blocks]
+
+    original = [shlex.split(ORIGINAL.format(**recipe)) for recipe in (LLAMA, XGEN)]
+    assert original_in(ORIGINAL_PAGE) == original and original_in(README) == original[:1]
     for words in original:
         for notice in flags_2023.translate(words[3:])[1]:
-            assert f"\n{notice}\n" in README
+            assert f"\n{notice}\n" in ORIGINAL_PAGE and f"\n{notice}\n" in README
 
 
 def test_the_originals_parameters_are_all_understood(capsys):
-    table = re.search(r"\| original \| today .*?\n\n", README, re.S)[0]
+    table = re.search(r"\| original \| today .*?\n\n", ORIGINAL_PAGE, re.S)[0]
     names = re.findall(r"^\| `(\w+)` \|", table, re.M)
     assert names[0] == "nproc_per_node" and len(names) == 23
     values = {
@@ -152,12 +163,12 @@ def test_the_originals_parameters_are_all_understood(capsys):
         assert re.search(rf"`--{old} \S+` is now `--{new} ", printed), old
 
 
-def test_flags_and_map_are_the_codes():
-    assert readme.render(README) == README, "README.md is behind the code: make readme"
-    assert "| `--packing` | `True` |" in README
-    assert "sft/run/trainer.py  " in README
-    behind = README.replace("sft/run/trainer.py  ", "sft/gone.py  ")
-    assert readme.render(behind) == README
+def test_the_map_is_the_codes():
+    page = PAGES["docs/code.md"]
+    assert readme.render(page) == page, "docs/code.md is behind the code: make readme"
+    assert "sft/run/trainer.py  " in page
+    behind = page.replace("sft/run/trainer.py  ", "sft/gone.py  ")
+    assert readme.render(behind) == page
 
 
 def test_the_page_of_flags_is_the_codes():
@@ -192,15 +203,25 @@ def test_help_shows_every_flag_of_the_table():
         assert " ".join(text.replace("%%", "%").split()) in printed.replace("- ", "-") or text in printed, flag
 
 
-def test_links_lead_somewhere():
-    anchors = {
-        re.sub(r"[^\w\- ]", "", line.lower()).strip().replace(" ", "-")
-        for line in re.findall(r"^#+ (.*)", README, re.M)
-    }
-    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", README):
+def anchors(page: str) -> set[str]:
+    titles = re.findall(r"^#+ (.*)", page, re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_lead_somewhere(name):
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", PAGES[name]):
         path, _, anchor = target.partition("#")
-        assert not path or (ROOT / path).exists(), target
-        assert not anchor or anchor in anchors, target
+        there = (ROOT / name).parent / path if path else ROOT / name
+        assert there.exists(), target
+        assert not anchor or anchor in anchors(there.read_text(encoding="utf-8")), target
+
+
+@pytest.mark.parametrize("name", [name for name in PAGES if name != "README.md"])
+def test_each_page_is_reached_and_opens_with_the_question_it_answers(name):
+    linked = [page for other, page in PAGES.items() if other != name]
+    assert any(f"({name})" in page or f"({name.removeprefix('docs/')})" in page for page in linked)
+    assert re.match(r"# .*\?\n", PAGES[name])
 
 
 OUTSIDE = {  # messages of others, that the code here does not hold
@@ -223,7 +244,7 @@ def texts_of_the_code() -> list[str]:
 
 def test_the_messages_of_the_troubleshooting_table_exist():
     texts = texts_of_the_code()
-    table = README.partition("\n## Troubleshooting")[2].partition("\n## ")[0]
+    table = PAGES["docs/troubleshooting.md"]
     cells = re.findall(r"^\| (.+?) \| .+ \|$", table, re.M)[1:]
     quoted = [text for cell in cells for text in re.findall(r"`([^`]+)`", cell)]
     assert len(quoted) > 15
@@ -253,14 +274,16 @@ def test_the_row_becomes_the_tokens_shown(tmp_path):
     assert shown["token"] == tokenizer.convert_ids_to_tokens(ids)
     assert shown["input_ids"] == [str(token) for token in ids]
     assert shown["labels"] == ["-100"] * prompt + [str(token) for token in ids[prompt:]]
-    assert f"### Instruction:\n{rows[0][0]}\n\n### Response:\n```" in README  # the Alpaca prompt of the same row
+    assert (
+        f"### Instruction:\n{rows[0][0]}\n\n### Response:\n```" in PAGES["docs/data.md"]
+    )  # the Alpaca prompt of the same row
 
 
 def test_the_speed_table_is_the_results_file():
     lines = (ROOT / "benchmarks/results/2026-11-24-h100-step.jsonl").read_text().splitlines()
     lines = [json.loads(line) for line in lines]
     measured = {(line["scenario"], line["variant"]): line for line in lines}
-    table = README.partition("| model, recipe | variant |")[2].partition("\n\n")[0]
+    table = RESULTS.partition("| model, recipe | variant |")[2].partition("\n\n")[0]
     rows = [[cell.strip(" *") for cell in row.split("|")[3:-1]] for row in table.splitlines()[2:]]
     for line, row in zip(lines, rows, strict=True):
         name = line["scenario"], line["variant"]
@@ -283,7 +306,7 @@ def test_make_demo_runs_the_demo():
 
 def test_the_ladder_is_the_results_file():
     measured = map(json.loads, (ROOT / "benchmarks/results/2026-11-24-h100-ladder.jsonl").read_text().splitlines())
-    table = README.partition("| model | added to the command | tokens/s |")[2].partition("\n\n")[0]
+    table = PAGES["docs/memory.md"].partition("| model | added to the command | tokens/s |")[2].partition("\n\n")[0]
     rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines()[2:]]
     assert len(rows) == 9
     for row, line in zip(rows, measured, strict=True):
@@ -299,7 +322,7 @@ def test_the_ladder_is_the_results_file():
 
 def test_the_data_table_is_the_results_file():
     lines = (ROOT / "benchmarks/results/2026-11-24-data.jsonl").read_text().splitlines()
-    table = README.partition("| tokenizer | rows | rows/s |")[2].partition("\n\n")[0]
+    table = RESULTS.partition("| tokenizer | rows | rows/s |")[2].partition("\n\n")[0]
     rows = [[cell.strip() for cell in row.split("|")[2:-1]] for row in table.splitlines()[2:]]
     names = (
         "rows",
@@ -338,9 +361,9 @@ def test_the_demo_answers_as_the_readme_shows(tmp_path):
     assert "tuned:\nThe symbol of gold is Au.\n" in ended.stdout
     assert int(re.search(r"(\d+) of 587 questions answered exactly", ended.stdout)[1]) >= 558  # 95 %
     printed = [masked(line) for line in ended.stdout.splitlines()]
-    for line in re.search(r"## What a run prints.*?```text\n(.*?)```", README, re.S)[1].splitlines():
+    for line in re.search(r"```text\n(.*?)```", PAGES["docs/output.md"], re.S)[1].splitlines():
         assert line == "..." or any(known.startswith(masked(line).removesuffix("...")) for known in printed), line
-    left = README.partition("| in `--output_dir` | what it is |\n|---|---|\n")[2].partition("\n\n")[0]
+    left = PAGES["docs/output.md"].partition("| in `--output_dir` | what it is |\n|---|---|\n")[2].partition("\n\n")[0]
     names = [name for line in left.splitlines() for name in re.findall(r"`([^`]+)`", line.split("|")[1])]
     assert len(names) == 8
     for name in set(names) - {"checkpoint-N/"}:
