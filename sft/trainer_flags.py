@@ -30,7 +30,7 @@ fp16 tf32 gradient_checkpointing gradient_checkpointing_kwargs torch_compile tor
 use_liger_kernel liger_kernel_config torch_empty_cache_steps logging_strategy logging_steps logging_first_step log_on_each_node
 log_level log_level_replica report_to run_name project trackio_space_id trackio_bucket_id trackio_static_space_id eval_strategy
 eval_steps eval_delay per_device_eval_batch_size eval_on_start save_only_model save_strategy save_steps save_total_limit push_to_hub
-hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision load_best_model_at_end metric_for_best_model
+label_smoothing_factor hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision load_best_model_at_end metric_for_best_model
 greater_is_better restore_callback_states_from_checkpoint full_determinism seed data_seed use_cpu dataloader_drop_last
 dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
 dataloader_multiprocessing_context ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend
@@ -68,7 +68,6 @@ REFUSED = {  # any value but the default here: why, and what instead
     "do_predict": "ask the tuned model with: python -m sft.generate",
 }
 UNDER_PACKING = {  # refused in a packed run
-    "label_smoothing_factor": "the packed loss does not smooth labels. Add --packing False",
     "neftune_noise_alpha": "its noise depends on the length of the row, which packing changes. Add --packing False",
     "average_tokens_across_devices": "the loss would depend on which rank has which example, which packing changes. Remove the flag, or "
     "add --packing False",

@@ -82,7 +82,7 @@ def settle(model_args: ModelArguments, args: TrainingArguments, dataset: Any) ->
     if args.packing:
         compilation = choose_compilation(args, skeleton.num_parameters(), model_args.load_in_4bit, run_tokens)
         say(compilation)
-    kernel, loss = loss_kernel(args.device, compilation.value)
+    kernel, loss = loss_kernel(args.device, compilation.value, args.label_smoothing_factor)
     if args.packing and args.device.type == "cuda":
         say(loss)
     dropout = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in skeleton.modules())

@@ -15,15 +15,26 @@ from sft.job import Choice, swapped
 CHUNK_BYTES = 2**29  # float32 logits of one chunk at most: large enough for full matrix products, small beside a model
 
 
-def losses_and_gradient(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropy in float32 of each position, (positions,), and d loss / d logits in the logits' type, (positions, vocabulary)."""
+def losses_and_gradient(
+    logits: torch.Tensor, targets: torch.Tensor, smoothing: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy in float32 of each position, (positions,), and d loss / d logits in the logits' type, (positions, vocabulary).
+
+    Args:
+        smoothing: this share of a target is spread over the whole vocabulary, as by transformers' LabelSmoother.
+    """
     scores = logits.float()
     trained = targets != IGNORE_INDEX
     safe = torch.where(trained, targets, 0)[:, None]
     log_sum = scores.logsumexp(-1, keepdim=True)
-    losses = torch.where(trained[:, None], log_sum - scores.gather(1, safe), 0.0)
     here = torch.arange(logits.shape[1], device=logits.device)[None] == safe
-    gradient = ((scores - log_sum).exp() - here.float()) * trained[:, None]
+    wanted = scores.gather(1, safe)
+    likely = here.float()
+    if smoothing:
+        wanted = (1 - smoothing) * wanted + smoothing * scores.mean(-1, keepdim=True)
+        likely = (1 - smoothing) * likely + smoothing / logits.shape[1]
+    losses = torch.where(trained[:, None], log_sum - wanted, 0.0)
+    gradient = ((scores - log_sum).exp() - likely) * trained[:, None]
     return losses[:, 0], gradient.to(logits.dtype)
 
 
@@ -81,7 +92,23 @@ class SummedLoss(torch.autograd.Function):
         return (*scaled, None, None, None)
 
 
-def with_liger(kernel: Any, logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+class LossOfLogits(torch.autograd.Function):
+    """Sum of the losses that a `loss_kernel` finds for logits, (positions, vocabulary), float32, ()."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor, kernel: Callable) -> torch.Tensor:
+        losses, gradient = kernel(logits, targets)
+        ctx.save_for_backward(gradient)
+        return losses.sum()
+
+    @staticmethod
+    def backward(ctx: Any, scale: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return ctx.saved_tensors[0] * scale, None, None
+
+
+def with_liger(
+    kernel: Any, smoothing: float, logits: torch.Tensor, targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """`losses_and_gradient` by Liger's kernel, which writes the gradient over the logits.
 
     The kernel alone: the functions around it ask the GPU how many targets count, in each micro-batch, and nothing may wait for that
@@ -93,7 +120,7 @@ def with_liger(kernel: Any, logits: torch.Tensor, targets: torch.Tensor) -> tupl
         X_ptr=logits, X_stride=logits.stride(0), Y_ptr=targets, Y_stride=1, weight_ptr=None, loss_ptr=losses, loss_stride=1,
         z_loss_ptr=None, token_accuracy_ptr=None, token_accuracy_stride=0, predicted_tokens_ptr=None, predicted_tokens_stride=0,
         n_cols=vocabulary, n_non_ignore=1, sum_non_ignore_weight=1, weight_sum=0.0, ignore_index=IGNORE_INDEX,
-        lse_square_scale=0.0, label_smoothing=0.0, reduction="sum", softcap=None, RETURN_Z_LOSS=False,
+        lse_square_scale=0.0, label_smoothing=smoothing, reduction="sum", softcap=None, RETURN_Z_LOSS=False,
         RETURN_TOKEN_ACCURACY=False, RETURN_PREDICTED_TOKENS=False, BLOCK_SIZE=min(2**15, 1 << (vocabulary - 1).bit_length()),
         HAS_WEIGHT=False, HAS_SOFTCAPPING=False, HAS_GRADIENTS=True, num_warps=16 if torch.version.hip else 32,
     )  # fmt: skip
@@ -115,24 +142,26 @@ def of_bent_logits(kernel: Callable, scale: float, cap: float | None) -> Callabl
     return bent
 
 
-def loss_kernel(device: torch.device, compiled: bool) -> tuple[Callable, Choice]:
+def loss_kernel(device: torch.device, compiled: bool, smoothing: float = 0.0) -> tuple[Callable, Choice]:
     """What computes losses and their gradient from a chunk of logits, and why. No choice changes more than rounding.
 
     Args:
         device: of the run.
         compiled: the decoder layers are.
+        smoothing: --label_smoothing_factor.
     """
+    ours = partial(losses_and_gradient, smoothing=smoothing) if smoothing else losses_and_gradient
     if compiled:  # one kernel of many passes
-        return torch.compile(losses_and_gradient, dynamic=True), Choice(
-            "head and loss", "compiled", "as the layers are"
-        )
+        return torch.compile(ours, dynamic=True), Choice("head and loss", "compiled", "as the layers are")
     if device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
         from liger_kernel.ops.cross_entropy import liger_cross_entropy_kernel
 
         why = "liger-kernel is installed and layers are not compiled"
-        return partial(with_liger, liger_cross_entropy_kernel), Choice("head and loss", "Liger's kernel", why)
+        return partial(with_liger, liger_cross_entropy_kernel, smoothing), Choice(
+            "head and loss", "Liger's kernel", why
+        )
     why = "layers are not compiled; with liger-kernel installed less memory"
-    return losses_and_gradient, Choice("head and loss", "PyTorch's operations", why)
+    return ours, Choice("head and loss", "PyTorch's operations", why)
 
 
 def summed_loss(model: torch.nn.Module, head: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:

@@ -8,13 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
-from sft import IGNORE_INDEX
-from sft.step.loss import SummedLoss, losses_and_gradient, of_bent_logits
+from sft.step.loss import LossOfLogits, SummedLoss, losses_and_gradient, of_bent_logits
 
 
 def exchange(model: PreTrainedModel, kernel: Callable = losses_and_gradient, fused_norms: bool = False) -> "LossHead":
@@ -100,9 +98,8 @@ class LossHead(torch.nn.Module):
             for part, targets in zip(rows.split(1024), self.targets.split(1024))
         )
 
-    @staticmethod
-    def _loss_of(logits_of: Any, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(logits_of(hidden).float(), targets, reduction="sum", ignore_index=IGNORE_INDEX)
+    def _loss_of(self, logits_of: Any, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return LossOfLogits.apply(logits_of(hidden), targets, self.kernel)
 
 
 class LabelledLayer(torch.nn.Module):

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from interpreted import run_interpreted
+from transformers.trainer_pt_utils import LabelSmoother
 
 from sft.step import loss
 
@@ -31,7 +32,26 @@ def test_the_summed_loss_and_its_gradients(monkeypatch, dtype, error):
         assert (a - b).norm() / b.norm() < error
 
 
-def compare(frozen: bool) -> None:
+def test_smoothed_targets_are_those_of_transformers_label_smoother(monkeypatch):
+    monkeypatch.setattr(loss, "CHUNK_BYTES", 4 * 50 * 7)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(1, 40, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True)
+    labels = torch.randint(0, 50, (1, 40))
+    labels[0, [0, 7, 39]] = -100
+
+    def ours(smoothing: float) -> torch.Tensor:
+        kernel, _ = loss.loss_kernel(torch.device("cpu"), compiled=False, smoothing=smoothing)
+        return loss.SummedLoss.apply(hidden[0, :-1], weight, labels[0, 1:], kernel, True) / 37
+
+    stock = LabelSmoother(0.2)((hidden @ weight.T,), labels, shift_labels=True, num_items_in_batch=37)
+    assert ours(0.2).item() == pytest.approx(stock.item(), rel=1e-6)
+    assert ours(0.0).item() != pytest.approx(stock.item(), rel=1e-2)
+    wanted = torch.autograd.grad(stock, (hidden, weight))
+    for a, b in zip(torch.autograd.grad(ours(0.2), (hidden, weight)), wanted):
+        assert (a - b).norm() / b.norm() < 1e-6
+
+
+def compare(frozen: bool, smoothing: float = 0.0) -> None:
     """A model's loss and gradients by Liger and by our own chunks; of other targets they differ."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -43,7 +63,7 @@ def compare(frozen: bool) -> None:
     model = LlamaForCausalLM(LlamaConfig(vocab_size=100, attn_implementation="per_example", **shape))
     model.lm_head.weight.data *= 20  # at the usual scale all losses are log(100)
     model.lm_head.requires_grad_(not frozen)
-    head = modules.exchange(model)
+    head = modules.exchange(model, loss.loss_kernel(torch.device("cpu"), False, smoothing)[0])
     loss.CHUNK_BYTES = 8_000  # two chunks and more
     ids = torch.randint(0, 100, (44,))
     batch = PackedCollator()([{"input_ids": part, "labels": part.clone()} for part in ids.split([5, 9, 30])])
@@ -55,7 +75,7 @@ def compare(frozen: bool) -> None:
 
     batch["label_targets"][7] = -100  # as in a placeholder's row
     ours, other = found(batch), found({**batch, "label_targets": batch["label_targets"].flip(0)})
-    head.kernel, choice = loss.loss_kernel(torch.device("cuda"), compiled=False)
+    head.kernel, choice = loss.loss_kernel(torch.device("cuda"), False, smoothing)
     assert choice.value == "Liger's kernel" and head.kernel is not loss.losses_and_gradient
     error, wrong = ((vector - ours).norm() / ours.norm() for vector in (found(batch), other))
     assert error < 1e-6 and wrong > 1e-2, (frozen, error, wrong)
@@ -83,6 +103,7 @@ def test_the_kernel_is_chosen_with_its_reason(monkeypatch):
 
 
 if __name__ == "__main__":
-    for head_is_frozen in (False, True):
-        compare(head_is_frozen)
+    compare(frozen=False)
+    compare(frozen=True)
+    compare(frozen=False, smoothing=0.2)
     print("alike")

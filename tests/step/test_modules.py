@@ -7,7 +7,7 @@ from packed_models import rows, small_llama
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from sft.step import loss, modules
+from sft.step import attention, loss, modules  # noqa: F401  attention registers its kernels
 from sft.step.loss import summed_loss
 from sft.step.modules import LabelledLayer, exchange
 from sft.step.packed_rows import PackedCollator
@@ -39,6 +39,23 @@ def test_a_head_of_another_kind_gives_the_same(monkeypatch):
     for name, gradient in wanted.items():
         torch.testing.assert_close(dict(model.named_parameters())[name].grad, gradient)
     assert head.bias.grad.norm() > 0
+
+
+def test_a_head_of_another_kind_smooths_and_bends_as_the_plain_one_does():
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = transformers.GraniteForCausalLM(transformers.GraniteConfig(vocab_size=64, logits_scaling=0.3, **shape))
+    model.set_attn_implementation("per_example")
+    ids = torch.randint(0, 64, (30,))
+    batch = PackedCollator()([{"input_ids": ids, "labels": ids.clone()}])
+    kernel, _ = loss.loss_kernel(torch.device("cpu"), False, smoothing=0.3)
+    head = modules.exchange(model, kernel)
+    expected = loss.summed_loss(model, head, batch)
+    (wanted,) = torch.autograd.grad(expected, head.weight)
+    head.bias = torch.nn.Parameter(torch.zeros(64))
+    found = loss.summed_loss(model, head, batch)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found, head.weight)[0], wanted)
 
 
 def test_the_head_keeps_its_names_and_gives_logits_again():

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from scripts import QUESTIONS, ROOT, run_script, save_llama
 from tokenizer_files import write_gpt2_files
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers.trainer_pt_utils import LabelSmoother
 
 import utils
 from sft.data.llama_tokenizer import load_llama_tokenizer
@@ -86,6 +87,30 @@ def test_another_order_of_the_examples_does_change_the_losses(padded_run, tiny_l
     trainer = utils.train(load_llama_tokenizer, [*flags, "--per_device_train_batch_size", "8", "--max_steps", "1"])
     (loss,) = losses_of(trainer)
     assert loss != pytest.approx(losses_of(padded_run[0])[0], rel=1e-4)
+
+
+def test_smoothed_labels_are_the_same_packed_padded_and_by_transformers_own_sum(tiny_llama, questions_csv, tmp_path):
+    """One step over all rows, after an evaluation of them by the same weights, and one evaluation more."""
+    batch = ["--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "8", "--max_steps", "1"]
+    batch += ["--eval_data_path", str(questions_csv), "--eval_strategy", "steps", "--eval_steps", "1"]
+    batch += ["--eval_on_start", "True", "--eval_samples", "0", "--label_smoothing_factor", "0.2"]
+    found = {}
+    for packing in ("True", "False"):
+        folder = tmp_path / packing
+        flags = flags_for(tiny_llama, questions_csv, folder, "--save_rehearsal", "False", "--packing", packing)
+        trainer = utils.train(load_llama_tokenizer, [*flags, *batch])
+        evaluated = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+        found[packing] = [*losses_of(trainer), *evaluated]
+    model, dataset = AutoModelForCausalLM.from_pretrained(tiny_llama), trainer.train_dataset
+    padded = utils.DataCollatorForSupervisedDataset(trainer.processing_class)([dataset[i] for i in range(len(dataset))])
+    labels = padded.pop("labels")
+    with torch.no_grad():
+        stock = LabelSmoother(0.2)(model(**padded), labels, shift_labels=True).item()
+        unsmoothed = model(**padded, labels=labels).loss.item()
+    assert found["True"] == pytest.approx(found["False"], rel=1e-5)
+    assert found["True"][:2] == pytest.approx([stock, stock], rel=1e-5)
+    assert unsmoothed != pytest.approx(stock, rel=1e-4)
+    assert_same_weights(tmp_path / "True", tmp_path / "False")
 
 
 def test_the_saved_model_is_plain_transformers_and_gives_the_same_logits(padded_run):
