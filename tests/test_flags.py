@@ -65,6 +65,18 @@ def test_fsdp_settings_reach_the_trainer_where_there_is_a_gpu():
     }
 
 
+def test_weights_stay_gathered_where_gradients_alone_are_sharded():
+    argv, _, _ = translate(["--fsdp", "shard_grad_op auto_wrap"])
+    assert json.loads(argv[-1]) == {"version": 2, "cpu_ram_efficient_loading": True, "reshard_after_forward": False}
+
+
+def test_of_two_configs_the_last_counts_and_beats_the_old_words():
+    first, last = '{"reshard_after_forward": true, "version": 1}', '{"cpu_ram_efficient_loading": false}'
+    argv, _, _ = translate(["--fsdp_config", first, "--fsdp", "shard_grad_op", "--fsdp_config", last])
+    assert argv[:-1] == ["--fsdp", "true", "--fsdp_config"]
+    assert json.loads(argv[-1]) == {"version": 2, "cpu_ram_efficient_loading": False, "reshard_after_forward": False}
+
+
 def test_the_trainer_accepts_the_translated_fsdp_flags(monkeypatch):
     # on a CPU they are dropped before the Trainer sees them; here they are not
     monkeypatch.setattr(flags, "_drop_fsdp_where_nothing_is_sharded", lambda flags: [])

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -153,6 +154,13 @@ def test_a_csv_comes_back_with_answers(tuned, base, tmp_path, capsys):
     assert (
         "base: 2 of 2 answers are cut after 3 tokens" in printed.err and "tuned: 1 of 2 answers are cut" in printed.err
     )
+
+
+def test_a_byte_order_mark_is_no_part_of_a_columns_name(tmp_path):
+    (tmp_path / "in.csv").write_bytes(b"\xef\xbb\xbfprompt,id\na,1\n")
+    args = {"data_path": str(tmp_path / "in.csv"), "output_path": str(tmp_path / "out.csv"), "source": "prompt"}
+    generate.answer_csv({}, SimpleNamespace(**args, max_new_tokens=1, batch_size=1))
+    assert (tmp_path / "out.csv").read_bytes() == b"prompt,id\na,1\n"
 
 
 def test_batches_are_sorted_by_length_and_change_no_answer(tiny_llama):

@@ -219,6 +219,8 @@ def test_what_padding_costs():
     assert [finding.what for finding in findings] == [
         "--eval_steps 8 is beyond the run's 7 steps: that point is never reached"
     ]
+    args = TrainingArguments(max_steps=8, eval_strategy="steps", eval_steps=8, **flags)
+    assert audit.plan(np.array([1, 2, 9], np.int32), args)[1] == []  # the last step is reached
 
 
 @pytest.mark.slow

@@ -364,6 +364,18 @@ def test_a_tokenizer_written_in_python_gives_the_same_rows(write, make):
     assert np.array_equal(slow.rows.tokens, fast.rows.tokens) and np.array_equal(slow.lengths, fast.lengths)
 
 
+def test_prompts_and_responses_are_compared_with_sentencepiece(write, make, characters, monkeypatch):
+    def compare(tokenizer, texts):
+        raise UserError(texts)
+
+    path = write([("ab", "cd"), ("ef", "gh")])
+    monkeypatch.setattr(utils.encode, "compare_with_sentencepiece", compare)
+    assert len(make(path)["train_dataset"]) == 2  # where there is no tokenizer.model there is nothing to compare with
+    monkeypatch.setattr(characters, "sentencepiece_model", path, raising=False)
+    template = write("Q: {instruction}", "template.txt")
+    assert problems_of(make, path, prompt_template=template) == ["Q: ab", "Q: ef", "cd", "gh"]
+
+
 def test_work_ahead_keeps_its_order_and_its_bound():
     taken = []
 

@@ -83,6 +83,14 @@ def test_additions_are_trained_in_float32_and_nothing_else_is(base, tmp_path, ca
     assert all("lora_" in name and parameter.dtype == torch.float32 for name, parameter in on.items())
 
 
+@pytest.mark.parametrize("recomputes", [True, False])
+def test_recomputed_layers_have_an_input_with_a_gradient(base, recomputes):
+    model_args = ModelArguments(model_name_or_path=str(base), use_lora=True)
+    args = TrainingArguments(output_dir="out", use_cpu=True, gradient_checkpointing=recomputes)
+    model = lora.add_adapters(AutoModelForCausalLM.from_pretrained(base), model_args, args)
+    assert model.get_input_embeddings()(torch.tensor([[1]])).requires_grad is recomputes
+
+
 def test_frozen_weights_are_held_in_the_compute_type(base):
     bf16 = TrainingArguments(output_dir="out", use_cpu=True, bf16=True)
     options = lora.load_options(ModelArguments(use_lora=True), bf16)

@@ -176,6 +176,15 @@ def test_what_the_file_would_do(file, severity, message):
     assert not any(message in problem for problem in said(OURS, severity))
 
 
+def test_sums_in_16_bits_are_warned_of_in_both_types_and_in_no_other():
+    file = {**OURS, "data_types": {}, "bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"}}
+
+    def warned(*flags: str) -> bool:
+        return any("summed in 16 bits" in line for line in said(file, "warning", "--bf16", "False", *flags))
+
+    assert (warned("--fp16", "True"), warned("--bf16", "True"), warned()) == (True, True, False)
+
+
 def test_numbers_that_agree_with_the_flags_pass():
     file = {**OURS, "gradient_accumulation_steps": 4, "train_micro_batch_size_per_gpu": 8, "train_batch_size": 32}
     assert said(file, "error", "--gradient_accumulation_steps", "4") == []
@@ -192,6 +201,28 @@ def test_offloading_needs_a_compiler_and_an_optimizer_that_can_be_offloaded(monk
     assert said(config(offload_optimizer=None), "error") == []
 
 
+def keys_asked_for() -> set[str]:
+    """The top-level keys that DeepSpeed looks for while it reads a file."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    asked: set[str] = set()
+
+    class Asked(dict):
+        def get(self, key, *default):
+            asked.add(key)
+            return super().get(key, *default)
+
+        def __contains__(self, key):
+            asked.add(key)
+            return super().__contains__(key)
+
+        def keys(self):
+            return self
+
+    DeepSpeedConfig(Asked(train_batch_size=1, zero_optimization={"stage": 2}))
+    return asked
+
+
 def test_the_list_of_keys_is_deepspeeds():
     import deepspeed
 
@@ -204,6 +235,9 @@ def test_the_list_of_keys_is_deepspeeds():
     }
     assert [key for key in deepspeed_file.TOP_LEVEL_KEYS if key not in written] == []
     assert not re.search(r"""["']gradient_cliping["']""", text)
+    asked = keys_asked_for()
+    assert {"bf16", "timers", "optimizer"} <= asked
+    assert asked <= {*deepspeed_file.TOP_LEVEL_KEYS, *deepspeed_file.OLD_KEYS, "scheduler"}
     removed = re.findall(r"""^    "(\w+)":$""", (package / "runtime" / "config.py").read_text(), re.M)
     assert "nebula" in removed and {key for key in removed if "mics" not in key and "zeropp" not in key} <= set(
         deepspeed_file.OLD_KEYS

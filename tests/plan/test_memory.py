@@ -418,6 +418,19 @@ def test_auto_grows_to_what_the_card_has_room_for():
     assert 0 <= room < 100 * tight.token_bytes
 
 
+def test_a_plan_fits_the_gpu_and_the_host_to_the_byte():
+    plan = plan_of(OPEN_LLAMA_3B, "--tokens_per_micro_batch", "512")
+    s, tokens = plan.setting, plan.tokens
+
+    def fits(host: float = 0, gpu: float = 0) -> bool:
+        s.host_there = plan.host_peak + host
+        s.gpu_there = (plan.gpu_peak + gpu + memory.OUTSIDE) / (1 - memory.FRAGMENTS)
+        return plan.at(tokens, 2 if plan.several else 1).fits
+
+    assert fits() is fits(host=1, gpu=1) is True
+    assert fits(host=-1) is fits(gpu=-64) is False
+
+
 @pytest.mark.parametrize(
     ("argv", "verdict"),
     [

@@ -14,7 +14,7 @@ from sft.job import UserError
 from sft.model import loading
 from sft.plan import proof
 from sft.plan.settle import packed_or_padded
-from sft.step.attention import PER_EXAMPLE
+from sft.step.attention import PER_EXAMPLE, per_example
 from sft.step.modules import exchange
 from sft.step.packed_rows import PackedCollator
 
@@ -112,6 +112,32 @@ def test_each_property_fails_when_it_is_broken(broken):
     assert fault is None if broken is None else fault and wanted.get(broken, "") in fault
 
 
+@pytest.mark.parametrize(
+    ("name", "rounding", "passes", "fails"),
+    [
+        ("loss", 1e-5, 0.9e-5, 1.1e-5),
+        ("loss", 2e-2, 1.9e-2, 2.1e-2),
+        ("gradient", 1e-5, 1.9e-4, 2.1e-4),
+        ("gradient", 2e-2, 3.9e-2, 4.1e-2),
+        # nothing is rounded otherwise in these, whatever the type
+        *((name, rounding, 0.9e-5, 1.1e-5) for name in ("isolation", "causality") for rounding in (1e-5, 2e-2)),
+    ],
+)
+def test_each_difference_is_a_fault_from_its_own_bound_on(name, rounding, passes, fails):
+    none = dict.fromkeys(("loss", "gradient", "isolation", "causality"), 0.0)
+    assert proof.Proof(**none | {name: passes}, rounding=rounding).fault is None
+    assert proof.Proof(**none | {name: fails}, rounding=rounding).fault
+    assert proof.Proof(**none | {name: float("nan")}, rounding=rounding).fault
+
+
+def test_the_bound_is_the_compute_types():
+    model = large_weights()
+    examples, alone = way_of(model)
+    assert proof.try_out(model, partial(proof.stock, model), examples, alone).rounding == 1e-5
+    with torch.autocast("cpu", torch.bfloat16):
+        assert proof.try_out(model, partial(proof.stock, model), examples, alone).rounding == 2e-2
+
+
 def test_a_gradient_that_is_not_a_number_alone_is_a_fault():
     model = large_weights()
     examples, alone = way_of(model)
@@ -149,6 +175,18 @@ def leaky(module, query, key, value, attention_mask, scaling, **kwargs):
         query, key, value, is_causal=True, scale=scaling, enable_gqa=True
     )
     return out.transpose(1, 2), None
+
+
+def slightly_leaky(*args, **kwargs):
+    """A thousandth of what comes out is the mean over all of the row so far, which only another example can notice."""
+    out, _ = per_example(*args, **kwargs)
+    return out + 1e-3 * out.cumsum(1) / torch.arange(1, out.shape[1] + 1)[:, None, None], None
+
+
+def test_a_slight_leak_is_seen():
+    AttentionInterface.register("slightly_leaky", slightly_leaky)
+    found = proved("llama", kernel="slightly_leaky")
+    assert found.fault.startswith("examples see each other") and found.isolation < 1e-2, found
 
 
 def test_a_kernel_of_the_users_must_keep_examples_apart(tiny_llama):

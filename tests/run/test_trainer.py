@@ -52,6 +52,12 @@ def test_an_attachment_would_be_seen(source, expected):
     assert sorted(assigned(source)) == sorted(expected)
 
 
+def test_a_step_has_as_many_examples_as_were_asked_for(watched):
+    args = watched.trainer.args  # 2 per device x 3 accumulation, in fewer micro-batches
+    assert args.gradient_accumulation_steps < 3
+    assert watched.trainer.get_total_train_batch_size(args) == 6
+
+
 def test_few_private_methods_are_overridden():
     private = {name for name in vars(SupervisedTrainer) if name.startswith("_") and not name.startswith("__")}
     overridden = {name for name in private if hasattr(Trainer, name)}

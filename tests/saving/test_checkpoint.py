@@ -1,6 +1,7 @@
 """Checkpoints are whole or absent, whatever happens to the process or the disk; a rehearsal says so before the first step."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -78,6 +79,30 @@ def test_a_missing_rank_file_of_a_larger_run_is_seen():
     assert checkpoint.missing_parts(fsdp[1:], ranks=2) == [r"trainer_state\.json"]
 
 
+def test_a_checkpoint_under_another_steps_name_is_no_checkpoint(two_checkpoints, capsys):
+    (two_checkpoints / "checkpoint-15").rename(two_checkpoints / "checkpoint-17")
+    assert choose(two_checkpoints) == str(two_checkpoints / "checkpoint-16")
+    assert "checkpoint-17 is not whole: its manifest.json is of step 15" in capsys.readouterr().out
+
+
+def pretend_two_ranks(monkeypatch, rank: int) -> None:
+    ranks = SimpleNamespace(is_initialized=lambda: True, get_rank=lambda: rank, get_world_size=lambda: 2)
+    monkeypatch.setattr(checkpoint, "dist", ranks)
+
+
+def test_what_either_rank_finds_damaged_is_damaged_for_both(two_checkpoints, monkeypatch):
+    folder = two_checkpoints / "checkpoint-16"
+    flip_a_byte(folder / "optimizer.pt")
+    found = []
+    for rank in (0, 1):  # each hashes half of the files
+        pretend_two_ranks(monkeypatch, rank)
+        found.append(checkpoint._problem_here(folder, "manifest.json"))
+    assert sorted(problem is None for problem in found) == [False, True]
+    for order in (found, found[::-1]):
+        monkeypatch.setattr(checkpoint, "gather", lambda mine, order=order: order)
+        assert checkpoint.why_not_whole(folder).startswith("optimizer.pt does not have the hash")
+
+
 def test_only_damaged_checkpoints_stop_the_run(two_checkpoints):
     for name in ("checkpoint-15", "checkpoint-16"):
         cut_in_half(two_checkpoints / name / "optimizer.pt")
@@ -148,6 +173,81 @@ def test_the_old_checkpoint_goes_only_when_the_new_one_is_whole(tiny_llama, ques
     expected = rehearsal.checkpoint_bytes(trainer)
     assert expected == 3 * rehearsal.model_bytes(trainer, torch.float32) == 3 * 4 * 39_072
     assert expected < sizes["model.safetensors"] + sizes["optimizer.pt"] < 1.1 * expected
+
+
+def saver(output: Path, step: int = 3, best: int | None = None) -> SimpleNamespace:
+    """What `save_whole` reads of a Trainer."""
+    args = SimpleNamespace(output_dir=str(output), save_total_limit=None, push_to_hub=False, hub_token="hf_SECRET")
+    args.should_save = args.save_only_model = True
+    state = SimpleNamespace(global_step=step, best_global_step=best, best_model_checkpoint="left over")
+    state.save_to_json = lambda path: Path(path).write_text(json.dumps({"best": state.best_model_checkpoint}))
+    return SimpleNamespace(args=args, state=state)
+
+
+def write_into(trainer) -> None:
+    folder = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}"
+    (folder / "optimizer_0").mkdir(parents=True)
+    for name in ("model.safetensors", "optimizer_0/0.distcp", "training_args.bin"):
+        (folder / name).write_text("of the stock Trainer")
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """SIGKILL loses nothing that the kernel holds, and so shows no missing fsync: their order is looked at."""
+    events: list[str] = []
+    fsync, rename, replace = os.fsync, os.rename, os.replace
+
+    def shown(path) -> str:
+        return os.path.relpath(path, tmp_path)
+
+    def noted(name, real):
+        def call(old, new):
+            events.append(f"{name} {shown(old)} -> {shown(new)}")
+            real(old, new)
+
+        return call
+
+    def noted_fsync(handle) -> None:
+        events.append(f"sync {shown(os.readlink(f'/proc/self/fd/{handle}'))}")
+        fsync(handle)
+
+    trainer = saver(tmp_path)
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "rename", noted("rename", rename))
+    monkeypatch.setattr(os, "replace", noted("rename", replace))
+    checkpoint.save_whole(trainer, {}, lambda: write_into(trainer))
+    files = ["incomplete", "incomplete/checkpoint-3", "incomplete/checkpoint-3/model.safetensors"]
+    files += ["incomplete/checkpoint-3/optimizer_0", "incomplete/checkpoint-3/optimizer_0/0.distcp"]
+    assert sorted(events[:5]) == [f"sync {name}" for name in files]
+    assert events[5:] == [
+        "sync incomplete/checkpoint-3/.manifest.json.new",
+        "rename incomplete/checkpoint-3/.manifest.json.new -> incomplete/checkpoint-3/manifest.json",
+        "sync incomplete/checkpoint-3",
+        "rename incomplete/checkpoint-3 -> checkpoint-3",
+        "sync .",
+    ]
+    assert checkpoint.why_not_whole(tmp_path / "checkpoint-3") is None
+
+
+def test_what_the_stock_saving_is_told_and_what_it_leaves(tmp_path):
+    trainer, told = saver(tmp_path, step=3, best=3), {}
+
+    def write() -> None:
+        told.update(vars(trainer.args))
+        write_into(trainer)
+
+    checkpoint.save_whole(trainer, {"seed": "1"}, write)
+    assert (told["output_dir"], told["hub_token"]) == (str(tmp_path / "incomplete"), None)
+    assert (trainer.args.output_dir, trainer.args.hub_token) == (str(tmp_path), "hf_SECRET")
+    folder = tmp_path / "checkpoint-3"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert sorted(manifest["files"]) == ["model.safetensors", "optimizer_0/0.distcp", "trainer_state.json"]
+    assert (manifest["step"], manifest["run"]) == (3, {"seed": "1"})
+    # the best checkpoint is this one, under the name that it has now; one that is gone is none
+    assert json.loads((folder / "trainer_state.json").read_text()) == {"best": str(folder)}
+    for best, named in ((3, str(folder)), (2, None)):
+        later = saver(tmp_path, step=4 + best, best=best)
+        checkpoint.save_whole(later, {}, lambda later=later: write_into(later))
+        assert later.state.best_model_checkpoint == named
 
 
 # ---- disks

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from saved_runs import choose
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from sft.job import UserError
 from sft.saving import checkpoint, export
 
 
@@ -144,6 +145,105 @@ def test_an_adapter_is_what_is_trained_in_its_own_type():
         "1.weight": torch.float32,
         "1.bias": torch.float32,
     }
+
+
+# ---- that each part of the proof is asked, and its answer counts
+
+
+def give_the_tokenizer_a_word(exporter) -> None:
+    exporter.trainer.processing_class.add_tokens(["plus"])
+
+
+def train_on_another_answer(exporter) -> None:
+    exporter.probe = exporter.probe[0], exporter.probe[1] + 1
+
+
+def shrink_the_config(exporter) -> None:
+    exporter.trainer.model.config.vocab_size -= 1
+
+
+def spoil_the_merged_model(exporter) -> None:
+    exporter.trained = exporter.folder / "adapter"
+    exporter.trained.mkdir()
+    shutil.copy(exporter.folder / "model.safetensors", exporter.trained)
+    set_value("model.norm.weight", float("nan"))(exporter.folder)
+
+
+@pytest.fixture
+def exporter(whole_run, tmp_path, monkeypatch) -> export.Exporter:
+    """Of a model that lies in tmp_path, written and not yet proved."""
+    folder = shutil.copytree(whole_run, tmp_path / "out", ignore=shutil.ignore_patterns("checkpoint-*"))
+    model, ids = AutoModelForCausalLM.from_pretrained(folder), torch.tensor([[1, 5, 9]])
+    with torch.no_grad():
+        logits = model(ids).logits
+    monkeypatch.setattr(export, "probe_logits", lambda trainer: (ids, logits))
+    args = SimpleNamespace(output_dir=str(folder), bf16=False, fp16=False)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = [{"input_ids": tokenizer(text)["input_ids"]} for text in ("1 plus 2", "3")]
+    trainer = SimpleNamespace(model=model, args=args, train_dataset=rows, processing_class=tokenizer)
+    flags = SimpleNamespace(merge_lora=False, use_lora=False, load_in_4bit=False)
+    made = export.Exporter(trainer, flags, torch.float32)
+    made.written = export.describe_weights(load_file(folder / "model.safetensors"))
+    return made
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda exporter: set_value("model.norm.weight", 7.0)(exporter.folder), "its bytes are not the trained weight's"),
+        (give_the_tokenizer_a_word, "the reloaded tokenizer gives other ids for '1 plus 2'"),
+        (train_on_another_answer, "the reloaded model's logits differ"),
+        (shrink_the_config, "the embedding has 320 rows, and the config 319"),
+        (spoil_the_merged_model, "model.norm.weight holds NaN or infinity"),
+    ],
+)  # fmt: skip
+def test_whatever_the_proof_finds_ends_the_run(exporter, spoil, said):
+    spoil(exporter)
+    with pytest.raises(UserError) as refused:
+        exporter.prove()
+    assert len(refused.value.problems) == 2 and said in refused.value.problems[0]
+    assert refused.value.problems[1] == "The export is not complete; the checkpoints are untouched."
+
+
+def test_a_small_model_is_run_and_a_large_one_is_not(exporter, monkeypatch):
+    (exporter.folder / "model.safetensors").chmod(0o600)
+    weights = 4 * sum(weight.numel() for weight in exporter.trainer.model.parameters())
+    monkeypatch.setattr(export, "SMALL_BYTES", weights)
+    assert "logits on 3 tokens" in exporter.prove()[-1]
+    monkeypatch.setattr(export, "SMALL_BYTES", weights - 1)
+    assert "the tokenizer reloads to the same ids on 4 texts" in exporter.prove()[-1]
+    modes = {(exporter.folder / name).stat().st_mode for name in ("model.safetensors", "tokenizer_config.json")}
+    assert len(modes) == 1, "who may read the tokenizer may read the weights"
+
+
+def test_logits_may_differ_by_rounding_alone():
+    logits = torch.ones(1, 2, 8)
+
+    def refused(difference: float, exact: bool) -> bool:
+        class Model(torch.nn.Module):
+            def forward(self, **_):
+                return SimpleNamespace(logits=logits * (1 + difference))
+
+        return bool(export.check_logits(Model(), torch.zeros(1, 2), logits, exact))
+
+    assert [refused(difference, exact=True) for difference in (5e-5, 2e-4)] == [False, True]
+    assert [refused(difference, exact=False) for difference in (4e-2, 6e-2)] == [False, True]
+
+
+def test_of_a_large_model_every_nth_tensor_is_hashed_and_zeros_are_looked_at_in_all(tmp_path, monkeypatch):
+    weights = {name: torch.full((4,), float(n)) for n, name in enumerate(("a", "b", "c", "d", "e"), start=1)}
+    monkeypatch.setattr(export, "SMALL_BYTES", 40)  # of 80: every second one
+    written = export.describe_weights(weights)
+    assert [about["sha256"] is not None for about in written.values()] == [True, False, True, False, True]
+    save_file(weights | {"b": torch.full((4,), 9.0)}, tmp_path / "model.safetensors")
+    assert export.check_weights(tmp_path, written) == []
+    save_file(weights | {"c": torch.full((4,), 9.0)}, tmp_path / "model.safetensors")
+    assert export.check_weights(tmp_path, written) == ["c: its bytes are not the trained weight's"]
+    save_file(weights | {"b": torch.zeros(4)}, tmp_path / "model.safetensors")
+    assert export.check_weights(tmp_path, written) == ["b is all zero"]
+    zeros = {"q.bias": torch.zeros(2), "q.lora_B.weight": torch.zeros(2)}  # as they begin
+    save_file(zeros, tmp_path / "model.safetensors")
+    assert export.check_weights(tmp_path, None) == []
 
 
 # ---- finished or not

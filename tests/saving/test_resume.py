@@ -1,0 +1,69 @@
+"""What a continued run must share with the one that it continues: each part of it, alone."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from transformers import LlamaConfig
+
+from sft.flags import parse
+from sft.saving import resume
+
+
+class Rows:
+    """Two examples, [5, 6] and [7, 8, 9], each with a prompt of one token."""
+
+    def __init__(self, **changes):
+        values = {"tokens": [5, 6, 7, 8, 9], "offsets": [0, 2], "lengths": [2, 3], "prompt_lengths": [1, 1]}
+        arrays = {name: np.array(value) for name, value in (values | changes).items()}
+        self.rows = SimpleNamespace(tokens=arrays.pop("tokens"))
+        vars(self).update(arrays)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+
+def identity(rows: Rows, *flags: str, **config) -> dict[str, str]:
+    required = ["--model_name_or_path", "m", "--data_path", "d.csv", "--output_dir", "o", "--use_cpu", "True"]
+    model_args, data_args, args = parse([*required, *flags])
+    model = LlamaConfig(**{"hidden_size": 32, "num_attention_heads": 4} | config)
+    return resume.run_identity(args, model_args, data_args, rows, model, "DDP", "{instruction}", "digest")
+
+
+@pytest.mark.parametrize(
+    "change", [{"tokens": [5, 6, 7, 8, 4]}, {"offsets": [0, 1]}, {"lengths": [3, 2]}, {"prompt_lengths": [1, 2]}]
+)
+def test_other_rows_are_other_data(change):
+    before, now = identity(Rows()), identity(Rows(**change))
+    assert [name for name in before if before[name] != now[name]] == ["data"]
+    assert before == identity(Rows())
+
+
+@pytest.mark.parametrize(
+    ("flags", "config", "changed"),
+    [
+        ("--data_seed 5", {}, ["seed"]),
+        ("--adam_epsilon 1e-6", {}, ["optimizer"]),
+        ("--warmup_steps 3", {}, ["schedule"]),
+        ("--max_steps 7", {}, ["schedule"]),
+        ("--bf16 True", {}, ["precision"]),
+        ("--max_grad_norm 0.5", {}, ["max_grad_norm"]),
+        ("--gradient_accumulation_steps 2", {}, ["examples_per_step", "micro_batch"]),
+        ("", {"intermediate_size": 77}, ["model"]),
+        ("", {"use_cache": False}, []),
+    ],
+)
+def test_each_setting_changes_its_own_part(flags, config, changed):
+    before, now = identity(Rows()), identity(Rows(), *flags.split(), **config)
+    assert sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name)) == changed
+
+
+def test_a_measured_budget_is_kept_while_every_row_fits_in_it(capsys):
+    def kept(longest: int, number="60", **given) -> int | None:
+        args = SimpleNamespace(**{"packing": True, "tokens_per_micro_batch": None} | given)
+        resume.keep_token_budget("checkpoint-3", {"tokens_per_micro_batch": number}, args, longest)
+        return args.tokens_per_micro_batch
+
+    assert [kept(59), kept(60), kept(61)] == [60, 60, None]
+    assert (kept(5, number="-"), kept(5, packing=False), kept(5, tokens_per_micro_batch=9)) == (None, None, 9)
+    assert capsys.readouterr().out == "--tokens_per_micro_batch auto: 60, as in checkpoint-3\n" * 2
