@@ -134,6 +134,14 @@ def test_a_blank_line_is_a_row_with_nothing_in_it(write):
     ]
 
 
+def test_batches_are_bounded_in_rows_and_in_characters(write, monkeypatch):
+    monkeypatch.setattr(csv_rows, "ROWS_PER_BATCH", 3)
+    monkeypatch.setattr(csv_rows, "CHARACTERS_PER_BATCH", 10)
+    path = write([("a", "b")] * 4 + [("c" * 5, "d" * 5), ("e", "f"), ("g", "h")])
+    sizes = [len(batch) for batch in csv_rows.read_batches(path, "prompt", "response")]
+    assert sizes == [3, 2, 2]  # three rows; 12 characters are above 10; what is left
+
+
 def test_a_very_long_cell(write):
     cell = "word, \n" * 300_000  # 2.1 million characters; csv's own limit is 131,072
     assert list(read_csv(write([(cell, "b")]), "prompt", "response")) == [(2, cell, "b")]
