@@ -8,6 +8,7 @@ r"""Instruction-tune an XGen model on a CSV of prompts and responses.
         --fsdp "full_shard auto_wrap" --fsdp_transformer_layer_cls_to_wrap LlamaDecoderLayer
 """
 
+import sft  # noqa: F401  first: it says so where the requirements are not installed
 import utils
 from sft.data.xgen_tokenizer import load_xgen_tokenizer
 from sft.job import one_message_for_user_errors

@@ -10,4 +10,18 @@ run                                   the Trainer, and what is attached to it
 generate, merge_lora                  commands
 """
 
+import importlib.util
+import sys
+
 IGNORE_INDEX = -100  # a label that is not trained on, as in PyTorch's cross-entropy
+
+missing = [
+    name for name in ("torch", "transformers", "accelerate", "sentencepiece") if not importlib.util.find_spec(name)
+]
+if missing:
+    print(
+        f"error: {', '.join(missing)}: not installed for {sys.executable}. Activate the environment first (source .venv/bin/activate), "
+        "or run: pip install -r requirements.txt",
+        file=sys.stderr,
+    )
+    raise SystemExit(2)

@@ -33,6 +33,7 @@ from sft.data.llama_tokenizer import load_llama_tokenizer
 from sft.data.template import TEMPLATE_FILE, load_template
 from sft.job import UserError, one_message_for_user_errors, printable
 from sft.model.answer import greedy_answers
+from sft.model.find import not_found
 
 FLAGS: list[tuple[str, Any, str]] = [  # name, default, help
     ("model", "", "The tuned model: its folder, or a hub repository."),
@@ -71,11 +72,9 @@ def load(name: str, prompt_template: str | None = None) -> TunedModel:
     """Load a tuned model, or a LoRA adapter on its base, with `prompt_template` or the template saved with it."""
     # not sft.flags: its TrainingArguments imports peft, and peft bitsandbytes, which warns on some CPUs
     source = SimpleNamespace(model_name_or_path=name, cache_dir=None, trust_remote_code=False)
-    try:
-        config, adapter, saved = (find_file(source, f) for f in ("config.json", "adapter_config.json", TEMPLATE_FILE))
-    except UserError as error:
-        hub = "." if name.startswith((".", "/", "~")) else f", and not on the hub: {str(error).splitlines()[0]}"
-        raise UserError(f"--model {name}: no such folder{hub}") from error
+    if missing := not_found(name, file=TEMPLATE_FILE):
+        raise UserError(f"--model {missing}")
+    config, adapter, saved = (find_file(source, f) for f in ("config.json", "adapter_config.json", TEMPLATE_FILE))
     if not config and not adapter:
         checkpoints = sorted(path.name for path in Path(name).glob("checkpoint-*"))
         inside = f" It holds {', '.join(checkpoints)}: the run did not finish; resume it." if checkpoints else ""

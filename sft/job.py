@@ -1,6 +1,8 @@
 """The job: ranks, printed lines, and errors that end every rank with one message."""
 
+import io
 import json
+import logging
 import os
 import signal
 import socket
@@ -17,6 +19,8 @@ from torch.distributed import PrefixStore, Store, TCPStore
 
 # peft 0.21 (and sft/plan/micro_batch_tokens.py, for transformers 5.17) read a name that transformers 5.23 is about to drop
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+# bitsandbytes (0.50), which peft imports where it is installed, warns of a kernel for 4-bit weights on a CPU
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda line: "gemm_4bit_forward" not in line.getMessage())
 
 
 class UserError(Exception):
@@ -93,6 +97,9 @@ def swapped(target: Any, **values: Any) -> Iterator[None]:
 @contextmanager
 def one_message_for_user_errors() -> Iterator[None]:
     """End a UserError in one message on stderr and exit code 2 from every rank, however the ranks were started."""
+    for stream in (sys.stdout, sys.stderr):  # in a locale of ASCII or Latin-1 a Chinese row must not end the run
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         yield
     except UserError as error:

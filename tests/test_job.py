@@ -1,5 +1,7 @@
 """What one rank refuses, all ranks say and leave, however they were started; a rank that waits says for whom."""
 
+import io
+import logging
 import os
 import re
 import signal
@@ -186,6 +188,31 @@ def test_every_launcher_ends_with_one_message(launcher, flags, tmp_path):
 
 
 # ---- small things
+
+
+@pytest.mark.parametrize("command", [["llama_training.py"], ["xgen_training.py"], ["-m", "sft.generate"]])
+def test_an_environment_that_is_not_active_is_named(command):
+    ended = subprocess.run([sys.executable, "-S", *command], env={}, capture_output=True, text=True, cwd=ROOT)
+    assert ended.returncode == 2 and ended.stderr.count("\n") == 1, ended.stderr
+    assert ended.stderr.startswith("error: torch, transformers, accelerate, sentencepiece: not installed for /")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_any_text_can_be_printed_in_any_locale(encoding, monkeypatch):
+    printed = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, encoding=encoding))
+    with job.one_message_for_user_errors():
+        job.say("漢字 naïve")
+    assert printed.getvalue().startswith(b"\\u6f22\\u5b57 na")
+
+
+def test_what_bitsandbytes_lacks_on_a_cpu_is_not_printed(caplog):
+    bitsandbytes = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    bitsandbytes.warning(
+        "Failed to load CPU gemm_4bit_forward from kernels-community: %s.", "No module named 'kernels'"
+    )
+    bitsandbytes.warning("another thing")
+    assert caplog.messages == ["another thing"]
 
 
 def test_a_choice_is_printed_with_its_reason():

@@ -14,6 +14,7 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 
 from sft.flags import ModelArguments, TrainingArguments
 from sft.job import UserError, all_ranks_or_none, rank, say, world_size
+from sft.model.find import not_found
 from sft.model.safe_loads import safe_loads
 
 
@@ -23,15 +24,14 @@ def model_problems(flags) -> list[str]:
     if not name:
         return []
     folder = Path(name)
-    if folder.exists() or name.startswith((".", "/", "~")):
+    if folder.exists():
         if not (folder / "config.json").is_file():
             return [f"{name}: no config.json there. --model_name_or_path takes a model's folder or a hub repository."]
         if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
             return [f"{name}: a config.json but no weights (model.safetensors). Download the model completely."]
-    try:
-        config = load_config(flags)
-    except (OSError, ValueError) as error:
-        return [f"{name}: its config cannot be loaded: {str(error).strip().splitlines()[0]}"]
+    if problems := config_problems(flags):
+        return problems
+    config = load_config(flags)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=flags.trust_remote_code)
     present = {type(module).__name__ for module in model.modules()}
@@ -48,6 +48,18 @@ def model_problems(flags) -> list[str]:
         for target in (targets if targets != ["all-linear"] else [])
         if not any(linear_name.endswith(f".{target}") for linear_name in linear)
     ]
+
+
+def config_problems(flags) -> list[str]:
+    """Why the model's config cannot be loaded."""
+    name = flags.model_name_or_path
+    if missing := not_found(name, flags.cache_dir):
+        return [missing]
+    try:
+        load_config(flags)
+        return []
+    except (OSError, ValueError) as error:
+        return [f"{name}: its config cannot be loaded: {str(error).strip().splitlines()[0]}"]
 
 
 def load_config(model_args: ModelArguments) -> PreTrainedConfig:

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from sft.job import rank, say
-from sft.model.loading import load_config
+from sft.model.loading import config_problems, load_config
 from sft.plan.deepspeed_file import Unreadable
 from sft.plan.memory import GIB, Plan, Setting, make
 from sft.plan.model_sizes import NotMeasured, Shape
@@ -112,12 +112,10 @@ def plan(
 
 def stop_after_plan(flags: Any) -> list[str]:
     """Print the plan and end the run, or return what keeps it from being made."""
+    if problems := config_problems(flags):
+        return problems
     try:
-        config = load_config(flags)
-    except (OSError, ValueError) as error:
-        return [f"{flags.model_name_or_path}: its config cannot be loaded: {str(error).strip().splitlines()[0]}"]
-    try:
-        found = plan(flags, flags, config)
+        found = plan(flags, flags, load_config(flags))
     except Unreadable as error:
         return [str(error)]
     if found is not None:

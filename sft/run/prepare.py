@@ -41,8 +41,10 @@ from sft.step.packed_rows import PackedCollator, group_by_prefix
 
 
 def plan_only(flags) -> list[str]:
-    """With --plan_only print the memory plan and end the run, or return what keeps it from being made."""
-    return stop_after_plan(flags) if flags.plan_only else []
+    """With --plan_only print the memory plan and end the run. Raises a UserError with what keeps it from being made."""
+    if flags.plan_only:
+        raise UserError(stop_after_plan(flags))
+    return []
 
 
 CHECKS = (  # what can be known from the flags alone; all problems are raised together
