@@ -48,8 +48,6 @@ $(RUN): requirements.txt
 	$(BIN)/pip install --quiet -r requirements.txt
 	@touch $@
 
-# DeepSpeed is built from source and must see the torch that is installed: hence no build isolation, and its build tools first.
 $(DEV): $(RUN) requirements-optional.txt requirements-dev.txt
-	$(BIN)/pip install --quiet -r requirements-dev.txt
-	$(BIN)/pip install --quiet --no-build-isolation -r requirements-optional.txt
+	$(BIN)/pip install --quiet -r requirements-dev.txt -r requirements-optional.txt
 	@touch $@

@@ -14,6 +14,7 @@ import importlib.util
 import sys
 
 IGNORE_INDEX = -100  # a label that is not trained on, as in PyTorch's cross-entropy
+VERSION = "0.1.0"  # of CHANGELOG.md and pyproject.toml
 
 missing = [
     name for name in ("torch", "transformers", "accelerate", "sentencepiece") if not importlib.util.find_spec(name)

@@ -7,7 +7,7 @@ import dataclasses
 import os
 import re
 import sys
-from argparse import ArgumentTypeError
+from argparse import SUPPRESS, Action, ArgumentTypeError
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,8 +16,9 @@ from typing import Any
 import torch
 import transformers
 
+from sft import VERSION
 from sft.flags_2023 import is_true, names_in, read_json, translate, unknown_flags
-from sft.job import UserError, all_ranks_or_none, say, world_size
+from sft.job import UserError, all_ranks_or_none, commit, say, world_size
 from sft.launchers import read_environment
 from sft.trainer_flags import FIELDS, OTHER_DEFAULTS, trainer_problems
 
@@ -33,6 +34,8 @@ def _other_default(name: str) -> Any:
 @dataclass
 class ModelArguments:
     """Which model, and how it computes."""
+
+    _argument_group_name = "model"  # a heading of --help
 
     model_name_or_path: str | None = flag(None, "Model to tune: a folder, or a repository on the Hugging Face hub.")
     cache_dir: str | None = flag(None, "Folder for models downloaded from the hub. Default: the hub's own cache.")
@@ -72,6 +75,8 @@ class ModelArguments:
 class DataArguments:
     """Which rows, and what becomes of them."""
 
+    _argument_group_name = "data"
+
     data_path: str | None = flag(None, "CSV file with one training example in each row.")
     source: str = flag("prompt", "Column that holds the prompts.")
     target: str = flag("response", "Column that holds the responses.")
@@ -105,6 +110,8 @@ class DataArguments:
 @dataclass
 class TrainingArguments(transformers.TrainingArguments):
     """The Trainer's own arguments, a few of them with another default, and this project's."""
+
+    _argument_group_name = "training: this project's own flags, then the Trainer's (docs/flags.md)"
 
     model_max_length: int = flag(
         512, "Longest example in tokens, prompt and response. Longer ones are cut and counted."
@@ -195,13 +202,25 @@ class Parser(transformers.HfArgumentParser):
         raise UserError(f"{message}. `--help` lists every flag.")
 
 
+class ShowVersion(Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        print(f"{parser.prog} {VERSION} (commit {commit()})")
+        parser.exit()
+
+
 def parser() -> transformers.HfArgumentParser:
     """The command line's parser. Abbreviated flags are unknown flags: a typo must not become another flag."""
     known = Parser(
         (ModelArguments, DataArguments, TrainingArguments),
         description="Instruction-tune a causal language model on a CSV of prompts and responses.",
+        usage="%(prog)s --model_name_or_path MODEL --data_path FILE --output_dir FOLDER [flags]",
         allow_abbrev=False,
     )
+    known.add_argument(
+        "--version", action=ShowVersion, nargs=0, default=SUPPRESS, help="Print the version and the commit, and stop."
+    )
+    training = known._action_groups[-1]  # as HfArgumentParser made it
+    training._group_actions.sort(key=lambda action: action.dest in FIELDS)
     known._negative_number_matcher = re.compile(r"-\.?\d")  # -1e-5 is one too; Python 3.11 knows no exponent
     for name, read in AUTO.items():
         action = known._option_string_actions[f"--{name}"]

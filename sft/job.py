@@ -6,12 +6,14 @@ import logging
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -64,6 +66,14 @@ def say(text: object, coloured: bool = False) -> None:
     """Print once for the job (rank 0), at once; `coloured` text brings escape sequences of its own."""
     if rank() == 0:
         print(text if coloured else printable(str(text)), file=sys.stdout, flush=True)
+
+
+def commit() -> str:
+    """The commit of this code, 12 digits; "not a git checkout" where there is none, or no git."""
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"]
+    with suppress(OSError):
+        return subprocess.run(git, capture_output=True, text=True).stdout.strip() or "not a git checkout"
+    return "not a git checkout"
 
 
 class Choice(NamedTuple):

@@ -1,11 +1,13 @@
 """The commands of 2023, word for word; contradictions and unknown flags, all at once."""
 
 import json
+import re
 import shlex
 
 import pytest
+from scripts import ROOT
 
-from sft import flags, flags_2023
+from sft import VERSION, flags, flags_2023
 from sft.flags import parse
 from sft.flags_2023 import translate
 from sft.job import UserError
@@ -246,3 +248,24 @@ def test_every_flag_of_ours_has_help_and_stands_in_the_table():
     for name in ("model_name_or_path", "prompt_template", "packing", "save_dtype", "overwrite_output_dir"):
         assert f"| `--{name}` |" in table
     assert "--learning_rate" not in table
+
+
+def test_the_version_is_one(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(["--version"])
+    assert stop.value.code == 0
+    assert re.fullmatch(r"\S+ (\d+\.\d+\.\d+) \(commit (\w{12}|not a git checkout)\)\n", capsys.readouterr().out)
+    assert f'\nversion = "{VERSION}"\n' in (ROOT / "pyproject.toml").read_text()
+    assert re.search(rf"^## {re.escape(VERSION)}\b", (ROOT / "CHANGELOG.md").read_text(), re.M)
+
+
+def test_help_begins_with_this_projects_own_flags():
+    printed = flags.parser().format_help()
+    places = [printed.index(f"\n{heading}:") for heading in ("options", "model", "data")]
+    places += [
+        printed.index("\ntraining: this project's own"),
+        printed.index("--model_max_length "),
+        printed.index("--max_steps "),
+    ]
+    assert places == sorted(places)
+    assert len(printed.partition("\n\n")[0].splitlines()) <= 2  # of the usage

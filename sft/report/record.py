@@ -6,7 +6,6 @@ import os
 import platform
 import re
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -20,7 +19,8 @@ from typing import Any
 import psutil
 import torch
 
-from sft.job import rank, say, world_size
+from sft import VERSION
+from sft.job import commit, rank, say, world_size
 from sft.report.picture import draw
 
 REPORT_NAME, PICTURE_NAME = "run_report.json", "loss.png"
@@ -174,10 +174,7 @@ def _versions() -> dict[str, str]:
     for package in PACKAGES:
         with suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"]
-    with suppress(OSError):  # no git here
-        found["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    return found | {"commit": found.get("commit") or "not a git checkout"}
+    return found | {"version": VERSION, "commit": commit()}
 
 
 def _hardware(device: torch.device) -> dict[str, Any]:
