@@ -40,6 +40,10 @@ class ModelArguments:
     model_name_or_path: str | None = flag(None, "Model to tune: a folder, or a repository on the Hugging Face hub.")
     cache_dir: str | None = flag(None, "Folder for models downloaded from the hub. Default: the hub's own cache.")
     trust_remote_code: bool = flag(False, "Run Python code from the model's repository. LLaMA and XGen need none.")
+    allow_new_weights: str | None = flag(
+        None,
+        "NAME[,NAME]: weights that the checkpoint lacks and that are to be trained from random numbers. Others are refused.",
+    )
     attn_implementation: str | None = flag(
         None,
         "Attention kernel. Default: chosen for the device. One that lets packed examples see each other is refused.",

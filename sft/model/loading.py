@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from sft.flags import ModelArguments, TrainingArguments
 from sft.job import UserError, all_ranks_or_none, rank, say, world_size
+from sft.model import headers
 from sft.model.find import not_found
 from sft.model.safe_loads import safe_loads
 
@@ -24,16 +27,15 @@ def model_problems(flags) -> list[str]:
     if not name:
         return []
     folder = Path(name)
-    if folder.exists():
-        if not (folder / "config.json").is_file():
-            return [f"{name}: no config.json there. --model_name_or_path takes a model's folder or a hub repository."]
-        if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
-            return [f"{name}: a config.json but no weights (model.safetensors). Download the model completely."]
-    if problems := config_problems(flags):
+    if folder.exists() and not (folder / "config.json").is_file():
+        return [f"{name}: no config.json there. --model_name_or_path takes a model's folder or a hub repository."]
+    try:
+        config = load_config(flags)
+        model = skeleton(flags, config)
+    except UserError as error:
+        return error.problems
+    if problems := headers.header_problems(flags, config, model):
         return problems
-    config = load_config(flags)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=flags.trust_remote_code)
     present = {type(module).__name__ for module in model.modules()}
     layers = ", ".join(sorted(name for name in present if "Layer" in name))
     linear = [f".{name}" for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
@@ -50,26 +52,68 @@ def model_problems(flags) -> list[str]:
     ]
 
 
-def config_problems(flags) -> list[str]:
-    """Why the model's config cannot be loaded."""
-    name = flags.model_name_or_path
-    if missing := not_found(name, flags.cache_dir):
-        return [missing]
-    try:
-        load_config(flags)
-        return []
-    except (OSError, ValueError) as error:
-        return [f"{name}: its config cannot be loaded: {str(error).strip().splitlines()[0]}"]
-
-
 def load_config(model_args: ModelArguments) -> PreTrainedConfig:
-    """Read the model's config, once in a process. Every caller gets the same object: copy it before changing it."""
+    """Read the model's config, once in a process. Every caller gets the same object: copy it before changing it.
+
+    Raises:
+        UserError: it is not there, or transformers refuses it.
+    """
     return _read_config(model_args.model_name_or_path, model_args.cache_dir, model_args.trust_remote_code)
 
 
 @functools.cache
 def _read_config(name: str, cache_dir: str | None, trust_remote_code: bool) -> PreTrainedConfig:
-    return AutoConfig.from_pretrained(name, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
+    if missing := not_found(name, cache_dir):
+        raise UserError(missing)
+    try:
+        return AutoConfig.from_pretrained(name, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
+    except Exception as error:  # of any check that a config's class makes of its values
+        raise UserError(f"{name}: its config cannot be loaded: {_in_a_line(error)}") from error
+
+
+def skeleton(model_args: ModelArguments, config: PreTrainedConfig) -> PreTrainedModel:
+    """The model of a config on the meta device. Raises a UserError when these scripts cannot train it, or nobody can build it."""
+    name = model_args.model_name_or_path
+    quantized, vocabulary = getattr(config, "quantization_config", None), getattr(config, "vocab_size", None)
+    pad, rope = config.pad_token_id, getattr(config, "rope_parameters", None) or {}
+    ropes = [rope, *(part for part in rope.values() if isinstance(part, dict))]  # or one for each type of layer
+    unknown = [
+        part["rope_type"] for part in ropes if part.get("rope_type", "default") not in ("default", *ROPE_INIT_FUNCTIONS)
+    ]
+    if config.is_encoder_decoder:
+        raise UserError(
+            f"{name}: {config.model_type} is an encoder-decoder, and these scripts train causal language models."
+        )
+    if quantized is not None:
+        method = quantized.get("quant_method", "?") if isinstance(quantized, dict) else quantized.quant_method
+        raise UserError(
+            f"{name}: its weights are quantized ({getattr(method, 'value', method)}), and what is rounded so cannot be trained. Take the model that "
+            "it was made from; to hold that in 4 bits, add --use_lora True --load_in_4bit True."
+        )
+    if pad is not None and vocabulary is not None and pad >= vocabulary:
+        raise UserError(
+            f"{name}: config.json says pad_token_id {pad}, outside of the embedding's {vocabulary} rows (vocab_size). Mend pad_token_id."
+        )
+    if unknown:
+        raise UserError(
+            f"{name}: config.json has the rope type {unknown[0]!r}, which transformers {transformers.__version__} does not know. It knows "
+            f"default, {', '.join(ROPE_INIT_FUNCTIONS)}."
+        )
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                copy.deepcopy(config), trust_remote_code=model_args.trust_remote_code
+            )
+    except Exception as error:  # of a class that these values do not fit, or a type that has no causal model
+        raise UserError(
+            f"{name}: transformers makes no causal language model of its config.json: {_in_a_line(error)}"
+        ) from error
+
+
+def _in_a_line(error: Exception) -> str:
+    """An error's class and first lines, without the lists that follow."""
+    text = " ".join(str(error).strip().splitlines()[:2])
+    return f"{type(error).__name__}: {text}"[:300]
 
 
 @contextmanager
@@ -126,8 +170,11 @@ def load_weights(
     model = None
     with all_ranks_or_none() if handed_on else nullcontext(), safe_loads(name, deepspeed=False):
         if rank() == 0 or not handed_on:
-            model, found = AutoModelForCausalLM.from_pretrained(name, **given, **options, output_loading_info=True)
-            refuse_new_weights(name, found)
+            # a checkpoint whose headers were not there to be read before (a download) is judged now
+            read = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+            model, found = AutoModelForCausalLM.from_pretrained(name, **given, **options, **read)
+            if problems := headers.differences(name, found, model_args.allow_new_weights):
+                raise UserError(problems)
     if not handed_on:
         return model
     weights = model.parameters() if model else ()
@@ -135,20 +182,6 @@ def load_weights(
     handed = [model and copy.deepcopy(model, zeros)]  # config, ties and buffers are those of rank 0
     torch.distributed.broadcast_object_list(handed)
     return model or handed[0]
-
-
-def refuse_new_weights(name: str, found: dict[str, Any]) -> None:
-    """Raise a UserError when the checkpoint lacks weights of the model: transformers fills them in at random, with a warning."""
-    missing, unexpected = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
-    if not missing:
-        return
-    others = f" It has {len(unexpected)} that the model does not know, such as {unexpected[0]}." if unexpected else ""
-    if any(key.startswith("_orig_mod.") for key in unexpected):  # the name that torch.compile gives
-        others += " torch.compile put _orig_mod. before their names: save the model without it, or remove that from the names."
-    raise UserError(
-        f"{name}: {len(missing)} of the model's weights are not in the checkpoint, such as {missing[0]}; they would be trained from "
-        f"random numbers.{others} Download the model again, or take a checkpoint that is complete."
-    )
 
 
 def numel(parameter: torch.Tensor) -> int:

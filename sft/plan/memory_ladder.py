@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from sft.job import rank, say
-from sft.model.loading import config_problems, load_config
+from sft.job import UserError, rank, say
+from sft.model.loading import load_config
 from sft.plan.deepspeed_file import Unreadable
 from sft.plan.memory import GIB, Plan, Setting, make
 from sft.plan.model_sizes import NotMeasured, Shape
@@ -112,10 +112,10 @@ def plan(
 
 def stop_after_plan(flags: Any) -> list[str]:
     """Print the plan and end the run, or return what keeps it from being made."""
-    if problems := config_problems(flags):
-        return problems
     try:
         found = plan(flags, flags, load_config(flags))
+    except UserError as error:
+        return error.problems
     except Unreadable as error:
         return [str(error)]
     if found is not None:

@@ -1,13 +1,12 @@
 """Every choice of a run, made once, before a weight is loaded, printed with its reason, and handed to whoever needs it."""
 
-import copy
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from sft.arithmetic import Arithmetic, Precision, compute_dtype
 from sft.flags import ModelArguments, TrainingArguments
@@ -72,10 +71,8 @@ def settle(model_args: ModelArguments, args: TrainingArguments, dataset: Any) ->
     config, lengths = loading.load_config(model_args), dataset.lengths
     arithmetic, precision = Arithmetic.of(args, len(dataset)), Precision.of(model_args, args)
     say(f"{arithmetic.lines(len(dataset), args.device.type)}\n{precision}")
-    with loading.whole_models(args), torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(
-            copy.deepcopy(config), trust_remote_code=model_args.trust_remote_code
-        )
+    with loading.whole_models(args):
+        skeleton = loading.skeleton(model_args, config)
     kernel_of_attention, proof = packed_or_padded(model_args, args, config, dataset)
     run_tokens = arithmetic.steps * arithmetic.examples_per_step * lengths.mean()
     compilation = Choice("compiled layers", False, "--packing False")
