@@ -19,6 +19,8 @@ def main() -> None:
     for row in wrong[:3]:
         print(f"wrong: {row['prompt']!r} -> {row['answer']!r}, the file says {row['response']!r}")
     exact = len(rows) - len(wrong)
+    if len(wrong) > 3:
+        print(f"and {len(wrong) - 3} more")
     print(f"{exact} of {len(rows)} questions answered exactly ({exact / len(rows):.1%})")
     if exact < args.at_least * len(rows):
         sys.exit(f"error: below {args.at_least:.0%}")

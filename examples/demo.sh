@@ -40,3 +40,5 @@ echo "== every question of the file, answered and compared with its row"
 python -m sft.generate --model "$out/tuned" --data_path examples/facts.csv --output_path "$out/answers.csv" \
     --max_new_tokens 64 --batch_size 64
 python examples/count_exact.py "$out/answers.csv" --at_least 0.95
+
+echo "== next: source .venv/bin/activate, then \"Your first own run\" in README.md"

@@ -1,5 +1,6 @@
 """Print a line at each log and each evaluation, and a progress bar in a terminal."""
 
+import math
 import sys
 import time
 from typing import Any
@@ -78,6 +79,13 @@ class ReportCallback(transformers.TrainerCallback):
             self.report.note("final", best_step=best)
         for entry in [entry for entry in self.report.record["evaluations"] if best in (None, entry["step"])][-1:]:
             self.report.note("final", eval_loss=entry["eval_loss"], eval_perplexity=entry["eval_perplexity"])
+        known = [entry for entry in self.report.record["evaluations"] if math.isfinite(entry["eval_loss"])]
+        if len(known) > 1:
+            lowest = min(known, key=lambda entry: entry["eval_loss"])
+            self._print(
+                f"lowest evaluation loss: {lowest['eval_loss']:.4f} at step {lowest['step']}; "
+                f"the model that is saved is of step {best or state.global_step}"
+            )
         self.report.complete = state.global_step >= state.max_steps
 
     def _record_numbers(self, state: transformers.TrainerState) -> None:
@@ -100,12 +108,12 @@ class ReportCallback(transformers.TrainerCallback):
 def live_line(logs: dict[str, float], step: int, steps: int, seconds_left: float, device_type: str) -> str:
     """step 40/300  loss 1.2345  lr 1.98e-05  grad 0.91  65,883 tok/s/GPU (31,204 trained)  padding 0.0%  MFU 41.3% ..."""
     grad = f"  grad {logs['grad_norm']:.2f}" if "grad_norm" in logs else ""
-    mfu = f"{logs['mfu']:.1%}" if "mfu" in logs else "peak unknown"
+    mfu = f"  MFU {logs['mfu']:.1%}" if "mfu" in logs else "  MFU peak unknown" * (device_type == "cuda")
     where = "GPU" if device_type == "cuda" else "process"
     return (
         f"step {step:>{len(str(steps))}}/{steps}  loss {logs['loss']:.4f}  lr {logs['learning_rate']:.2e}{grad}  "
         f"{logs['tokens_per_s_per_gpu']:,.0f} tok/s/{where} ({logs['trained_tokens_per_s_per_gpu']:,.0f} trained)  "
-        f"padding {logs['padding_share']:.1%}  MFU {mfu}  mem {logs['peak_memory_gib']:.2f} GiB  left {clock(seconds_left)}"
+        f"padding {logs['padding_share']:.1%}{mfu}  mem {logs['peak_memory_gib']:.2f} GiB  left {clock(seconds_left)}"
     )
 
 

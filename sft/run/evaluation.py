@@ -172,11 +172,32 @@ class AnswersCallback(transformers.TrainerCallback):
             answers = greedy_answers(model, processing_class, self.prompts, args.device, ANSWER_TOKENS)
         if not state.is_world_process_zero:
             return
-        for prompt, reference, (answer, cut) in zip(self.prompts, self.references, answers, strict=True):
-            ids = {"prompt": prompt, "reference": reference, "answer": answer}
-            texts = {name: processing_class.decode(part, skip_special_tokens=True) for name, part in ids.items()}
+
+        def text_of(ids: list[int]) -> str:
+            return processing_class.decode(ids, skip_special_tokens=True)
+
+        prompts = [text_of(prompt) for prompt in self.prompts]
+        for prompt, asked, reference, (answer, cut) in zip(
+            prompts, differing(prompts), self.references, answers, strict=True
+        ):
+            texts = {"prompt": prompt, "reference": text_of(reference), "answer": text_of(answer)}
             self.keep({"step": state.global_step, **texts, "cut": cut})
-            say(f"  answer: {shorten(texts['answer'])}   (data: {shorten(texts['reference'])})")
+            say(f"  {shorten(asked, 40)} -> {shorten(texts['answer'])}   (data: {shorten(texts['reference'])})")
+
+
+def differing(texts: list[str]) -> list[str]:
+    """The texts without what all of them begin and end with, which is their template: ["Q: a?\\nA:", "Q: b?\\nA:"] -> ["a", "b"]"""
+    if len(set(texts)) < 2:
+        return texts
+    begin = alike(texts)
+    rests = [text[begin:] for text in texts]
+    end = alike([rest[::-1] for rest in rests])
+    return [rest[: len(rest) - end] for rest in rests]
+
+
+def alike(texts: list[str]) -> int:
+    """How many characters all texts begin with."""
+    return next((place for place, here in enumerate(zip(*texts)) if len(set(here)) > 1), min(map(len, texts)))
 
 
 def shorten(text: str, width: int = 60) -> str:

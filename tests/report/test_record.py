@@ -122,12 +122,18 @@ def test_the_printed_lines(watched):
     assert len(steps) == 8
     assert re.fullmatch(
         r"step 1/8  loss \d\.\d{4}  lr 1\.00e-02  grad \d+\.\d\d  [\d,]+ tok/s/process \([\d,]+ trained\)  "
-        r"padding \d+\.\d%  MFU peak unknown  mem \d+\.\d\d GiB  left \d+:\d\d",
+        r"padding \d+\.\d%  mem \d+\.\d\d GiB  left \d+:\d\d",
         steps[0],
     ), steps[0]
     evaluations = [line for line in lines if line.startswith("evaluation at step")]
     assert [line.split(":")[0] for line in evaluations] == [f"evaluation at step {step}" for step in (0, 4, 8)]
     assert "(lowest so far)" in evaluations[1]
+    found = [entry["eval_loss"] for entry in watched.record["evaluations"]]
+    lowest = (0, 4, 8)[found.index(min(found))]
+    assert f"lowest evaluation loss: {min(found):.4f} at step {lowest}; the model that is saved is of step 8" in lines
+    # an answer stands behind its question, without the template
+    answers = [line for line in lines if re.match(r"  \S.* -> .*   \(data: ", line)]
+    assert len(answers) == 6 and not any("Question:" in line or "Answer:" in line.split(" -> ")[0] for line in answers)
     assert not any("{'loss'" in line for line in lines)  # the Trainer's own printer is gone
 
 

@@ -267,3 +267,11 @@ def test_a_run_that_stopped_early_and_was_killed_in_its_export_takes_no_further_
     trainer = utils.train(load_llama_tokenizer, [*flags, "--resume_from_checkpoint", "True"])
     assert 0 < stopped < 8 and trainer.state.global_step == stopped
     assert (tmp_path / "out" / "COMPLETE.json").is_file()
+
+
+def test_the_template_of_prompts_is_left_out():
+    assert evaluation.differing(["Q: a?\nA:", "Q: b?\nA:"]) == ["a", "b"]
+    assert evaluation.differing(["aXa", "aXYXa"]) == ["", "YX"] and evaluation.differing(["same", "same"]) == [
+        "same",
+        "same",
+    ]
