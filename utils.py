@@ -58,13 +58,10 @@ def tokenize(batch, tokenizer, template: str, allow_control_tokens: bool, max_le
     return token_cache.Batch(np.array(tokens), np.array(lengths), np.array(prompt_lengths), outcomes)
 
 
-ROWS_COMPARED = 1000  # with SentencePiece, where the model has its tokenizer.model
-
-
 def tokenize_csv(path: str, tokenizer, data_args: DataArguments, max_length: int) -> token_cache.TokenizedRows:
     """Tokenize a CSV once for each machine, or open what an earlier run left."""
     template = load_template(data_args.prompt_template)
-    sentencepiece_model = getattr(tokenizer, "sentencepiece_model", None)
+    reference = getattr(tokenizer, "reference", None)  # what its ids must equal
     decides: dict[str, Any] = {
         "template": template,
         "max_length": max_length,
@@ -76,15 +73,15 @@ def tokenize_csv(path: str, tokenizer, data_args: DataArguments, max_length: int
         "csv": token_cache.file_digest(path),
         "columns": [data_args.source, data_args.target],
         "tokenizer": token_cache.tokenizer_digest(tokenizer),
-        "sentencepiece_model": sentencepiece_model and token_cache.file_digest(sentencepiece_model),
+        "reference": reference and token_cache.file_digest(reference.file),
         "libraries": [transformers.__version__, tokenizers.__version__],
     }
 
     def tokenize_batch(numbered_batch: tuple[int, list[tuple[str, str]]]) -> token_cache.Batch:
         number, batch = numbered_batch
-        if sentencepiece_model and number * csv_rows.ROWS_PER_BATCH < ROWS_COMPARED:
+        if reference and number * csv_rows.ROWS_PER_BATCH < reference.rows:
             prompts = [template.replace("{instruction}", source) for source, _ in batch]
-            encode.compare_with_sentencepiece(tokenizer, prompts + [target for _, target in batch])
+            encode.compare_with_reference(tokenizer, prompts + [target for _, target in batch])
         return tokenize(batch, tokenizer, **decides)
 
     def build() -> Iterator[token_cache.Batch]:
@@ -204,7 +201,7 @@ def load_model(
 
 # ------------------------------------------------------------------------------------------------------------ train
 
-LoadTokenizer = Callable[[ModelArguments, TrainingArguments], PreTrainedTokenizerBase]
+LoadTokenizer = Callable[[ModelArguments], PreTrainedTokenizerBase]
 
 
 def train(load_tokenizer: LoadTokenizer, argv: list[str] | None = None) -> prepare.SupervisedTrainer:
@@ -212,7 +209,7 @@ def train(load_tokenizer: LoadTokenizer, argv: list[str] | None = None) -> prepa
     model_args, data_args, args = parse(argv, prepare.CHECKS)
     run = prepare.Run(model_args, data_args, args)
     with run.phase("data"), job.all_ranks_or_none():
-        tokenizer = load_tokenizer(model_args, args)
+        tokenizer = load_tokenizer(model_args)
         if data_args.check_data:
             raise SystemExit(check_data(tokenizer, data_args, args, loading.load_config(model_args)))
         data_module = make_supervised_data_module(tokenizer, data_args, args)

@@ -49,7 +49,7 @@ def begin(args: argparse.Namespace, path: str) -> None:
     own.memory_of_imports = psutil.Process().memory_full_info()
     own.args, own.path = args, path
     with redirect_stdout(sys.stderr):
-        own.tokenizer = load_llama_tokenizer(ModelArguments(model_name_or_path=args.tokenizer), args)
+        own.tokenizer = load_llama_tokenizer(ModelArguments(model_name_or_path=args.tokenizer))
 
 
 def seconds(function: Callable[[], object]) -> float:

@@ -99,7 +99,7 @@ def lengths_of(data_path: str, tokenizer: str, source: str, target: str) -> np.n
     """The same of a CSV, by the project's own data path."""
     flags = ["--model_name_or_path", tokenizer, "--data_path", data_path, "--source", source, "--target", target]
     model_args, data_args, training_args = parse([*flags, "--output_dir", tempfile.mkdtemp()])
-    loaded = load_llama_tokenizer(model_args, training_args)
+    loaded = load_llama_tokenizer(model_args)
     dataset = utils.make_supervised_data_module(loaded, data_args, training_args)["train_dataset"]
     ids = [example["input_ids"].numpy() for example in dataset]
     prompts = [tokens[:length] for tokens, length in zip(ids, dataset.prompt_lengths)]

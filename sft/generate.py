@@ -28,9 +28,10 @@ from transformers.utils import logging
 
 from sft.data.checks import check_vocabulary
 from sft.data.csv_rows import header_problems, read_csv
-from sft.data.encode import encode_prompts, find_file
+from sft.data.encode import encode_prompts
 from sft.data.llama_tokenizer import load_llama_tokenizer
 from sft.data.template import TEMPLATE_FILE, load_template
+from sft.data.tokenizer_files import find_file
 from sft.job import UserError, one_message_for_user_errors, printable
 from sft.model.answer import greedy_answers
 from sft.model.find import not_found
@@ -86,7 +87,7 @@ def load(name: str, prompt_template: str | None = None) -> TunedModel:
         )
     template = load_template(prompt_template or saved)
     with contextlib.redirect_stdout(sys.stderr):  # what the loaders print is no answer
-        tokenizer = load_llama_tokenizer(source, SimpleNamespace(model_max_length=int(1e30)))
+        tokenizer = load_llama_tokenizer(source)
         return TunedModel(load_weights(name, adapter), tokenizer, template)
 
 

@@ -244,7 +244,8 @@ def test_a_folder_without_a_model(tmp_path):
 
 
 def test_a_base_with_another_vocabulary(tuned, tiny_llama):
-    (*_, problem) = problems("--model", tuned, "--base", tiny_llama, "--instruction", "w")
+    problem, bos = problems("--model", tuned, "--base", tiny_llama, "--instruction", "w")[-2:]
+    assert "it puts '<s>' (256) before each prompt" in bos
     assert problem.startswith(f"--base {tiny_llama}: tokenizer: EOS '</s>' is id 257, but the model's config.json says")
 
 

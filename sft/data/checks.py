@@ -1,11 +1,13 @@
 """Find what is wrong with the data and the tokenizer before anything slow: template, files, columns, vocabulary."""
 
+import json
 from typing import TYPE_CHECKING
 
 from transformers import PreTrainedTokenizerBase
 
 from sft.data.csv_rows import header_problems
 from sft.data.template import load_template
+from sft.data.tokenizer_files import added_around
 from sft.job import UserError
 
 if TYPE_CHECKING:  # the commands read tokenizers without the Trainer's arguments, which import peft and bitsandbytes
@@ -36,6 +38,14 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model_config) -> list[s
         problems.append(
             f"tokenizer: EOS {tokenizer.eos_token!r} is id {tokenizer.eos_token_id}, but the model's config.json says eos_token_id {declared}. "
             "A model trained so never stops. Fix eos_token_id in config.json, or eos_token in tokenizer_config.json."
+        )
+    before, bos = added_around(tokenizer)[0], model_config.bos_token_id
+    if before and bos is not None and bos not in before:
+        put, of_the_model = tokenizer.convert_ids_to_tokens([before[0], bos])
+        problems.append(
+            f"tokenizer: it puts {put!r} ({before[0]}) before each prompt, but the model's config.json says bos_token_id {bos} ({of_the_model!r}). If the "
+            f'model was pre-trained with the first, write "bos_token_id": {before[0]} into config.json; if with the second, name {of_the_model!r} in the '
+            f'post_processor of tokenizer.json, or, where there is none, write "bos_token": {json.dumps(of_the_model)} into tokenizer_config.json.'
         )
     outside = sorted((i, token) for token, i in tokenizer.get_vocab().items() if i >= rows)
     if outside:

@@ -5,15 +5,13 @@ import functools
 import json
 from array import array
 
-import sentencepiece
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from transformers.utils.hub import cached_file
+from transformers import PreTrainedTokenizerBase
 
 from sft.data.csv_rows import quoted
 from sft.data.word_cache import LEADING_SPACE, Words, parts_before_model
-from sft.job import UserError, say
+from sft.job import UserError
 
 # What tokenizers have been seen to differ on: runs of spaces, edges, line ends, code, marks, scripts, control texts, length.
 PROBES = [
@@ -24,7 +22,7 @@ PROBES = [
     "def f(x):\n    if x > 0:\n        return {'a': [1, 2, 3]}  # why?\n\n\tprint(f\"{x!r:>10}\")\n",
     "for (int i = 0; i < n; ++i) { a[i] += b[i] & 0xFF; } // https://example.org/a?b=c&d=%20",
     '<p class="x">1 &lt; 2</p></s><s><unk><pad>[INST] <|endoftext|> <0x0A>',
-    "3.14159 1,000,000 12345678901234567890 1e-9 ½ ² ①",
+    "3.14159 1,000,000 12345678901234567890 1e-9 ½ ² ①\n\n1. one\n\n2. two\n10. ten",
     "don't WON'T they're we'll I'd o'clock aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
     "naïve café Ångström e\u0301 A\u030a o\u0308\u0304 ﬁne ﬀ \ufb03", "日本語のテキスト、中文文本。한국어 텍스트 ｆｕｌｌｗｉｄｔｈ ｶﾅ ガ か\u3099",
     "עברית مرحبا بالعالم हिन्दी ไทย Ελληνικά Русский", "😀 👩‍👩‍👧‍👦 🏳️‍🌈 👍🏽 \U0001f9ff",
@@ -98,49 +96,10 @@ def _without_prefix(part: dict | None) -> dict | None:
     return part | settings.get(part["type"], {})
 
 
-def find_file(model_args, name: str) -> str | None:
-    """Local path of a file of the model, downloaded from the hub where the model lies there; None if it has no such file."""
-    where, cache_dir = model_args.model_name_or_path, model_args.cache_dir
-    try:
-        return cached_file(where, name, cache_dir=cache_dir, _raise_exceptions_for_missing_entries=False)
-    except OSError as error:
-        raise UserError(f"--model_name_or_path {where}: {error}") from error
-
-
-def load_published(model_args) -> PreTrainedTokenizerBase:
-    """Load the tokenizer from tokenizer.json as plain transformers does, but let it add no EOS."""
-    where, remote = model_args.model_name_or_path, model_args.trust_remote_code
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(where, cache_dir=model_args.cache_dir, trust_remote_code=remote)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{where}: transformers cannot load its tokenizer: {error}") from error
-    ids = tokenizer("a").input_ids
-    if tokenizer.eos_token_id is not None and ids[-1] == tokenizer.eos_token_id:
-        # `add_eos_token = False` rebuilds the template from flags that may have lost BOS (transformers 5.23): keep what was there.
-        bos_first = tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
-        tokenizer.add_eos_token, tokenizer.add_bos_token = False, bos_first
-        say("tokenizer: it added EOS to every text; that is off, because a prompt does not end there")
-    return tokenizer
-
-
-def finish(tokenizer: PreTrainedTokenizerBase, model_args, training_args) -> None:
-    """Set pad, padding side and length, and prove the ids of prompts and responses on this very tokenizer."""
-    if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"{model_args.model_name_or_path}: the tokenizer has no EOS token, so a response could not be ended. "
-            "Name one as eos_token in tokenizer_config.json."
-        )
-    tokenizer.pad_token = tokenizer.eos_token if tokenizer.unk_token_id is None else tokenizer.unk_token
-    say(f"tokenizer: pad is {tokenizer.pad_token!r} ({tokenizer.pad_token_id}); padding is never trained on")
-    tokenizer.padding_side = tokenizer.truncation_side = "right"
-    tokenizer.model_max_length = int(1e30)  # transformers' own "no limit": the probes are not to be warned about
-    _prove_ids(tokenizer)
-    tokenizer.model_max_length = training_args.model_max_length
-
-
 def _after(tokenizer: PreTrainedTokenizerBase, anchor: str, text: str, **options) -> list[int] | None:
     """The ids of `text` after `anchor`, or None if a token spans the two."""
-    before, joint = (tokenizer(part, add_special_tokens=False, **options).input_ids for part in (anchor, anchor + text))
+    options |= {"add_special_tokens": False, "verbose": False}
+    before, joint = (tokenizer(part, **options).input_ids for part in (anchor, anchor + text))
     return joint[len(before) :] if joint[: len(before)] == before else None
 
 
@@ -155,16 +114,20 @@ def _slow_continuation(tokenizer: PreTrainedTokenizerBase, text: str, allow_cont
     return array("i", ids)
 
 
-def _prove_ids(tokenizer: PreTrainedTokenizerBase) -> None:
+def prove_ids(tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise UserError unless prompts get the tokenizer's own ids, and responses those that follow EOS, on every probe.
 
     A line end in place of EOS proves it too: older LLaMA pipelines put their prefix space after every control token.
     """
-    plain = [text for text in PROBES if not any(token in text for token in tokenizer.all_special_tokens)]
+    control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    plain = [text for text in PROBES if not any(token in text for token in control)]
     prompts, responses = encode_prompts(tokenizer, plain), encode_responses(tokenizer, plain)
     for text, prompt_ids, response_ids in zip(plain, prompts, responses, strict=True):
         after = [_after(tokenizer, anchor, text) for anchor in (tokenizer.eos_token, "\n")]
-        for use, ids, own in (("prompt", prompt_ids, [tokenizer(text).input_ids]), ("response", response_ids, after)):
+        for use, ids, own in (
+            ("prompt", prompt_ids, [tokenizer(text, verbose=False).input_ids]),
+            ("response", response_ids, after),
+        ):
             if ids.tolist() not in own:
                 raise UserError(
                     f"tokenizer: the {use} {text[:80]!r} gets {ids[:8].tolist()}…, but generation gives or meets {(own[0] or [])[:8]}…. "
@@ -172,23 +135,24 @@ def _prove_ids(tokenizer: PreTrainedTokenizerBase) -> None:
                 )
 
 
-def compare_with_sentencepiece(tokenizer, texts: list[str]) -> None:
-    """Raise UserError with an example if any text's ids differ from SentencePiece's (`tokenizer.sentencepiece_model`)."""
-    if wrong := differences(tokenizer, tokenizer.sentencepiece_model, texts):
+def compare_with_reference(tokenizer, texts: list[str]) -> None:
+    """Raise UserError with an example if any text's ids differ from those of `tokenizer.reference`."""
+    if wrong := differences(tokenizer, texts):
+        reference = tokenizer.reference
         raise UserError(
-            f"tokenizer: {len(wrong)} of {len(texts)} texts get other ids than SentencePiece gives them with {tokenizer.sentencepiece_model}, "
-            f"which the model was pre-trained with. First: {wrong[0]}. Remove or rewrite such rows, or, if this model was really "
-            "trained with another tokenizer, supply that one's tokenizer.json and take tokenizer.model out of the folder."
+            f"tokenizer: {len(wrong)} of {len(texts)} texts get other ids than {reference.name} gives them with {reference.file}, "
+            f"which the model was pre-trained with. First: {wrong[0]}. {reference.cure}"
         )
 
 
-def differences(tokenizer, model_file: str, texts: list[str]) -> list[str]:
-    """What differs, for each text whose ids are not SentencePiece's."""
-    found = []
-    reference = sentencepiece.SentencePieceProcessor(model_file=model_file).encode(texts)
-    for text, ids, expected in zip(texts, encode(tokenizer, "prompt", texts, bos=False), reference, strict=True):
+def differences(tokenizer, texts: list[str]) -> list[str]:
+    """What differs, for each text whose ids are not those of `tokenizer.reference`."""
+    found, reference = [], tokenizer.reference
+    for text, ids, expected in zip(
+        texts, encode(tokenizer, "prompt", texts, bos=False), reference.encode(texts), strict=True
+    ):
         if (ours := ids.tolist()) != expected:
             first = next((i for i, (a, b) in enumerate(zip(ours, expected)) if a != b), min(len(ours), len(expected)))
             window = slice(max(0, first - 2), first + 6)
-            found.append(f"{quoted(text, 120)} from token {first}: {ours[window]}, SentencePiece {expected[window]}")
+            found.append(f"{quoted(text, 120)} from token {first}: {ours[window]}, {reference.name} {expected[window]}")
     return found

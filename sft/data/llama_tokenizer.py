@@ -5,30 +5,33 @@ drops the normalizer. Here the conversion is right, and compared with SentencePi
 """
 
 import json
+import math
 from pathlib import Path
 
+import sentencepiece
 from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import generate_merges
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from sft.data import encode
+from sft.data import tokenizer_files as files
 from sft.data.word_cache import LAST_SPACES, LEADING_SPACE, RUN_OF_SPACES, SPACE
 from sft.job import UserError, say
 
 
-def load_llama_tokenizer(model_args, training_args) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a LLaMA-family model, equal to SentencePiece wherever the model has a `tokenizer.model`.
+def load_llama_tokenizer(model_args) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a LLaMA-family model: ids equal to SentencePiece's wherever the model has a `tokenizer.model`, else to its file's.
 
-    BOS as the model's own tokenizer puts it, never an EOS, pad = unk (else EOS). `sentencepiece_model` is set to the path.
+    BOS as the model's own tokenizer puts it, never an EOS, pad = unk (else EOS). `reference` is what the ids are compared with.
     """
-    model_file, json_file = (encode.find_file(model_args, name) for name in ("tokenizer.model", "tokenizer.json"))
+    model_file, json_file = (files.find_file(model_args, name) for name in ("tokenizer.model", "tokenizer.json"))
     proto = _read_sentencepiece(model_file) if model_file else None
     if json_file:
-        tokenizer = encode.load_published(model_args)
+        tokenizer = files.load_published(model_args)
         if model_file and proto:
             tokenizer = _reconcile(tokenizer, proto, model_file, model_args)
     elif proto:
@@ -40,10 +43,16 @@ def load_llama_tokenizer(model_args, training_args) -> PreTrainedTokenizerBase:
             f"{model_args.model_name_or_path}: {found if model_file else 'neither tokenizer.json nor tokenizer.model is there'}. "
             "Name a folder or a hub repository that holds the model together with its tokenizer."
         )
-    tokenizer.sentencepiece_model = model_file if proto else None
-    encode.finish(tokenizer, model_args, training_args)
     if proto:
-        encode.compare_with_sentencepiece(tokenizer, encode.PROBES)
+        tokenizer.reference = _reference(model_file, proto)
+    files.finish(tokenizer, model_args)
+    if proto:
+        bos = proto.trainer_spec.bos_id
+        if bos >= 0 and not files.added_around(tokenizer)[0]:
+            declared = "tokenizer.json has none" if json_file else "tokenizer_config.json says add_bos_token false"
+            say(
+                f"tokenizer: no BOS before a prompt, {declared}; SentencePiece's is {proto.pieces[bos].piece!r} ({bos})"
+            )
         say(f"tokenizer: equals SentencePiece on {len(encode.PROBES)} probe texts")
     return tokenizer
 
@@ -61,7 +70,8 @@ def _reconcile(published: PreTrainedTokenizerBase, proto, model_file: str, model
             f"{model_file} and the tokenizer.json next to it are different vocabularies: {len(other)} pieces have other ids, for example {piece!r}, "
             f"{i} in tokenizer.model and {vocab.get(piece)} in tokenizer.json. Keep the file that the model was trained with and remove the other."
         )
-    wrong = encode.differences(published, model_file, encode.PROBES)
+    published.reference = _reference(model_file, proto)
+    wrong = encode.differences(published, encode.PROBES)
     if not wrong:
         return published
     say(
@@ -69,6 +79,17 @@ def _reconcile(published: PreTrainedTokenizerBase, proto, model_file: str, model
         f"model use tokenizer.model's ids, those of pre-training. First difference: {wrong[0]}"
     )
     return _wrap_sentencepiece(proto, model_args, published)
+
+
+def _reference(path: str, proto) -> files.Reference:
+    """SentencePiece itself. Where it changes the texts first, any row may hold a character that is changed otherwise here."""
+    rows = math.inf if proto.normalizer_spec.precompiled_charsmap else files.ROWS_COMPARED["SentencePiece"]
+    cure = (
+        "Remove or rewrite such rows, or, if this model was really trained with another tokenizer, supply that one's tokenizer.json and take "
+        "tokenizer.model out of the folder."
+    )
+    encode_texts = sentencepiece.SentencePieceProcessor(model_file=path).encode
+    return files.Reference("SentencePiece", path, encode_texts, rows, cure)
 
 
 def _read_sentencepiece(path: str):
@@ -136,18 +157,20 @@ def _sentencepiece_backend(proto) -> Tokenizer:
 
 
 def _wrap_sentencepiece(proto, model_args, published: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerFast:
-    """The converted model with the special tokens, added tokens, chat template and BOS rule that the folder declares."""
+    """The converted model with the special tokens, added tokens, chat template and BOS that the folder declares."""
+    pieces, spec = proto.pieces, proto.trainer_spec
     config = get_tokenizer_config(model_args.model_name_or_path, cache_dir=model_args.cache_dir)
     if published is not None:
-        config |= published.special_tokens_map | {"chat_template": published.chat_template}
+        config |= files.settings_of(published)
         added = published.added_tokens_decoder
     else:
-        path = encode.find_file(model_args, "added_tokens.json")
+        path = files.find_file(model_args, "added_tokens.json")
         ids = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
-        added = {i: AddedToken(text, normalized=False, special=False) for text, i in ids.items()}
+        # SentencePiece knows none of them: inside a cell they are text, as its own control tokens are
+        added = {i: AddedToken(text, normalized=False, special=True) for text, i in ids.items()}
         for i, fields in config.get("added_tokens_decoder", {}).items():
             added[int(i)] = AddedToken(**{key: value for key, value in fields.items() if key != "__type"})
-    backend, pieces, spec = _sentencepiece_backend(proto), proto.pieces, proto.trainer_spec
+    backend = _sentencepiece_backend(proto)
     control = [piece.piece for piece in pieces if piece.type in (piece.CONTROL, piece.UNKNOWN)]
     backend.add_special_tokens([AddedToken(piece, normalized=False, special=True) for piece in control])
     for i, token in sorted((i, token) for i, token in added.items() if i >= len(pieces)):
@@ -164,10 +187,24 @@ def _wrap_sentencepiece(proto, model_args, published: PreTrainedTokenizerBase | 
         known = declared and backend.token_to_id(declared) is not None  # LLaMA's first conversions declare them as ""
         if 0 <= i < len(pieces):
             special[name] = declared if known else pieces[i].piece
-    if config.get("add_bos_token", True) is not False and "bos_token" in special:
-        bos = special["bos_token"]
-        backend.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, backend.token_to_id(bos))]
-        )
-    options = {"clean_up_tokenization_spaces": False, "chat_template": config.get("chat_template"), **special}
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **options)
+    if published is not None:
+        before, _ = files.added_around(published)
+    else:
+        before = _bos_of_the_model(model_args, backend, special.get("bos_token"), spec.bos_id)
+        if config.get("add_bos_token", True) is False:
+            before = []
+    backend.post_processor = files.putting_before(backend, before)
+    kept = {name: config.get(name) for name in ("chat_template", "model_max_length", "padding_side")}
+    tokenizer = files.in_plain_class(backend, kept | special)
+    if published is not None:
+        files.prove_reload(tokenizer, model_args)
+    return tokenizer
+
+
+def _bos_of_the_model(model_args, backend: Tokenizer, declared: str | None, sentencepieces: int) -> list[int]:
+    """The BOS of a folder without tokenizer.json: SentencePiece's, unless config.json has the one that tokenizer_config.json declares."""
+    path = files.find_file(model_args, "config.json")
+    models = json.loads(Path(path).read_text(encoding="utf-8")).get("bos_token_id") if path else None
+    if declared is None:
+        return []
+    return [models] if models == backend.token_to_id(declared) else [sentencepieces]

@@ -35,7 +35,7 @@ from filelock import FileLock, Timeout
 
 from sft.job import UserError, say
 
-VERSION = 1  # raise it when the same parts of a key come to mean other tokens, or the files another form
+VERSION = 2  # raise it when the same parts of a key come to mean other tokens, or the files another form
 OUTCOMES = ("kept", "cut", "empty", "no_room")  # of a row of the CSV
 KEPT, CUT, EMPTY, NO_ROOM = range(4)
 HOLD_OUT_SEED = 0  # the training seed does not decide which rows are held out

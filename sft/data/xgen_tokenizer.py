@@ -10,7 +10,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode, generate_merges
 
-from sft.data.encode import find_file, finish, load_published
+from sft.data.tokenizer_files import find_file, finish, load_published
 from sft.job import UserError
 
 XGEN_EOS, XGEN_EOS_ID, XGEN_VOCABULARY = "<|endoftext|>", 50256, 51200
@@ -21,7 +21,7 @@ _FIM = (
 ).split()
 
 
-def load_xgen_tokenizer(model_args, training_args) -> PreTrainedTokenizerBase:
+def load_xgen_tokenizer(model_args) -> PreTrainedTokenizerBase:
     """Load XGen's tokenizer as a fast one: GPT-2's BPE, runs of spaces and tabs, and tags; no BOS, pad = EOS.
 
     A `tokenizer.json` in the model's folder (an export of this project) is used after its ids are checked.
@@ -33,7 +33,7 @@ def load_xgen_tokenizer(model_args, training_args) -> PreTrainedTokenizerBase:
         ranks = _ranks_from_files(model_args.gpt2_files) if model_args.gpt2_files else _ranks_from_tiktoken()
         options = {"eos_token": XGEN_EOS, "clean_up_tokenization_spaces": False}
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=_xgen_backend(ranks), **options)
-    finish(tokenizer, model_args, training_args)
+    finish(tokenizer, model_args)
     return tokenizer
 
 

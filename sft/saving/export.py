@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.core_model_loading import revert_weight_conversion
 
+from sft.data import tokenizer_files
 from sft.job import UserError, say
 from sft.model import lora
 from sft.model.loading import numel
@@ -104,7 +105,7 @@ def count_weights(model: torch.nn.Module) -> tuple[int, int]:
 def write_weights(trainer, folder: Path, weights: Weights) -> None:
     """Save gathered weights, the config and the tokenizer."""
     trainer.model.save_pretrained(folder, state_dict=dict(weights))
-    trainer.processing_class.save_pretrained(folder)
+    tokenizer_files.save(trainer.processing_class, folder)
 
 
 class Exporter:

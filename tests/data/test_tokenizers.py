@@ -17,17 +17,25 @@ from hypothesis import strategies as st
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from tokenizer_files import make_texts, train_sentencepiece, write_gpt2_files
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoTokenizer, LlamaConfig, LlamaTokenizer, PreTrainedTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaTokenizer,
+    PreTrainedTokenizer,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
 
-from sft.data import encode, word_cache, xgen_tokenizer
+import utils
+from sft.data import csv_rows, encode, tokenizer_files, word_cache, xgen_tokenizer
 from sft.data.checks import check_vocabulary
-from sft.data.encode import PROBES, compare_with_sentencepiece, words_of
-from sft.data.llama_tokenizer import load_llama_tokenizer
+from sft.data.encode import PROBES, compare_with_reference, words_of
+from sft.data.llama_tokenizer import _read_sentencepiece, _reference, load_llama_tokenizer
 from sft.data.xgen_tokenizer import load_xgen_tokenizer
+from sft.flags import DataArguments
 from sft.job import UserError
 
 TEXTS = make_texts()
-TRAINING = SimpleNamespace(model_max_length=64)
 # What is known to trip tokenizers, close together; and anything at all.
 HARD_TEXT = st.text(
     st.sampled_from(list("abtheriv .,:\n\t\r▁<>/s_01é日😀\u0301\u200d\u00a0\x00")), max_size=40
@@ -44,7 +52,7 @@ def arguments(folder, **other):
 
 
 def load_llama(folder):
-    return load_llama_tokenizer(arguments(folder), TRAINING)
+    return load_llama_tokenizer(arguments(folder))
 
 
 def encode_prompts(tokenizer, texts, **options) -> list[list[int]]:
@@ -97,7 +105,7 @@ def gpt2_files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def xgen(gpt2_files):
-    return load_xgen_tokenizer(arguments(gpt2_files, gpt2_files=str(gpt2_files)), TRAINING)
+    return load_xgen_tokenizer(arguments(gpt2_files, gpt2_files=str(gpt2_files)))
 
 
 # --------------------------------------------------------------------------------------------------------------- LLaMA
@@ -108,7 +116,7 @@ def test_llama_equals_sentencepiece(folders, llamas, name):
     symbols = ["<user>", "a<user>b", " <user> <use r> in the  in the", "<user>\n<user>", "in the"]
     texts = TEXTS + PROBES + (symbols if name == "user_defined" else [])
     assert encode_prompts(llamas[name], texts) == [[1, *ids] for ids in reference_for(folders / name).encode(texts)]
-    compare_with_sentencepiece(llamas[name], texts)
+    compare_with_reference(llamas[name], texts)
 
 
 @pytest.mark.parametrize("name", ["llama", "merged_spaces", "no_prefix", "no_byte_fallback"])
@@ -126,13 +134,14 @@ def test_llama_equals_sentencepiece_on_any_text(folders, llamas, name):
 @pytest.mark.parametrize("name", ["llama", "merged_spaces"])
 def test_the_stock_conversion_is_caught(folders, name):
     stock = LlamaTokenizer.from_pretrained(folders / name)
-    stock.sentencepiece_model = str(folders / name / "tokenizer.model")
+    model = str(folders / name / "tokenizer.model")
+    stock.reference = _reference(model, _read_sentencepiece(model))
     inner = [text for text in TEXTS if text == text.strip()]  # not only the edges make it differ
     expected = reference_for(folders / name).encode(inner)
     wrong = [text for text, ids in zip(inner, expected) if stock(text, add_special_tokens=False).input_ids != ids]
     assert len(wrong) > len(inner) / 20
     with pytest.raises(UserError) as raised:
-        compare_with_sentencepiece(stock, inner)
+        compare_with_reference(stock, inner)
     assert f"{len(wrong)} of {len(inner)} texts get other ids than SentencePiece" in str(raised.value)
     assert f"First: {wrong[0][:100]!r}"[:-1] in str(raised.value)
 
@@ -144,10 +153,10 @@ def test_what_cannot_be_made_equal_is_refused_with_the_text(llamas):
         "\u1112\u1161\u11ab\u1100\u1173\u11af",
         "か\u3099 ～",
     ]
-    compare_with_sentencepiece(llamas["nmt_nfkc"], decomposed)
+    compare_with_reference(llamas["nmt_nfkc"], decomposed)
     shown = r"1 of 5 texts .* First: 'one half with a macron ½̄' from token \d+: \[.*\], SentencePiece \[.*Remove or rewrite such rows"
     with pytest.raises(UserError, match=shown):
-        compare_with_sentencepiece(llamas["nmt_nfkc"], [*decomposed, "one half with a macron ½\u0304"])
+        compare_with_reference(llamas["nmt_nfkc"], [*decomposed, "one half with a macron ½\u0304"])
 
 
 def test_models_that_llama_cannot_have(tmp_path):
@@ -174,7 +183,7 @@ def test_llama_tokens_and_settings(folders, capsys):
         f"tokenizer: equals SentencePiece on {len(PROBES)} probe texts",
     ]
     assert (llama.unk_token_id, llama.bos_token_id, llama.eos_token_id, llama.pad_token_id) == (0, 1, 2, 0)
-    assert (llama.padding_side, llama.model_max_length, len(llama)) == ("right", 64, 700)
+    assert len(llama) == 700
     text = "The river  runs é😀"
     assert llama.decode(llama(text).input_ids, skip_special_tokens=True) == text
 
@@ -202,7 +211,7 @@ def test_tokenizer_json_that_equals_sentencepiece_is_kept(folders, llama, tmp_pa
         "tokenizer: pad is '<unk>' (0); padding is never trained on",
         f"tokenizer: equals SentencePiece on {len(PROBES)} probe texts",
     ]
-    compare_with_sentencepiece(tokenizer, TEXTS)
+    compare_with_reference(tokenizer, TEXTS)
 
 
 def test_tokenizer_json_that_differs_from_sentencepiece_is_replaced(folders, tmp_path, capsys):
@@ -219,7 +228,7 @@ def test_tokenizer_json_that_differs_from_sentencepiece_is_replaced(folders, tmp
     )
     assert "First difference: 'cheese.  Rick said: " in said
     assert said.splitlines()[-1] == f"tokenizer: equals SentencePiece on {len(PROBES)} probe texts"
-    compare_with_sentencepiece(tokenizer, TEXTS)
+    compare_with_reference(tokenizer, TEXTS)
     assert tokenizer.convert_tokens_to_ids("<extra>") == 700  # what the folder adds is kept
     assert tokenizer.chat_template == "{{ messages }}"
 
@@ -267,6 +276,68 @@ def test_an_eos_added_to_every_text_is_taken_off_and_bos_kept(folders, llama, tm
     assert "it added EOS to every text; that is off" in capsys.readouterr().out
     shutil.copy(folders / "llama" / "tokenizer.model", tmp_path)  # it is compared with SentencePiece before that
     assert encode_prompts(load_llama(tmp_path), ["a"]) == [[*before, *plain]]
+
+
+DECLARED = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "tokenizer_class": "LlamaTokenizer"}
+
+
+@pytest.mark.parametrize("with_json", [True, False])
+def test_the_bos_is_the_one_that_is_put_whatever_name_is_declared(folders, tmp_path, with_json, capsys):
+    """As in VMware's OpenLLaMA: </s> is declared as BOS; SentencePiece, config.json and tokenizer.json's template have <s>."""
+    shutil.copy(folders / "merged_spaces" / "tokenizer.model", tmp_path)
+    if with_json:
+        published = LlamaTokenizer.from_pretrained(folders / "merged_spaces", add_bos_token=True)
+        published.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(DECLARED))
+    LlamaConfig(vocab_size=700).save_pretrained(tmp_path)
+    tokenizer = load_llama(tmp_path)
+    expected = [1, *reference_for(tmp_path).encode("the river")]
+    assert encode_prompts(tokenizer, ["the river"]) == [expected]
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
+    assert "tokenizer: BOS is '<s>' (1), which it puts before a prompt, not '</s>'" in capsys.readouterr().out
+    assert check_vocabulary(tokenizer, LlamaConfig(vocab_size=700)) == []
+    tokenizer_files.save(tokenizer, tmp_path / "export")
+    LlamaConfig(vocab_size=700).save_pretrained(tmp_path / "export")
+    exported = AutoTokenizer.from_pretrained(tmp_path / "export")
+    assert (exported("the river").input_ids, exported.bos_token_id) == (expected, 1)
+
+    LlamaConfig(vocab_size=700, bos_token_id=2).save_pretrained(tmp_path)
+    if with_json:  # its template stays, and the contradiction is a problem
+        (problem,) = check_vocabulary(load_llama(tmp_path), LlamaConfig(vocab_size=700, bos_token_id=2))
+        assert 'write "bos_token_id": 1 into config.json' in problem
+    else:  # where both declare it, it is so
+        assert load_llama(tmp_path)("a").input_ids[0] == 2
+
+
+def test_a_bos_that_is_not_the_models_is_refused_with_the_line_to_write(folders, tmp_path):
+    tokenizer = load_llama(folders / "llama")
+    (problem,) = check_vocabulary(tokenizer, LlamaConfig(vocab_size=700, bos_token_id=3))
+    assert "puts '<s>' (1) before each prompt, but the model's config.json says bos_token_id 3 (" in problem
+    assert 'write "bos_token_id": 1 into config.json; if with the second, name ' in problem
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": False}))
+    shutil.copy(folders / "llama" / "tokenizer.model", tmp_path)
+    assert check_vocabulary(load_llama(tmp_path), LlamaConfig(vocab_size=700, bos_token_id=3)) == []  # none is put
+
+
+def test_a_token_that_added_tokens_json_alone_declares_is_text(folders, tmp_path):
+    shutil.copy(folders / "llama" / "tokenizer.model", tmp_path)
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"[PAD]": 700}))
+    tokenizer, expected = load_llama(tmp_path), reference_for(tmp_path).encode("a [PAD]")
+    assert encode_prompts(tokenizer, ["a [PAD]"]) == [[1, *expected]] and 700 not in expected
+    assert encode_prompts(tokenizer, ["a [PAD]"], allow_control_tokens=True)[0][-1] == 700
+    compare_with_reference(tokenizer, ["a [PAD]"])
+
+
+@pytest.mark.parametrize("name", ["nmt_nfkc", "llama"])
+def test_all_rows_are_compared_where_sentencepiece_changes_texts(folders, tmp_path, monkeypatch, name):
+    monkeypatch.setitem(tokenizer_files.ROWS_COMPARED, "SentencePiece", 1)
+    monkeypatch.setattr(csv_rows, "ROWS_PER_BATCH", 1)
+    (tmp_path / "rows.csv").write_text("prompt,response\na,b\na,½\u0304\n", encoding="utf-8")
+    tokenizer = load_llama(folders / name)
+    differs = pytest.raises(UserError, match="1 of 2 texts get other ids than SentencePiece")
+    with differs if name == "nmt_nfkc" else contextlib.nullcontext():
+        data_args = DataArguments(data_path=str(tmp_path / "rows.csv"), data_cache_dir=str(tmp_path / "cache"))
+        utils.tokenize_csv(data_args.data_path, tokenizer, data_args, 64)
 
 
 # ------------------------------------------------------------------------------------------------ prompts and responses
@@ -468,7 +539,7 @@ def test_only_a_byte_level_tokenizer_json(tmp_path, capsys, with_bos):
 
     tokenizer = load_llama(tmp_path)
     assert capsys.readouterr().out == "tokenizer: pad is '<|end|>' (1); padding is never trained on\n"
-    assert tokenizer.sentencepiece_model is None
+    assert tokenizer.reference.name == "tokenizer.json"
     plain = backend.encode("the river", add_special_tokens=False).ids
     assert encode_prompts(tokenizer, ["the river"]) == [[0, *plain] if with_bos else plain]
     assert encode_responses(tokenizer, ["the river"]) == [plain]
@@ -478,6 +549,72 @@ def test_only_a_byte_level_tokenizer_json(tmp_path, capsys, with_bos):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": None}))
     with pytest.raises(UserError, match="the tokenizer has no EOS token"):
         load_llama(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def split_digits(tmp_path_factory):
+    """A tokenizer.json of SmolLM2's kind: digits are split first, and its class is one that transformers builds without that."""
+    folder = tmp_path_factory.mktemp("digits")
+    backend, byte_level = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
+    backend.decoder = decoders.ByteLevel()
+    alphabet, special = pre_tokenizers.ByteLevel.alphabet(), ["<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator([*TEXTS, *(f"a\n\n{i}. b" for i in range(200))], trainer)
+    backend.save(str(folder / "tokenizer.json"))
+    names = {"bos_token": special[0], "eos_token": special[1], "unk_token": special[0]}
+    lengths = {"model_max_length": 77, "padding_side": "left"}
+    config = {"tokenizer_class": "GPT2Tokenizer", "chat_template": "{{ messages }}"} | names | lengths
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    LlamaConfig(vocab_size=600, eos_token_id=1).save_pretrained(folder)
+    return folder
+
+
+def test_the_ids_are_those_of_tokenizer_json(split_digits, tmp_path, capsys):
+    texts = [*TEXTS, *PROBES, "A list:\n\n1. one\n\n2. two"]
+    file = Tokenizer.from_file(str(split_digits / "tokenizer.json"))
+    expected = [encoding.ids for encoding in file.encode_batch(texts)]
+    assert AutoTokenizer.from_pretrained(split_digits)(texts).input_ids != expected
+    tokenizer = load_llama(split_digits)
+    assert encode_prompts(tokenizer, texts) == expected
+    assert re.search(
+        r"transformers' GPT2Tokenizer has other steps than tokenizer\.json, with other ids on \d+ of 25",
+        capsys.readouterr().out,
+    )
+    compare_with_reference(tokenizer, texts)
+    tokenizer_files.save(tokenizer, tmp_path)
+    LlamaConfig(vocab_size=600).save_pretrained(tmp_path)
+    exported = AutoTokenizer.from_pretrained(tmp_path)
+    assert exported(texts).input_ids == expected
+    # what the folder says of its tokenizer is kept, and the name of the class is one that transformers 4 knows
+    saved = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert (saved["model_max_length"], saved["padding_side"], exported.chat_template) == (77, "left", "{{ messages }}")
+    assert saved["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+def test_ids_other_than_the_files_are_found(split_digits):
+    tokenizer = load_llama(split_digits)
+    encode.backend_for(tokenizer, "prompt", False).pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    with pytest.raises(
+        UserError, match=r"2 of 3 texts get other ids than tokenizer\.json gives them with .*First: 'a\\n\\n1'"
+    ):
+        compare_with_reference(tokenizer, ["a\n\n1", "a", "b\n\n2"])
+
+
+def test_a_type_of_model_that_transformers_reads_otherwise_is_refused(split_digits, tmp_path):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(split_digits / name, tmp_path)
+    Qwen2Config(vocab_size=600).save_pretrained(tmp_path)
+    with pytest.raises(
+        UserError, match=r"with Qwen2Tokenizer, whatever its files say, and gives \d+ of 25 probe texts other ids"
+    ) as raised:
+        load_llama(tmp_path)
+    exec(re.search(r'python -c "(.*)"', str(raised.value))[1])  # the cure
+    assert encode_prompts(load_llama(tmp_path), ["a\n\n1"]) == [
+        AutoTokenizer.from_pretrained(tmp_path)("a\n\n1").input_ids
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------- XGen
@@ -536,7 +673,6 @@ def test_xgen_ids(xgen):
     assert {i: xgen.convert_ids_to_tokens(i) for i in by_id} == by_id
     assert sorted(xgen.get_vocab().values()) == list(range(51200))
     assert (xgen.bos_token_id, xgen.eos_token_id, xgen.pad_token_id, xgen.unk_token_id) == (None, 50256, 50256, None)
-    assert (xgen.padding_side, xgen.model_max_length) == ("right", 64)
     assert xgen("a   b<|endoftext|><fim_prefix>").input_ids[-2:] == [50256, 50295]
     assert 50256 not in encode_prompts(xgen, ["<|endoftext|>"])[0] + encode_responses(xgen, ["<|endoftext|>"])[0]
     text = "def f():\n        return 'é😀'\t\t"
@@ -548,7 +684,7 @@ def test_saved_xgen_tokenizer_reloads_to_the_same_ids(xgen, tmp_path):
     LlamaConfig(vocab_size=51200).save_pretrained(tmp_path)
     texts = TEXTS + PROBES
     assert AutoTokenizer.from_pretrained(tmp_path)(texts).input_ids == xgen(texts).input_ids
-    again = load_xgen_tokenizer(arguments(tmp_path), TRAINING)  # GPT-2's files are not needed any more
+    again = load_xgen_tokenizer(arguments(tmp_path))  # GPT-2's files are not needed any more
     assert encode_prompts(again, texts) == encode_prompts(xgen, texts)
     assert (again.eos_token_id, again.pad_token_id) == (50256, 50256)
 
@@ -556,25 +692,25 @@ def test_saved_xgen_tokenizer_reloads_to_the_same_ids(xgen, tmp_path):
 def test_another_tokenizer_json_is_not_xgens(llama, tmp_path):
     llama.save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"not XGen's tokenizer: '<\|endoftext\|>' has id None, XGen's is 50256"):
-        load_xgen_tokenizer(arguments(tmp_path), TRAINING)
+        load_xgen_tokenizer(arguments(tmp_path))
 
 
 def test_gpt2_files_that_are_not(gpt2_files, tmp_path):
     with pytest.raises(UserError, match=r"--gpt2_files .*: vocab\.json and merges\.txt cannot be read"):
-        load_xgen_tokenizer(arguments(tmp_path, gpt2_files=str(tmp_path)), TRAINING)
+        load_xgen_tokenizer(arguments(tmp_path, gpt2_files=str(tmp_path)))
     shutil.copy(gpt2_files / "vocab.json", tmp_path)
     lines = (gpt2_files / "merges.txt").read_text(encoding="utf-8").splitlines()
     lines[1], lines[2] = lines[2], lines[1]
     (tmp_path / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
     with pytest.raises(UserError, match="not GPT-2's files"):
-        load_xgen_tokenizer(arguments(tmp_path, gpt2_files=str(tmp_path)), TRAINING)
+        load_xgen_tokenizer(arguments(tmp_path, gpt2_files=str(tmp_path)))
 
 
 def test_gpt2_from_tiktoken(gpt2_ranks, xgen, monkeypatch, tmp_path):
     monkeypatch.setattr(
         tiktoken, "get_encoding", lambda name: SimpleNamespace(_mergeable_ranks={"gpt2": gpt2_ranks}[name])
     )
-    tokenizer = load_xgen_tokenizer(arguments(tmp_path), TRAINING)
+    tokenizer = load_xgen_tokenizer(arguments(tmp_path))
     assert tokenizer.get_vocab() == xgen.get_vocab()
     assert encode_prompts(tokenizer, TEXTS) == encode_prompts(xgen, TEXTS)
 
@@ -593,7 +729,7 @@ def test_tiktoken_without_a_network(monkeypatch, tmp_path, network):
     started = time.monotonic()
     reason = "ConnectionError: Failed to resolve host" if network == "refuses" else r"TimeoutError: no answer in 0\.1 s"
     with pytest.raises(UserError, match=rf"tiktoken cannot get GPT-2's files \({reason}\).*--gpt2_files FOLDER"):
-        load_xgen_tokenizer(arguments(tmp_path), TRAINING)
+        load_xgen_tokenizer(arguments(tmp_path))
     assert time.monotonic() - started < 5
     released.set()
 

@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import make_tiny_llama
 import pytest
@@ -261,9 +260,7 @@ def test_the_row_becomes_the_tokens_shown(tmp_path):
     texts = [text for row in rows for text in row]
     (tmp_path / "tokenizer.model").write_bytes(make_tiny_llama.train_tokenizer(texts, vocab_size=1024))
     (tmp_path / "config.json").write_text('{"model_type": "llama", "eos_token_id": 2}')
-    tokenizer = load_llama_tokenizer(
-        ModelArguments(model_name_or_path=str(tmp_path)), SimpleNamespace(model_max_length=128)
-    )
+    tokenizer = load_llama_tokenizer(ModelArguments(model_name_or_path=str(tmp_path)))
     batch = utils.tokenize([tuple(rows[0])], tokenizer, "{instruction}", False, 128)
     ids, prompt = batch.tokens.tolist(), int(batch.prompt_lengths[0])
     shown: dict[str, list[str]] = {"token": [], "input_ids": [], "labels": []}
