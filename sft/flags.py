@@ -1,4 +1,4 @@
-"""Every flag once, parsed, with contradictions refused.
+"""Declare every flag once, parse the command line, and refuse contradictions.
 
 python -m sft.flags        prints the table of this project's own flags
 """

@@ -1,4 +1,4 @@
-"""The job: ranks, printed lines, and errors that end every rank with one message."""
+"""Hold the ranks of a job together: printed lines, and errors that end every rank with one message."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""What becomes of each of the Trainer's own arguments: honoured, translated or refused; and which values cannot work."""
+"""List what becomes of each of the Trainer's own arguments (honoured, translated or refused), and which values cannot work."""
 
 import dataclasses
 import importlib.util

@@ -137,8 +137,8 @@ class Plan:
 
 def _parts(parts: dict[str, float], usable: float) -> str:
     shown = ", ".join(f"{part} {size / GIB:.1f}" for part, size in parts.items() if size >= 0.05 * GIB)
-    there = f" of {usable / GIB:.1f} GiB usable" if math.isfinite(usable) else " GiB for each machine"
-    return f"{sum(parts.values()) / GIB:.1f}{there}: {shown}"
+    there = f", {usable / GIB:.1f} usable" if math.isfinite(usable) else " for each machine"
+    return f"needs {sum(parts.values()) / GIB:.1f} GiB{there}: {shown}"
 
 
 def make(shape: Shape, s: Setting) -> Plan:

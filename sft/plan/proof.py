@@ -1,4 +1,4 @@
-"""Proof by behaviour that a model computes a packed row as it computes each example alone, and that no token sees a later one.
+"""Prove by behaviour that a model computes a packed row as it computes each example alone, and that no token sees a later one.
 
 What is claimed of packing is claimed of the model at hand, so it is tried on it, on rows of the data: no list of architectures decides.
 """

@@ -1,4 +1,4 @@
-"""Every choice of a run, made once, before a weight is loaded, printed with its reason, and handed to whoever needs it."""
+"""Make every choice of a run once, before a weight is loaded, and print each with its reason."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass

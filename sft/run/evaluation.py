@@ -1,4 +1,4 @@
-"""Evaluation while training: one exact loss over all rows, and the model's answers to a few fixed prompts.
+"""Evaluate while training: one exact loss over all rows, and the model's answers to a few fixed prompts.
 
 The loss is the mean over every trained token of the evaluation rows: each row once, whatever the number of ranks, the
 batch size, padded or packed. No logits are kept.

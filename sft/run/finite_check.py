@@ -1,4 +1,4 @@
-"""What a run says of a loss that is not finite, and of one that leaps: the step, the ranks and the rows of the data."""
+"""Explain a loss that is not finite, and notice one that leaps: the step, the ranks and the rows of the data."""
 
 import statistics
 from collections import deque

@@ -1,4 +1,4 @@
-"""One run from outside: what is attached to its Trainer, and what happens around the training.
+"""Attach to the Trainer what a run needs besides the recipe, and do what happens around the training.
 
 The recipe knows none of it. Here the record is kept, checkpoints and the export are written and proved, and errors become sentences.
 """

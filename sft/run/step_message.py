@@ -1,4 +1,4 @@
-"""The one message of each step: what every rank must know of the others before the weights are updated.
+"""Exchange the one message of each step: what every rank must know of the others before the weights are updated.
 
 It carries stop requests, the loss, the gradient norm, whether one of them is not finite, and the counts of tokens. Nothing else in a
 step waits for the GPU.

@@ -1,4 +1,4 @@
-"""Early stops by a signal: finish the step, save, and say how to continue.
+"""Stop early on a signal: finish the step, save, and print how to continue.
 
     SIGTERM, SIGINT, SIGHUP, SIGUSR1    finish the optimizer step, save a whole checkpoint on all ranks, exit 0
     a second one                        stop at once

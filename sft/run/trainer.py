@@ -1,4 +1,4 @@
-"""The Trainer of a run: the stock one with packed micro-batches, an exact evaluation loss, counted tokens and one message in each step."""
+"""Extend the stock Trainer: packed micro-batches, an exact evaluation loss, counted tokens and one message in each step."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The model card: README.md of the exported folder, made from the record of the run."""
+"""Write the model card, README.md of the exported folder, from the record of the run."""
 
 import json
 from pathlib import Path

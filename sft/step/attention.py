@@ -1,4 +1,4 @@
-"""Attention confined to each example of a packed row, and which kernel was chosen and why."""
+"""Confine attention to each example of a packed row, and choose the kernel for it."""
 
 import contextlib
 import importlib.util

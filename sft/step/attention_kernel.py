@@ -1,4 +1,4 @@
-"""Attention within the examples of a packed row, for the lengths that instructions have: Triton kernels.
+"""Compute attention within the examples of a packed row, for the lengths that instructions have: Triton kernels.
 
 FlashAttention's backward pass works on blocks of 128 tokens, of which a short example fills one or two. Here a block holds a few
 tokens with all the heads that share a key (grouped queries), keys and values are read once for the group, and a block begins

@@ -1,4 +1,4 @@
-"""Decoder layers compiled one by one, and a residual stream in the compute type."""
+"""Compile the decoder layers one by one, and keep the residual stream in the compute type."""
 
 from contextlib import AbstractContextManager
 from typing import Any
@@ -28,7 +28,7 @@ def choose_compilation(args: Any, parameters: int, quantized: bool, tokens: floa
     if args.compile_layers is not None:
         on, why = args.compile_layers, "--compile_layers"
     elif args.device.type != "cuda":
-        on, why = False, f"on a {args.device.type} the gain does not pay for the compiler"
+        on, why = False, "on a CPU compiling takes longer than it saves"
     elif quantized:
         on, why = False, "4-bit weights"
     elif args.deepspeed and args.hf_deepspeed_config.is_zero3():

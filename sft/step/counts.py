@@ -1,4 +1,4 @@
-"""What micro-batches hold: tokens, trained tokens, padding. Counted where they are collated, so that no GPU is asked."""
+"""Count what micro-batches hold: tokens, trained tokens, padding. It happens where they are collated, so that no GPU is asked."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

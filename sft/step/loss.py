@@ -1,4 +1,4 @@
-"""The loss at labelled positions only: logits of all tokens x vocabulary never exist."""
+"""Compute the loss at labelled positions only: logits of all tokens x vocabulary never exist."""
 
 import contextlib
 import importlib.util

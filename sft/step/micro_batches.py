@@ -1,4 +1,4 @@
-"""Full micro-batches without changing the recipe.
+"""Fill micro-batches without changing the recipe: the sampler of packed (and padded) runs.
 
 The padded run's permutation gives each optimizer step its examples. Here the examples of a step are distributed over as few
 micro-batches as the token budget allows. The step's gradient is the padded run's up to rounding.

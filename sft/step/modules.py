@@ -1,4 +1,4 @@
-"""The modules that a packed run exchanges for its own, all in one place: output layer, last decoder layer, norms.
+"""Exchange modules of the model for those of packed rows, all in one place: output layer, last decoder layer, norms.
 
 A module keeps its parameters, hooks, ties and names, and gets a class derived from its own. `exchange` is the only function that does so.
 """

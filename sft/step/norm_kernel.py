@@ -1,4 +1,4 @@
-"""The backward pass of an RMS norm in one kernel: the gradient of its input, the residual's added, and that of its weight.
+"""Compute the backward pass of an RMS norm in one kernel: the gradient of its input, the residual's added, and that of its weight.
 
 The compiler sums a norm's weight gradient over all tokens in a kernel of its own, which reads the same tensors once more and at half
 the memory's speed (torch 2.11, benchmarks/LOG.md). Here each block walks over some tokens and keeps its part of the sum.

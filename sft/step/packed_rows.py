@@ -1,4 +1,4 @@
-"""One packed row: examples joined end to end, and beginnings that prompts have in common computed once.
+"""Join examples end to end in one row, and compute once what prompts have in common at their beginning: the collator.
 
 Instructions are wrapped in one template or two, and in a causal model a token's hidden states depend on the tokens before it alone.
 So where two examples begin alike, one of them (the leader) holds the beginning for both, and the other follows with the rest of its
