@@ -24,6 +24,7 @@ from sft.job import commit, rank, say, world_size
 from sft.report.picture import draw
 
 REPORT_NAME, PICTURE_NAME = "run_report.json", "loss.png"
+PHASES = "start data plan load train rehearsal first_step steps checkpoints evaluate report save proof end".split()
 PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "deepspeed", "peft", "liger-kernel")
 
 
@@ -129,7 +130,8 @@ class Report:
         """seconds: start 7.1, data 1.2, …, end 0.3; 94.2 in all"""
         self.enter(self._phase)
         durations = self.record["durations_s"]
-        parts = ", ".join(f"{phase.replace('_', ' ')} {seconds:.1f}" for phase, seconds in durations.items())
+        shown = sorted(durations.items(), key=lambda item: PHASES.index(item[0]))
+        parts = ", ".join(f"{phase.replace('_', ' ')} {seconds:.1f}" for phase, seconds in shown)
         return f"seconds: {parts}; {sum(durations.values()):.1f} in all"
 
     def write(self, spare: bool = False) -> None:
