@@ -37,9 +37,12 @@ def load_xgen_tokenizer(model_args) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+_LETTERS = bytes_to_unicode()  # GPT-2's vocab.json writes a letter for each byte
+
+
 def _spelled(token: bytes) -> str:
     """The bytes in the letters that GPT-2's vocab.json writes them with."""
-    return "".join(bytes_to_unicode()[byte] for byte in token)
+    return "".join(_LETTERS[byte] for byte in token)
 
 
 def _additions() -> tuple[dict[str, int], dict[str, int]]:
