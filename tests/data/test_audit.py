@@ -4,10 +4,10 @@ import csv
 import json
 from types import SimpleNamespace
 
+import jobs
 import numpy as np
 import pytest
 from characters import EOS, character_tokenizer
-from scripts import run_script
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -228,6 +228,6 @@ def test_the_script_audits_in_place_of_training(tiny_llama, questions_csv, tmp_p
     out = tmp_path / "out"
     flags = ["--model_name_or_path", str(tiny_llama), "--data_path", str(questions_csv), "--output_dir", str(out)]
     flags += ["--data_cache_dir", str(tmp_path / "cache"), "--check_data", "True", "--model_max_length", "10"]
-    printed = run_script("llama_training.py", *flags, expect=1)
+    printed = jobs.run(flags, 1, tmp_path / "log", expect=1)
     assert "verdict: useless: every row is cut" in printed and "Traceback" not in printed
     assert sorted(path.name for path in out.iterdir()) == ["data_lengths.png", "data_report.json"]

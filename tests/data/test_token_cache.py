@@ -13,10 +13,11 @@ import tempfile
 import time
 from pathlib import Path
 
+import jobs
 import numpy as np
 import pytest
 from characters import character_tokenizer
-from scripts import ROOT, run_script
+from scripts import ROOT
 
 import utils
 from sft.data import csv_rows, token_cache
@@ -387,7 +388,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
 def test_two_ranks_tokenize_once_and_end_in_one_message(tmp_path, tiny_llama, questions_csv):
     flags = ["--model_name_or_path", str(tiny_llama), "--data_path", str(questions_csv), "--check_data", "True"]
     flags += ["--output_dir", str(tmp_path / "out"), "--data_cache_dir", str(tmp_path / "cache")]
-    printed = run_script("llama_training.py", *flags, processes=2)
+    printed = jobs.run(flags, 2, tmp_path / "log")
     assert len(re.findall(r"tokenizing \S+: 100%", printed)) == 1
     assert printed.count("64 rows read") == 1
     assert len(list((tmp_path / "cache").glob("*/tokens.bin"))) == 1
@@ -395,6 +396,6 @@ def test_two_ranks_tokenize_once_and_end_in_one_message(tmp_path, tiny_llama, qu
 
     broken = tmp_path / "broken.csv"
     broken.write_text("prompt,response\na,b\nc,d\ne\n")
-    printed = run_script("llama_training.py", *flags[:2], "--data_path", str(broken), *flags[4:], processes=2, expect=1)
+    flags[3] = str(broken)
+    printed = jobs.run(flags, 2, tmp_path / "broken.log", expect=2)
     assert printed.count(f"error: {broken}, row 4: 1 field where the header has 2.") == printed.count("error: ") == 1
-    assert re.findall(r"^  exitcode *: (-?\d+)", printed, re.M) == ["2", "2"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import jobs
 import pytest
 import torch
-from scripts import ROOT, run_script
+from scripts import ROOT
 from transformers import (
     AutoModelForCausalLM,
     FalconConfig,
@@ -609,7 +609,7 @@ def test_bad_input_is_one_message_before_weights_load(words, message, tiny_llama
 @pytest.mark.slow
 def test_the_script_says_it_once_and_exits_with_2(tiny_llama, questions_csv, tmp_path):
     given = flags_for(tiny_llama, questions_csv, tmp_path)
-    said = run_script("llama_training.py", *given, "--deepspeed", "missing.json", "--lora_r", "8", expect=2)
+    said = jobs.run([*given, "--deepspeed", "missing.json", "--lora_r", "8"], 1, tmp_path / "log", expect=2)
     assert said.count("--deepspeed missing.json: there is no such file") == 1
     assert said.count("--lora_r: set, but LoRA is off") == 1
     assert "Traceback" not in said

@@ -5,10 +5,11 @@ import math
 import re
 from types import SimpleNamespace
 
+import jobs
 import pytest
 import torch
 import transformers
-from scripts import ROOT, run_script
+from scripts import ROOT
 from watched import EVALUATED, flags_for, watch
 
 import utils
@@ -79,7 +80,7 @@ def test_two_ranks_give_the_loss_and_the_answers_of_one(watched, tiny_llama, que
         config = (ROOT / "ds_config.json").read_text()
         (tmp_path / "zero3.json").write_text(config.replace('"stage": 2', '"stage": 3'))
         flags += ["--deepspeed", str(tmp_path / "zero3.json")]
-    printed = run_script("llama_training.py", *flags, processes=2)
+    printed = jobs.run(flags, 2, tmp_path / "log")
     assert printed.count("evaluation at step 4: loss") == 1
     assert "`--evaluation_strategy steps` is now `--eval_strategy steps`" in printed
     record = json.loads((tmp_path / "model" / "run_report.json").read_text())

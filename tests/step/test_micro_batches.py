@@ -7,6 +7,7 @@ import re
 import time
 from types import SimpleNamespace
 
+import jobs
 import numpy as np
 import pytest
 import torch
@@ -16,7 +17,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from packed_models import gradients, largest_error, padded_step, rows, small_llama
 from safetensors.torch import load_file
-from scripts import run_script
 from torch.utils.data import DataLoader, RandomSampler
 
 import utils
@@ -355,7 +355,7 @@ def test_the_script_gives_the_same_curve_padded_and_packed_on_one_and_two_ranks(
         output = tmp_path / name.replace(" ", "_")
         flags = [*shared, "--output_dir", str(output), *flags.split()]
         if processes:
-            run_script("llama_training.py", *flags, processes=processes)
+            jobs.run(flags, processes, tmp_path / f"{output.name}.log")
         else:
             utils.train(load_llama_tokenizer, flags)
         report = json.loads((output / "run_report.json").read_text())

@@ -1,21 +1,23 @@
-"""Run llama_training.py, or the script in RUN, with --load_in_4bit True on a CPU.
+"""--load_in_4bit True on a CPU.
 
 The scripts want a GPU for that, because a CPU is far too slow for a model that needs it. bitsandbytes has kernels for both, so
 that what QLoRA does under FSDP2, ZeRO and data parallel can be tested without one.
 """
 
-import os
-import runpy
 import sys
 
-from scripts import ROOT
+import fsdp_over_gloo
 
-sys.path.insert(0, str(ROOT))
+from sft.model.lora import lora_problems
+from sft.run import prepare
 
-from sft.model import lora
 
-problems = lora.lora_problems
+def without_a_gpu(flags) -> list[str]:
+    return [text for text in lora_problems(flags) if "needs a CUDA GPU" not in text]
 
-if __name__ == "__main__":
-    lora.lora_problems = lambda flags: [text for text in problems(flags) if "needs a CUDA GPU" not in text]
-    runpy.run_path(str(ROOT / os.environ.get("RUN", "llama_training.py")), run_name="__main__")
+
+def prepare_rank() -> None:
+    """In a rank, before it trains."""
+    prepare.CHECKS = tuple(without_a_gpu if check is lora_problems else check for check in prepare.CHECKS)
+    if "--fsdp" in sys.argv:
+        fsdp_over_gloo.prepare_rank()

@@ -1,4 +1,6 @@
-"""Run llama_training.py with FSDP2 that shards over gloo where users have no such thing: on a CPU, or two ranks on one GPU.
+"""FSDP2 that shards over gloo where users have no such thing: on a CPU, or two ranks on one GPU.
+
+A rank calls `prepare_rank` before it trains; run as a script, this file is llama_training.py after that call.
 
 On the CPU torch.distributed shards; Accelerate (1.15, state.py) turns FSDP on beside an accelerator only, and the scripts say so
 and drop the flag. Both are undone here, so that what a run does under FSDP2 can be tested without a GPU: two ranks that hold
@@ -24,8 +26,9 @@ sys.path.insert(0, str(ROOT))
 import utils
 from sft import flags, job
 
-load_model, recompute = utils.load_model, accelerate.accelerator.fsdp2_apply_ac
+train, load_model, recompute = utils.train, utils.load_model, accelerate.accelerator.fsdp2_apply_ac
 prepare = accelerate.state.AcceleratorState.__init__
+library = torch.library.Library("_c10d_functional", "IMPL")  # lives as long as what it changes
 gathered = 0
 
 
@@ -77,17 +80,24 @@ def gather_by_itself(shard: torch.Tensor, ranks: int, group) -> torch.Tensor:
     return torch.ops._c10d_functional.all_gather_into_tensor_out(shard, ranks, group, out=whole)
 
 
-if __name__ == "__main__":
+def train_and_say_how_often(*args):
+    """Print how many tensors `gather_by_itself` gathered, at the end."""
+    train(*args)
+    print(f"rank {job.rank()} gathered {gathered} tensors by themselves\n", end="", flush=True)
+
+
+def prepare_rank() -> None:
+    """In a rank, before it trains; GATHER_BY_ITSELF is the device whose tensors are, CUDA or CPU."""
     accelerate.accelerator.fsdp2_apply_ac = recompute_and_say_how_much
-    utils.load_model = load_and_say_how_much
+    utils.load_model, utils.train = load_and_say_how_much, train_and_say_how_often
     if "--use_cpu" in sys.argv:
         shard_on_a_cpu()
-    if "GATHER_BY_ITSELF" in os.environ:  # CUDA or CPU: tensors of which device
+    if "GATHER_BY_ITSELF" in os.environ:
         # Accelerate (1.15, state.py) names the GPU of a rank's number, which a shared GPU has not
         torch.distributed.barrier = lambda *args, device_ids=None, wait=torch.distributed.barrier: wait(*args)
-        library = torch.library.Library("_c10d_functional", "IMPL")
         library.impl("all_gather_into_tensor", gather_by_itself, os.environ["GATHER_BY_ITSELF"])
-    try:
-        runpy.run_path(str(ROOT / "llama_training.py"), run_name="__main__")
-    finally:
-        print(f"rank {job.rank()} gathered {gathered} tensors by themselves\n", end="", flush=True)
+
+
+if __name__ == "__main__":
+    prepare_rank()
+    runpy.run_path(str(ROOT / "llama_training.py"), run_name="__main__")

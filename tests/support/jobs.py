@@ -1,13 +1,14 @@
 """Runs of the real training path that start in a fraction of a second, so that a test can afford to kill many of them.
 
 A server process imports torch, transformers and `utils` once and forks each rank from there (multiprocessing's forkserver).
-A rank is a process of its own, with torchrun's environment variables, and ends with the exit code of the real scripts.
+A rank is a process of its own, with torchrun's environment variables, that runs the real script and ends with its exit code.
 """
 
 import contextlib
 import gc
 import multiprocessing
 import os
+import runpy
 import signal
 import socket
 import sys
@@ -19,9 +20,12 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 IMPORTED_ONCE = [
     "jobs",
     "utils",
+    "four_bits_on_a_cpu",
     "sft.data.xgen_tokenizer",
     "torch.distributed.checkpoint",
     "deepspeed",
+    "peft",
+    "bitsandbytes",
     "matplotlib.figure",
 ]
 
@@ -39,21 +43,16 @@ def _server():
     return context
 
 
-def _rank(flags: list[str], environment: dict[str, str], log: str, prepare) -> None:
+def _rank(script: str, flags: list[str], environment: dict[str, str], log: str, prepare) -> None:
     gc.freeze()  # the Trainer collects garbage once, in all that the server imported
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.environ |= environment
-    sys.argv = ["llama_training.py", *flags]
-    import utils
-    from sft.data.llama_tokenizer import load_llama_tokenizer
-    from sft.job import one_message_for_user_errors
-
+    sys.argv = [script, *flags]
     if prepare is not None:
         prepare()
-    with one_message_for_user_errors():
-        utils.train(load_llama_tokenizer)
+    runpy.run_path(str(ROOT / script), run_name="__main__")
 
 
 class Job:
@@ -64,9 +63,12 @@ class Job:
         ranks: number of processes; 1 runs without torch.distributed.
         log: file that all ranks write their output to.
         prepare: a function (importable) that each rank calls before it trains; it knows its rank from RANK.
+        script: the project's script that each rank runs.
     """
 
-    def __init__(self, flags: list[str], ranks: int, log: Path, prepare=None, **environment: str):
+    def __init__(
+        self, flags: list[str], ranks: int, log: Path, prepare=None, script="llama_training.py", **environment: str
+    ):
         self.log, self.killed = log, False
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -76,7 +78,7 @@ class Job:
         self.ranks = []
         for rank in range(ranks):
             mine = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else environment
-            process = _server().Process(target=_rank, args=(flags, mine, str(log), prepare))
+            process = _server().Process(target=_rank, args=(script, flags, mine, str(log), prepare))
             process.start()
             self.ranks.append(process)
 
@@ -112,9 +114,9 @@ class Job:
         return self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
 
 
-def run(flags: list[str], ranks: int, log: Path, prepare=None, expect: int = 0, **environment: str) -> str:
+def run(flags: list[str], ranks: int, log: Path, prepare=None, expect: int = 0, **more: str) -> str:
     """Run a job to its end, check every rank's exit code, and return what was printed."""
-    job = Job(flags, ranks, log, prepare, **environment)
+    job = Job(flags, ranks, log, prepare, **more)
     codes = job.wait()
     assert codes == [expect] * ranks, f"{codes}\n{job.printed()}"
     return job.printed()

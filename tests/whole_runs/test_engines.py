@@ -1,7 +1,7 @@
 """DDP, ZeRO-2, ZeRO-3 and FSDP2 give one and the same training: losses, learning rates, steps, weights, resume.
 
-Each run is the real script under torchrun with two ranks, or one ("alone"). The DeepSpeed file is the project's own, edited as
-a user edits it.
+Each run is the real training path in two ranks: forked on a CPU, the script under torchrun on a GPU, where one may be asked for
+("alone"). The DeepSpeed file is the project's own, edited as a user edits it.
 """
 
 import json
@@ -11,6 +11,9 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import four_bits_on_a_cpu
+import fsdp_over_gloo
+import jobs
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -32,10 +35,10 @@ RATES = [5e-3 * step / 3 for step in range(3)] + [
 
 
 class Run:
-    """What a finished run left in its output folder."""
+    """What a finished run printed and left in its output folder."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, printed: str):
+        self.folder, self.printed = folder, printed
         report = json.loads((folder / "run_report.json").read_text())
         self.losses = [entry["loss"] for entry in report["log"]]
         self.rates = [entry["learning_rate"] for entry in report["log"]]
@@ -71,19 +74,6 @@ class Runs:
             str(folder / "cache"),
         ]
         self.done: dict[str, Run] = {}
-        self.printed: dict[str, str] = {}
-
-    def script_of(self, name: str) -> tuple[str, dict[str, str]]:
-        """The script and its environment: FSDP over gloo, on a CPU or with two ranks on one GPU, needs a helping hand."""
-        words = name.split()
-        if "4bit" in words:
-            return "tests/support/four_bits_on_a_cpu.py", {
-                "RUN": "tests/support/fsdp_over_gloo.py"
-            } if "fsdp" in words else {}
-        if "fsdp" not in words or ("cuda" in words and not shares_its_gpu(words)):
-            return "llama_training.py", {}
-        device = "CUDA" if "cuda" in words else "CPU" if "apart" in words else None
-        return "tests/support/fsdp_over_gloo.py", {"GATHER_BY_ITSELF": device} if device else {}
 
     def flags_of(self, name: str) -> list[str]:
         """ "zero3 lora" -> --deepspeed stage3.json --use_lora True ..."""
@@ -127,12 +117,7 @@ class Runs:
 
     def get(self, name: str) -> Run:
         if name not in self.done:
-            processes = 1 if "alone" in name else 2
-            output = self.folder / name.replace(" ", "-")
-            flags = [*self.flags, *RECIPE, *self.flags_of(name), "--output_dir", str(output)]
-            script, environment = self.script_of(name)
-            self.printed[name] = run_script(script, *flags, processes=processes, env=environment)
-            self.done[name] = Run(output)
+            self.done[name] = self.run(name, self.folder / name.replace(" ", "-"))
         return self.done[name]
 
     def resume(self, name: str) -> Run:
@@ -140,11 +125,23 @@ class Runs:
         middle = f"checkpoint-{HALFWAY}"
         output = self.folder / f"{name.replace(' ', '-')}-resumed"
         shutil.copytree(self.get(name).folder / middle, output / middle)
-        flags = [*self.flags_of(name), "--output_dir", str(output), "--resume_from_checkpoint", "True"]
-        script, environment = self.script_of(name)
-        flags = [*self.flags, *RECIPE, *flags]
-        run_script(script, *flags, processes=1 if "alone" in name else 2, env=environment)
-        return Run(output)
+        return self.run(name, output, "--resume_from_checkpoint", "True")
+
+    def run(self, name: str, output: Path, *more: str) -> Run:
+        """FSDP over gloo, on a CPU or with two ranks on one GPU, needs a helping hand, and so do 4 bits on a CPU."""
+        words = name.split()
+        flags = [*self.flags, *RECIPE, *self.flags_of(name), "--output_dir", str(output), *more]
+        if "cuda" in words:  # a forked process cannot use a GPU
+            script, environment = "llama_training.py", {}
+            if "fsdp" in words and shares_its_gpu(words):
+                script, environment = "tests/support/fsdp_over_gloo.py", {"GATHER_BY_ITSELF": "CUDA"}
+            printed = run_script(script, *flags, processes=1 if "alone" in words else 2, env=environment)
+        else:
+            prepare = fsdp_over_gloo.prepare_rank if "fsdp" in words else None
+            prepare = four_bits_on_a_cpu.prepare_rank if "4bit" in words else prepare
+            environment = {"GATHER_BY_ITSELF": "CPU"} if "apart" in words else {}
+            printed = jobs.run(flags, 2, Path(f"{output}.log"), prepare, **environment)
+        return Run(output, printed)
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +206,7 @@ def test_zero3_saves_after_an_evaluation_with_weights_that_it_fetches_ahead(runs
     pytest.importorskip("deepspeed")
     run = runs.get("zero3 ahead evaluated")
     assert (run.folder / f"checkpoint-{HALFWAY}" / "manifest.json").is_file()
-    assert "the reloaded model gives the trained model's logits" in runs.printed["zero3 ahead evaluated"]
+    assert "the reloaded model gives the trained model's logits" in run.printed
 
 
 @pytest.mark.slow
@@ -262,7 +259,7 @@ def assert_rank_0_alone_loaded(printed: str) -> None:
 @pytest.mark.parametrize("how", ["fsdp", "fsdp offload recompute"])
 def test_fsdp2_on_a_cpu_trains_and_saves_as_plain_data_parallel_does(runs, how):
     run, reference = runs.get(how), runs.get("ddp")
-    printed = runs.printed[how]
+    printed = run.printed
     assert_rank_0_alone_loaded(printed)
     assert ("FSDP recomputes 2 layers" in printed) == ("recompute" in how)
     assert ("FSDP offloads" in printed) == ("offload" in how)
@@ -295,9 +292,8 @@ def test_fsdp2_does_not_round_the_number_of_tokens_that_a_padded_loss_is_divided
 def test_lora_trains_the_same_additions_under_fsdp2_on_a_cpu(runs):
     pytest.importorskip("peft")
     run, reference = runs.get("fsdp bf16 lora"), runs.get("ddp bf16 lora")
-    printed = runs.printed["fsdp bf16 lora"]
-    assert_rank_0_alone_loaded(printed)
-    assert "float32 weights, gradients (added up between GPUs in bfloat16) and optimizer state" in printed
+    assert_rank_0_alone_loaded(run.printed)
+    assert "float32 weights, gradients (added up between GPUs in bfloat16) and optimizer state" in run.printed
     # as Accelerate sets FSDP2 up, the loss is rounded to 16 bits: 2e-3, and its gradient with it
     assert run.losses[0] == pytest.approx(reference.losses[0], rel=1e-5)
     assert_same_training(run, reference, rel=0.005, learned=0.15)
@@ -308,7 +304,7 @@ def test_lora_trains_the_same_additions_under_fsdp2_on_a_cpu(runs):
 def test_tensors_gathered_by_themselves_are_the_gathered_tensors(runs):
     """What lets two ranks share a GPU over gloo, on a CPU, where torch's own way works too."""
     run, reference = runs.get("fsdp apart"), runs.get("fsdp")
-    gathered = [re.findall(r"rank \d gathered (\d+) tensors", runs.printed[name]) for name in ("fsdp apart", "fsdp")]
+    gathered = [re.findall(r"rank \d gathered (\d+) tensors", each.printed) for each in (run, reference)]
     # the rehearsal's checkpoint and two more hold the weights twice and two moments; the rehearsal and the export, the model
     all_of_them = str((3 * 4 + 2) * len(run.weights))
     assert gathered == [[all_of_them, all_of_them], ["0", "0"]]
@@ -328,7 +324,7 @@ needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="FSDP on 
 def test_fsdp2_trains_as_plain_training_does(runs, how, ranks):
     # plain data parallel cannot share a GPU: Accelerate (1.15) gives DistributedDataParallel the rank as the GPU's number
     run, reference = runs.get(f"{how} cuda bf16{ranks}"), runs.get("ddp cuda bf16 alone")
-    assert "save rehearsal: whole" in runs.printed[f"{how} cuda bf16{ranks}"]
+    assert "save rehearsal: whole" in run.printed
     assert_same_training(run, reference, rel=0.02)
     assert_whole(run, reference, atol=0.02)
 
@@ -340,8 +336,8 @@ def test_compiled_layers_train_as_eager_ones_do(runs, how):
     if "lora" in how:
         pytest.importorskip("peft")
     run, reference = runs.get(f"{how} cuda bf16 compiled alone"), runs.get(f"{how} cuda bf16 alone")
-    assert "compiled layers: on (--compile_layers)" in runs.printed[f"{how} cuda bf16 compiled alone"]
-    assert "compiled layers: off" in runs.printed[f"{how} cuda bf16 alone"]
+    assert "compiled layers: on (--compile_layers)" in run.printed
+    assert "compiled layers: off" in reference.printed
     assert_same_training(run, reference, rel=0.02, learned=0.15)
     assert_whole(run, reference, atol=0.02)
 

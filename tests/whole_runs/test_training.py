@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jobs
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -217,14 +218,14 @@ def test_two_ranks_equal_one_through_torchrun(padded_run, tiny_llama, questions_
 
 
 @pytest.mark.slow
-def test_the_xgen_script_through_torchrun(questions_csv, tmp_path):
+def test_the_xgen_script_in_two_ranks(questions_csv, tmp_path):
     base, output = tmp_path / "xgen", tmp_path / "model"
     save_llama(base, vocab_size=51200, bos_token_id=50256, eos_token_id=50256, hidden_size=16)
     gpt2_files = write_gpt2_files(tmp_path / "gpt2")
     flags = flags_for(base, questions_csv, output, "--gpt2_files", str(gpt2_files), "--bf16", "True")
     flags += ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "16", "--save_dtype", "float32"]
     flags += ["--fsdp", "full_shard auto_wrap", "--fsdp_transformer_layer_cls_to_wrap", "LlamaDecoderLayer"]
-    printed = run_script("xgen_training.py", *flags, processes=2)
+    printed = jobs.run(flags, 2, tmp_path / "log", script="xgen_training.py")
     assert "2 CPU processes x 1 per device x 16 accumulation = 32 examples per optimizer step" in printed
     assert "float32 weights, gradients and optimizer state, bfloat16 compute, exported as float32" in printed
     assert len(printed_losses(printed)) >= 2
