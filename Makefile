@@ -1,6 +1,6 @@
 # Each target sets itself up in .venv; `make help` lists them.
 #   make demo PYTHON=python3.12      another interpreter (3.10 or newer)
-#   make test ARGS='-m "not slow"'   arguments for pytest
+#   make test ARGS='-m "not slow"'   arguments for pytest; -n 0 for one process, as --pdb wants it
 PYTHON ?= python3
 VENV   ?= .venv
 ARGS   ?=
@@ -18,7 +18,7 @@ demo: $(RUN)    ## tune a tiny LLaMA on examples/facts.csv on the CPU and ask it
 	PATH="$(abspath $(BIN)):$$PATH" bash examples/demo.sh
 
 test: $(DEV)    ## every test, on the CPU, offline
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(DEV)    ## ruff (lint and format) and mypy
 	$(BIN)/ruff check .

@@ -2,8 +2,12 @@
 
 import csv
 import gc
+import os
 import shutil
 from pathlib import Path
+
+# before torch is imported: models this small are faster so, and two processes of tests share the cores
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import sentencepiece
@@ -23,6 +27,12 @@ def questions_csv(tmp_path_factory) -> Path:
 def quick_collections() -> None:
     """Accelerate collects garbage before each run, and looks at all that the imports left, for 0.3 s, if that is not set apart."""
     gc.freeze()
+
+
+def pytest_collection_modifyitems(config, items) -> None:
+    """With pytest-xdist the longest files come first, so that its processes end together."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: item.path.parent.name != "whole_runs")
 
 
 def pytest_sessionfinish() -> None:

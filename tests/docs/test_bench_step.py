@@ -2,12 +2,12 @@
 
 import csv
 import json
-import subprocess
-import sys
 
+import jobs
 import pytest
 from scripts import ROOT
 
+from sft.plan import settle
 from sft.step.packed_rows import in_common
 
 
@@ -27,14 +27,18 @@ def test_random_rows_begin_alike_as_far_as_real_ones(tiny_llama, tmp_path, monke
     assert (rows[0]["labels"] != -100).sum() == rows.lengths[0] - rows.prompt_lengths[0]
 
 
+def compile_nothing() -> None:
+    """In the benchmark: tests/step/test_compiled_layers.py looks at what compiling changes, and it takes a minute."""
+    settle.compile_layers = lambda *_, **__: None
+
+
 @pytest.mark.slow
 def test_the_benchmark_measures_both_ways_on_the_lengths_of_a_csv(tiny_llama, questions_csv, tmp_path):
     output = tmp_path / "results.jsonl"
-    command = [sys.executable, str(ROOT / "benchmarks" / "bench_step.py"), "--scenarios", "cpu", "--repeat", "1"]
-    command += ["--data_path", str(questions_csv), "--tokenizer", str(tiny_llama), "--output", str(output)]
-    ended = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300)
-    assert ended.returncode == 0, ended.stdout
-    assert "examples see each other, bf16 against padded float32" in ended.stdout
+    flags = ["--scenarios", "cpu", "--repeat", "1", "--output", str(output)]
+    flags += ["--data_path", str(questions_csv), "--tokenizer", str(tiny_llama)]
+    printed = jobs.run(flags, 1, tmp_path / "log", compile_nothing, script="benchmarks/bench_step.py")
+    assert "examples see each other, bf16 against padded float32" in printed
     results = [json.loads(line) for line in output.read_text().splitlines()]
     assert [result["variant"] for result in results] == ["ancestor", "ours", "ours_unshared"]
     ancestor, ours, unshared = results

@@ -15,7 +15,6 @@ from saved_runs import choose, flags_for, losses, same_weights, train
 from scripts import ROOT
 
 from sft.job import UserError
-from sft.report import record
 from sft.run.trainer import SupervisedTrainer
 from sft.saving import checkpoint, rehearsal, resume
 
@@ -296,12 +295,8 @@ def test_a_full_disk_skips_the_save_and_the_run_goes_on(
 
 
 @pytest.fixture
-def disk(tmp_path, monkeypatch):
-    """Mount a disk of so many kB at tmp_path/out; call it again with other options to change the disk.
-
-    No picture is drawn: its size would decide which checkpoint is the one that no longer fits.
-    """
-    monkeypatch.setattr(record, "draw", lambda *_, **__: None)
+def disk(tmp_path):
+    """Mount a disk of so many kB at tmp_path/out; call it again with other options to change the disk."""
     folder = tmp_path / "out"
     folder.mkdir()
 

@@ -5,6 +5,7 @@ A rank is a process of its own, with torchrun's environment variables, that runs
 """
 
 import contextlib
+import functools
 import gc
 import multiprocessing
 import os
@@ -13,12 +14,15 @@ import signal
 import socket
 import sys
 import time
+from importlib.util import find_spec
 from multiprocessing import forkserver
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 IMPORTED_ONCE = [
+    "pytest",
     "jobs",
+    "saved_runs",
     "utils",
     "four_bits_on_a_cpu",
     "sft.data.xgen_tokenizer",
@@ -43,13 +47,36 @@ def _server():
     return context
 
 
+@functools.cache
+def _compile_deepspeed() -> None:
+    """Compile DeepSpeed's kernels where they are not in torch's cache: ranks would do it while a test waits for them."""
+    process = _server().Process(target=_load_kernels)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+
+def _load_kernels() -> None:
+    from deepspeed.accelerator import get_accelerator
+
+    for name in ("CPUAdamBuilder", "ShareMemCommBuilder"):
+        if builder := get_accelerator().create_op_builder(name):  # the second is for a machine without GPUs
+            builder.load(verbose=False)
+
+
 def _rank(script: str, flags: list[str], environment: dict[str, str], log: str, prepare) -> None:
     gc.freeze()  # the Trainer collects garbage once, in all that the server imported
+    from saved_runs import draws_nothing
+
+    from sft.report import record
+
+    record.draw = draws_nothing
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.environ |= environment
     sys.argv = [script, *flags]
+    sys.path.insert(0, str((ROOT / script).parent))
     if prepare is not None:
         prepare()
     runpy.run_path(str(ROOT / script), run_name="__main__")
@@ -69,7 +96,9 @@ class Job:
     def __init__(
         self, flags: list[str], ranks: int, log: Path, prepare=None, script="llama_training.py", **environment: str
     ):
-        self.log, self.killed = log, False
+        self.log = log
+        if "--deepspeed" in flags and find_spec("deepspeed"):
+            _compile_deepspeed()
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -82,7 +111,7 @@ class Job:
             process.start()
             self.ranks.append(process)
 
-    def wait(self, timeout_s: float = 120) -> list[int]:
+    def wait(self, timeout_s: float = 300) -> list[int]:
         """Wait for all ranks and return their exit codes. When one has failed the others are killed, as torchrun does."""
         until = time.monotonic() + timeout_s
         while any(process.exitcode is None for process in self.ranks):

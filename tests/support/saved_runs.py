@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 
 import utils
 from sft.data.llama_tokenizer import load_llama_tokenizer
+from sft.job import swapped
+from sft.report import record
 from sft.run.trainer import SupervisedTrainer
 from sft.saving import checkpoint, resume
 
@@ -46,7 +48,12 @@ def same_weights(one: Path, other: Path) -> bool:
 
 
 def train(*flags: str):
-    return utils.train(load_llama_tokenizer, list(flags))
+    with swapped(record, draw=draws_nothing):
+        return utils.train(load_llama_tokenizer, list(flags))
+
+
+def draws_nothing(*_, **__) -> None:
+    """In place of a run's pictures, a third of a small one's time; tests/report/test_record.py and the demo's test look at them."""
 
 
 def choose(output: Path, wanted="True") -> str | None:

@@ -8,6 +8,7 @@ import json
 import math
 import re
 import shutil
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from safetensors.torch import load_file
 from scripts import ROOT, run_script, save_llama
 from transformers import AutoModelForCausalLM
 
+from sft import merge_lora
 from sft.model import loading
 
 STEPS, HALFWAY = 12, 6
@@ -43,8 +45,19 @@ class Run:
         self.losses = [entry["loss"] for entry in report["log"]]
         self.rates = [entry["learning_rate"] for entry in report["log"]]
         self.steps = report["final"]["steps"]
-        files = folder.glob("*model.safetensors")
-        self.weights = {name: weight for file in files for name, weight in load_file(file).items()}
+
+    @cached_property
+    def model(self) -> Path:
+        """The folder of the whole model, which an adapter is merged into if the run has not done so."""
+        if not (self.folder / "adapter_config.json").is_file():
+            return self.folder
+        merge_lora.merge(str(self.folder), str(self.folder / "merged"), dtype=torch.bfloat16)
+        return self.folder / "merged"
+
+    @cached_property
+    def weights(self) -> dict[str, torch.Tensor]:
+        files = self.model.glob("*model.safetensors")
+        return {name: weight for file in files for name, weight in load_file(file).items()}
 
 
 def edited_deepspeed_file(folder: Path, stage: int, more: str = "") -> str:
@@ -110,9 +123,8 @@ class Runs:
             "8" if {"4bit", "16bit"} & set(words) else "64",  # "16bit" is what "4bit" is compared with, on wider layers
             "--lora_dropout",
             "0",
-            "--merge_lora",
-            "True",
         ] * ("lora" in words)
+        flags += ["--merge_lora", "True"] * ("merged" in words)
         return flags
 
     def get(self, name: str) -> Run:
@@ -175,7 +187,7 @@ def assert_whole(run: Run, reference: Run, atol: float) -> None:
         torch.testing.assert_close(
             weight, reference.weights[name], rtol=0.02, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
         )
-    loaded, unused = AutoModelForCausalLM.from_pretrained(run.folder, output_loading_info=True)
+    loaded, unused = AutoModelForCausalLM.from_pretrained(run.model, output_loading_info=True)
     assert not any(unused.values()), unused
     assert loaded.dtype == run.weights["lm_head.weight"].dtype
 
@@ -210,11 +222,11 @@ def test_zero3_saves_after_an_evaluation_with_weights_that_it_fetches_ahead(runs
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["zero2", "zero3"])
-def test_lora_trains_the_same_additions_under_every_engine(runs, engine):
+@pytest.mark.parametrize("name", ["zero2 bf16 lora", "zero3 bf16 lora merged"])
+def test_lora_trains_the_same_additions_under_every_engine(runs, name):
     pytest.importorskip("deepspeed")
     pytest.importorskip("peft")
-    run, reference = runs.get(f"{engine} bf16 lora"), runs.get("ddp bf16 lora")
+    run, reference = runs.get(name), runs.get("ddp bf16 lora")
     assert_same_training(run, reference, rel=0.005, learned=0.15)
     assert_whole(run, reference, atol=0.02)
 
@@ -291,7 +303,7 @@ def test_fsdp2_does_not_round_the_number_of_tokens_that_a_padded_loss_is_divided
 @pytest.mark.slow
 def test_lora_trains_the_same_additions_under_fsdp2_on_a_cpu(runs):
     pytest.importorskip("peft")
-    run, reference = runs.get("fsdp bf16 lora"), runs.get("ddp bf16 lora")
+    run, reference = runs.get("fsdp bf16 lora merged"), runs.get("ddp bf16 lora")
     assert_rank_0_alone_loaded(run.printed)
     assert "float32 weights, gradients (added up between GPUs in bfloat16) and optimizer state" in run.printed
     # as Accelerate sets FSDP2 up, the loss is rounded to 16 bits: 2e-3, and its gradient with it
