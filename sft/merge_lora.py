@@ -5,16 +5,19 @@ python -m sft.merge_lora --adapter ./my_adapter --output ./my_model
 
 import argparse
 import json
-import re
 import shutil
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sft.job import UserError, one_message_for_user_errors, say
 from sft.model.lora import BASE_RECORD, weights_digest
 from sft.model.safe_loads import safe_loads
+from sft.report.record import REPORT_NAME
+from sft.saving import export_files
+from sft.saving.export import complete
+from sft.saving.model_card import write_card
 
 
 def merge(adapter: str, output: str, base: str | None = None, dtype=torch.float32, cache_dir=None) -> float:
@@ -44,13 +47,22 @@ def merge(adapter: str, output: str, base: str | None = None, dtype=torch.float3
         difference = (merged(input_ids=probe, use_cache=False).logits - expected).norm() / expected.norm()
     if not difference < 1e-4:  # NaN never passes
         raise RuntimeError(f"the merged model differs from base + adapter by {difference:.2e} of the logits: not saved")
+    if (folder / "tokenizer_config.json").is_file():
+        export_files.end_as_trained(merged, AutoTokenizer.from_pretrained(folder))
     merged.to(dtype).save_pretrained(output)
-    # the tokenizer and the prompt template belong to the model, merged or not
-    names = r"tokenizer.*|special_tokens_map\.json|chat_template\.jinja|prompt_template\.txt|vocab\.json|merges\.txt"
-    for file in folder.iterdir():
-        if re.fullmatch(names, file.name) and folder != Path(output):
-            shutil.copy2(file, output)
+    if folder.resolve() != Path(output).resolve():
+        export_files.copy_tokenizer(folder, Path(output))
+    export_files.finish_config(Path(output), dtype)
+    export_files.make_readable(Path(output))
     return difference.item()
+
+
+def claim(adapter: Path, output: Path, proof: str) -> None:
+    """Write the card, the record and COMPLETE.json of a merged model, from the record of the adapter's run."""
+    record = export_files.read_json(adapter / REPORT_NAME)
+    shutil.copyfile(adapter / REPORT_NAME, output / REPORT_NAME)
+    write_card(output, record)
+    complete(str(output), record["final"]["steps"], [proof])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -64,6 +76,8 @@ def main(argv: list[str] | None = None) -> None:
     with one_message_for_user_errors():
         difference = merge(args.adapter, args.output, args.base, getattr(torch, args.save_dtype), args.cache_dir)
         proof = f"logits differ from base + adapter by {difference:.1e} in float32"
+        if Path(args.adapter, REPORT_NAME).is_file():  # there is none while the run that trained it still merges
+            claim(Path(args.adapter), Path(args.output), proof)
         say(f"merged: {args.output} ({args.save_dtype}); {proof}")
 
 

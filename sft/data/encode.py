@@ -117,13 +117,14 @@ def _slow_continuation(tokenizer: PreTrainedTokenizerBase, text: str, allow_cont
 def prove_ids(tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise UserError unless prompts get the tokenizer's own ids, and responses those that follow EOS, on every probe.
 
-    A line end in place of EOS proves it too: older LLaMA pipelines put their prefix space after every control token.
+    A line end in place of EOS proves it too: exports and older LLaMA pipelines put their prefix space after every control token.
+    So does a letter that no vocabulary has, where the normalizer turns line ends into spaces.
     """
     control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     plain = [text for text in PROBES if not any(token in text for token in control)]
     prompts, responses = encode_prompts(tokenizer, plain), encode_responses(tokenizer, plain)
     for text, prompt_ids, response_ids in zip(plain, prompts, responses, strict=True):
-        after = [_after(tokenizer, anchor, text) for anchor in (tokenizer.eos_token, "\n")]
+        after = [_after(tokenizer, anchor, text) for anchor in (tokenizer.eos_token, "\n", "\ue000")]
         for use, ids, own in (
             ("prompt", prompt_ids, [tokenizer(text, verbose=False).input_ids]),
             ("response", response_ids, after),

@@ -22,6 +22,8 @@ from sft.data import tokenizer_files as files
 from sft.data.word_cache import LAST_SPACES, LEADING_SPACE, RUN_OF_SPACES, SPACE
 from sft.job import UserError, say
 
+MADE_FROM_MERGES = "made from tokenizer.json"  # notes it in a tokenizer.model that exports have for llama.cpp alone
+
 
 def load_llama_tokenizer(model_args) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a LLaMA-family model: ids equal to SentencePiece's wherever the model has a `tokenizer.model`, else to its file's.
@@ -93,13 +95,15 @@ def _reference(path: str, proto) -> files.Reference:
 
 
 def _read_sentencepiece(path: str):
-    """The parsed model, or None if the file is no SentencePiece model (Llama 3 publishes a tiktoken file by that name)."""
+    """The parsed model; None if the file is none (Llama 3 publishes a tiktoken file by that name), or one that an export made."""
     proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # protobuf makes it on import
     try:
         proto.ParseFromString(Path(path).read_bytes())
     except DecodeError:
         return None
     spec = proto.trainer_spec
+    if spec.model_prefix == MADE_FROM_MERGES:
+        return None
     if proto.pieces and spec.model_type != spec.BPE:
         kind = spec.ModelType.Name(spec.model_type)
         raise UserError(

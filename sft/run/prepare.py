@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from sft.arithmetic import compute_dtype, export_dtype
 from sft.data.checks import check_vocabulary, data_problems
-from sft.data.template import TEMPLATE_FILE, load_template
+from sft.data.template import load_template
 from sft.data.token_cache import tokenizer_digest
 from sft.flags import DataArguments, ModelArguments, TrainingArguments
 from sft.job import UserError, all_ranks_or_none, rank, say
@@ -188,10 +188,13 @@ class Run:
             self.report.finish(trainer.meter.summary())
             self._say_how_to_continue(trainer.state.global_step, trainer.state.max_steps)
         else:
-            proved = self._export(trainer)
+            proved, limits = self._export(trainer)
             self.report.finish(trainer.meter.summary())
             if rank() == 0:
-                write_card(Path(self.args.output_dir), self.args.hub_model_id)
+                folder, record = Path(self.args.output_dir), self.report.record
+                write_card(folder, record, self.args.hub_model_id, limits)
+                if self.model_args.merge_lora:
+                    write_card(folder / "adapter", record, None, limits)  # in the place of peft's, which is blank
                 export.complete(self.args.output_dir, trainer.state.global_step, proved)
                 export.upload(trainer)
         if self.lock:
@@ -217,17 +220,17 @@ class Run:
             )
         raise SystemExit(4)
 
-    def _export(self, trainer: SupervisedTrainer) -> list[str]:
-        """Write the tuned model, its tokenizer and its prompt template for plain transformers; return what was proved of them."""
+    def _export(self, trainer: SupervisedTrainer) -> tuple[list[str], list[str]]:
+        """Write the tuned model for plain transformers and other programs; return what was proved, and what those cannot do."""
         folder, proved = Path(self.args.output_dir), []
         with self.phase("save"), checkpoint.exit_on_failed_save(folder / "model"):
-            exporter = export.Exporter(trainer, self.model_args, export_dtype(self.args))
+            exporter = export.Exporter(trainer, self.model_args, export_dtype(self.args), self.template)
             exporter.save()
-            if self.args.should_save:
-                (folder / TEMPLATE_FILE).write_text(self.template, encoding="utf-8")
         # rank 0 alone reloads: split by ZeRO-3, the model would wait for the others for ever
         with self.report.phase("proof"), all_ranks_or_none(), loading.whole_models(self.args):
             if self.args.should_save:
                 proved = exporter.prove()
         say(f"model saved in {folder}; proved: {'; '.join(proved)}")
-        return proved
+        for limit in exporter.limits:
+            say(f"warning: {limit}")
+        return proved, exporter.limits

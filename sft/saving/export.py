@@ -15,14 +15,16 @@ import torch
 from huggingface_hub import HfApi
 from safetensors import SafetensorError, safe_open
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.core_model_loading import revert_weight_conversion
 
 from sft.data import tokenizer_files
 from sft.job import UserError, say
 from sft.model import lora
 from sft.model.loading import numel
+from sft.saving import export_files
 from sft.saving.checkpoint import INCOMPLETE, describe_file, gather, why_not_whole, write_json
+from sft.saving.client_proof import ROWS, ask_as_clients, trained_prompts
 
 COMPLETE = "COMPLETE.json"
 SMALL_BYTES = 4 * 2**30  # up to this size all tensors are hashed and the model is run, above it a sample is hashed
@@ -103,7 +105,7 @@ def count_weights(model: torch.nn.Module) -> tuple[int, int]:
 
 
 def write_weights(trainer, folder: Path, weights: Weights) -> None:
-    """Save gathered weights, the config and the tokenizer."""
+    """Save gathered weights, the config and the tokenizer as it is."""
     trainer.model.save_pretrained(folder, state_dict=dict(weights))
     tokenizer_files.save(trainer.processing_class, folder)
 
@@ -113,14 +115,16 @@ class Exporter:
 
     Args:
         dtype: the type of the exported weights; an adapter keeps its own.
+        template: the prompt's text with one {instruction} in it.
     """
 
-    def __init__(self, trainer, model_args, dtype: torch.dtype):
-        self.trainer, self.model_args, self.dtype = trainer, model_args, dtype
+    def __init__(self, trainer, model_args, dtype: torch.dtype, template: str):
+        self.trainer, self.model_args, self.dtype, self.template = trainer, model_args, dtype, template
         self.folder = Path(trainer.args.output_dir)
         # the trained weights are in the output folder, or in `adapter` inside it where the merged model takes that
         self.trained = self.folder / "adapter" if model_args.merge_lora else self.folder
         self.written: dict[str, dict] = {}  # `describe_weights` of what was handed over for writing
+        self.limits: list[str] = []  # what other programs cannot do with this model, known once it is proved
         self.probe = probe_logits(trainer)
 
     def save(self) -> None:
@@ -138,13 +142,16 @@ class Exporter:
             # as save_pretrained writes them: some models' weights have other names, or shapes, in a file (a mixture of experts')
             self.written = describe_weights(revert_weight_conversion(model, weights))
             model.config.use_cache = True
+        tokenizer = self.trainer.processing_class
+        export_files.end_as_trained(model, tokenizer)
         write_weights(self.trainer, self.trained, weights)
+        positions = getattr(model.config, "max_position_embeddings", None)
+        export_files.write_tokenizer(tokenizer, self.trained, self.template, positions)
+        export_files.make_readable(self.trained)
         if model_args.use_lora:
             lora.finish_adapter(self.trained, self.folder, model_args, self.dtype)
         else:
-            config = AutoConfig.from_pretrained(self.folder)
-            config.dtype = self.dtype  # save_pretrained (5.23) writes the type of the live weights
-            config.save_pretrained(self.folder)
+            export_files.finish_config(self.folder, self.dtype)
 
     def prove(self) -> list[str]:
         """Read back what lies in the output folder; rank 0 alone. Raise everything that is wrong in one UserError.
@@ -152,9 +159,6 @@ class Exporter:
         Returns: one sentence for each thing that was found equal.
         """
         trainer, tokenizer, folder = self.trainer, self.trainer.processing_class, self.folder
-        for file in (*self.trained.glob("*.safetensors"), *folder.glob("*.safetensors")):
-            # safetensors (0.8) creates its own readable by the owner alone
-            file.chmod((folder / "tokenizer_config.json").stat().st_mode & 0o777)
         problems = check_weights(self.trained, self.written)
         tensors, hashed = len(self.written), sum(about["sha256"] is not None for about in self.written.values())
         proved = [
@@ -165,15 +169,18 @@ class Exporter:
             problems += check_weights(folder, None)
             proved.append("the merged weights are finite and not all zero")
         embedding = trainer.model.get_input_embeddings().weight
-        rows = getattr(embedding, "ds_shape", embedding.shape)[0]
-        if rows != trainer.model.config.vocab_size:
-            problems.append(f"the embedding has {rows} rows, and the config {trainer.model.config.vocab_size}")
-        examples = islice(trainer.train_dataset, 50)
-        texts = [tokenizer.decode(example["input_ids"], skip_special_tokens=True) for example in examples]
-        texts += [" two  spaces\n\ttab", "naïve 漢字 🙂"]
-        problems += check_tokenizer(folder, tokenizer, texts, rows)
-        below = f"all below the embedding's {rows} rows"
+        embedded = getattr(embedding, "ds_shape", embedding.shape)[0]
+        if embedded != trainer.model.config.vocab_size:
+            problems.append(f"the embedding has {embedded} rows, and the config {trainer.model.config.vocab_size}")
+        examples = islice(trainer.train_dataset, ROWS)
+        rows = [tokenizer.decode(example["input_ids"], skip_special_tokens=True) for example in examples]
+        rows = [text for text in rows if not export_files.control_tokens_in(tokenizer, text)]
+        texts = [*rows, " two  spaces\n\ttab", "naïve 漢字 🙂"]
+        problems += check_tokenizer(folder, tokenizer, texts, embedded)
+        below = f"all below the embedding's {embedded} rows"
         proved.append(f"the tokenizer reloads to the same ids on {len(texts)} texts, {below}")
+        asked = ask_as_clients(folder, trained_prompts(trainer.train_dataset, tokenizer, self.template), rows)
+        problems, proved, self.limits = problems + asked.problems, proved + asked.proved, asked.limits
         small = count_weights(trainer.model)[0] * self.dtype.itemsize <= SMALL_BYTES
         if not problems and small and not self.model_args.load_in_4bit:
             exact = self.dtype == torch.float32 and not (trainer.args.bf16 or trainer.args.fp16)

@@ -1,15 +1,21 @@
 """Write the model card, README.md of the exported folder, from the record of the run."""
 
 import json
+import shlex
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import ModelCardData
+import yaml
+from huggingface_hub import ModelCardData, try_to_load_from_cache
+from huggingface_hub.repocard import metadata_load
+
+from sft.saving.export_files import CHAT_TEMPLATE_FILE, MODELFILE
 
 SNIPPET = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
 
-model_id = {model_id}  # this folder, or its name on the hub
+model_id = {model_id}  # {what}
 instruction = "Name three primary colours."
 
 tokenizer = AutoTokenizer.from_pretrained(model_id)
@@ -22,32 +28,85 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 """
 
 
-def snippet(model_id: str, adapter: bool) -> str:
+SERVE = """\
+vllm serve {where}
+transformers serve {where}
+lm_eval --model hf --model_args pretrained={where} --apply_chat_template --tasks gsm8k
+python llama.cpp/convert_hf_to_gguf.py {where} --outfile {where}/model.gguf{ollama}
+"""
+WHOLE_PROMPTS = """
+It was trained on whole prompts (completions): a chat sends your message as it is, so write into it all that the prompts
+of the training data had.
+"""
+
+
+def snippet(model_id: str, what: str, adapter: bool) -> str:
     """Python that loads the model and asks it, with the template it was trained with."""
     note = "  # the base model and the adapter: needs `pip install peft`" if adapter else ""
-    return SNIPPET.format(model_id=json.dumps(model_id, ensure_ascii=False), adapter=note)
+    return SNIPPET.format(model_id=json.dumps(model_id, ensure_ascii=False), what=what, adapter=note)
 
 
-def write_card(folder: Path, model_id: str | None = None) -> None:
-    """Write README.md into the exported folder, from the run_report.json in it; `model_id` is the name on the hub, if any."""
-    record = json.loads((folder / "run_report.json").read_text(encoding="utf-8"))
+def serve(folder: Path, model_id: str) -> str:
+    """The commands with which other programs take the folder."""
+    if (folder / "adapter_config.json").is_file():
+        return (
+            "Other programs take a whole model: `python -m sft.merge_lora --adapter FOLDER --output MODEL` makes one.\n"
+        )
+    where, name = shlex.quote(model_id), shlex.quote(folder.resolve().name)
+    modelfile = (folder / MODELFILE).is_file()
+    ollama = f" && ollama create {name} -f {where}/{MODELFILE}" if modelfile else ""
+    text = SERVE.format(where=where, ollama=ollama)
+    if not (folder / CHAT_TEMPLATE_FILE).is_file():
+        text = text.replace(" --apply_chat_template", "")
+    return f"```bash\n{text}```\n"
+
+
+def licence(base: str) -> dict[str, Any]:
+    """The licence fields of the base model's card, if it lies on this machine."""
+    card = Path(base, "README.md") if Path(base).is_dir() else try_to_load_from_cache(base, "README.md")
+    known: dict[str, Any] = {}
+    if isinstance(card, (str, Path)) and Path(card).is_file():
+        try:
+            known = metadata_load(card) or {}
+        except (ValueError, yaml.YAMLError):  # another's card; this one is written without it
+            known = {}
+    if "license" not in known:
+        return {"license": "other", "license_name": "as-the-base-model"}
+    return {name: known[name] for name in ("license", "license_name", "license_link") if name in known}
+
+
+def write_card(
+    folder: Path, record: dict[str, Any], model_id: str | None = None, limits: list[str] | tuple[str, ...] = ()
+) -> None:
+    """Write README.md into the exported folder.
+
+    Args:
+        record: of the run (run_report.json).
+        model_id: the name on the hub, if any. Without it the folder is named as one sees it from the folder that holds it.
+        limits: sentences about what other programs cannot do with this model.
+    """
     adapter = (folder / "adapter_config.json").is_file()
     base, template = record["model"]["name"], record["template"]["text"]
     on_the_hub = base.count("/") == 1 and not Path(base).exists()
+    what = "its name on the hub" if model_id else "seen from the folder that holds it"
+    model_id = model_id or f"./{folder.resolve().name}"
+    whole_prompts = WHOLE_PROMPTS if template == "{instruction}" else ""
+    others = "".join(f"\n{limit}\n" for limit in limits)
     metadata = ModelCardData(
         library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
         base_model=base if on_the_hub else None,
+        **licence(base),
         tags=["instruction-tuning", "sft", *(["lora"] if adapter else [])],
     )
     batch, data = record["batch"], record["data"]["train"]
     final, training = record["final"], record["flags"]["training"]
-    name = (model_id or str(folder)).rstrip("/").split("/")[-1]
+    name = model_id.rstrip("/").split("/")[-1]
     optimizer = f"{training['optim']}, weight decay {training['weight_decay']:g}"
     rows = {
         "base model": f"[{base}](https://huggingface.co/{base})" if on_the_hub else f"`{Path(base).name}`",
         "training rows": f"{data['kept']:,} of {data['rows_read']:,} in `{Path(data['path']).name}` (blake2b `{data['blake2b']}`)",
-        "prompt template": f"`{record['template']['name']}`, saved as `prompt_template.txt`",
+        "prompt template": f"`{Path(record['template']['name']).name}`, saved as `prompt_template.txt`",
         "examples per optimizer step": f"{batch['examples_per_step']:,}",
         "optimizer steps": f"{final['steps']:,} of {batch['steps']:,} ({training['num_train_epochs']:g} epochs)",
         "longest example": f"{training['model_max_length']:,} tokens",
@@ -74,14 +133,17 @@ def write_card(folder: Path, model_id: str | None = None) -> None:
 ## Ask it
 
 ```python
-{snippet(model_id or str(folder), adapter)}```
+{snippet(model_id, what, adapter)}```
 
 The prompt is what the model was trained on, letter by letter:
 
 ````text
 {template}
 ````
+{whole_prompts}
+## In other programs
 
+{serve(folder, model_id)}{others}
 ## How it was trained
 
 | | |

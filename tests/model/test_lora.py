@@ -116,6 +116,22 @@ def test_a_merged_model_is_base_plus_adapter(base, tmp_path):
     assert load_file(merged / "model.safetensors").keys() == load_file(base / "model.safetensors").keys()
 
 
+def test_a_merged_model_has_all_that_an_export_has(watched_adapter, tmp_path, capsys):
+    adapter, merged = watched_adapter.folder, tmp_path / "merged"
+    merge_lora.main(["--adapter", str(adapter), "--output", str(merged)])
+    assert "merged: " in capsys.readouterr().out
+    made = {path.name: path.stat().st_mode & 0o777 for path in merged.iterdir()}
+    assert len(set(made.values())) == 1, made
+    assert made.keys() >= {"chat_template.jinja", "prompt_template.txt", "tokenizer.model", "Modelfile"}
+    assert (merged / "run_report.json").read_bytes() == (adapter / "run_report.json").read_bytes()
+    card = (merged / "README.md").read_text()
+    assert "library_name: transformers\n" in card and "\nvllm serve ./merged\n" in card
+    assert json.loads((merged / "COMPLETE.json").read_text())["step"] == 3
+    config, generation = (json.loads((merged / f"{name}.json").read_text()) for name in ("config", "generation_config"))
+    assert (config["dtype"], config["rope_theta"], config["pad_token_id"]) == ("bfloat16", 10000.0, 0)
+    assert (generation["eos_token_id"], generation["pad_token_id"]) == (2, 0)
+
+
 def test_merging_onto_another_base_is_refused(base, tmp_path):
     adapter = tmp_path / "adapter"
     trained_adapter(base, adapter)

@@ -20,7 +20,7 @@ def test_complete_json_says_what_was_proved(whole_run):
     complete = json.loads((whole_run / "COMPLETE.json").read_text())
     assert complete["step"] == 16
     assert complete["files"] == {"model.safetensors": checkpoint.describe_file(whole_run / "model.safetensors")}
-    assert [line.split(" ")[0] for line in complete["proved"]] == ["21", "21", "the", "the"]
+    assert [line.split(" ")[0] for line in complete["proved"]] == ["21", "21", "the", "the", "tokenizer.model", "the"]
 
 
 def damaged(change):
@@ -179,10 +179,11 @@ def exporter(whole_run, tmp_path, monkeypatch) -> export.Exporter:
     monkeypatch.setattr(export, "probe_logits", lambda trainer: (ids, logits))
     args = SimpleNamespace(output_dir=str(folder), bf16=False, fp16=False)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    rows = [{"input_ids": tokenizer(text)["input_ids"]} for text in ("1 plus 2", "3")]
+    ids_of_rows = [torch.tensor(tokenizer(text)["input_ids"]) for text in ("1 plus 2", "3")]
+    rows = [{"input_ids": ids, "labels": torch.full_like(ids, -100)} for ids in ids_of_rows]
     trainer = SimpleNamespace(model=model, args=args, train_dataset=rows, processing_class=tokenizer)
     flags = SimpleNamespace(merge_lora=False, use_lora=False, load_in_4bit=False)
-    made = export.Exporter(trainer, flags, torch.float32)
+    made = export.Exporter(trainer, flags, torch.float32, "{instruction}")
     made.written = export.describe_weights(load_file(folder / "model.safetensors"))
     return made
 
@@ -206,14 +207,11 @@ def test_whatever_the_proof_finds_ends_the_run(exporter, spoil, said):
 
 
 def test_a_small_model_is_run_and_a_large_one_is_not(exporter, monkeypatch):
-    (exporter.folder / "model.safetensors").chmod(0o600)
     weights = 4 * sum(weight.numel() for weight in exporter.trainer.model.parameters())
     monkeypatch.setattr(export, "SMALL_BYTES", weights)
     assert "logits on 3 tokens" in exporter.prove()[-1]
     monkeypatch.setattr(export, "SMALL_BYTES", weights - 1)
-    assert "the tokenizer reloads to the same ids on 4 texts" in exporter.prove()[-1]
-    modes = {(exporter.folder / name).stat().st_mode for name in ("model.safetensors", "tokenizer_config.json")}
-    assert len(modes) == 1, "who may read the tokenizer may read the weights"
+    assert exporter.prove()[-1] == "tokenizer.model gives tokenizer.json's ids to 2 rows"
 
 
 def test_logits_may_differ_by_rounding_alone():

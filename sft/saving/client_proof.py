@@ -1,0 +1,121 @@
+"""Ask the exported folder as a client asks, on the run's own rows, and compare the ids with those that were trained."""
+
+import json
+import re
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from sft import IGNORE_INDEX
+from sft.data.llama_tokenizer import MADE_FROM_MERGES
+from sft.saving.export_files import CHAT_TEMPLATE_FILE, SENTENCEPIECE_FILE, control_tokens_in
+
+ROWS = 200
+
+
+class Asked(NamedTuple):
+    """What asking showed: what is wrong, what is equal, and what other programs cannot do with this model."""
+
+    problems: list[str]
+    proved: list[str]
+    limits: list[str]
+
+
+def trained_prompts(dataset, tokenizer: PreTrainedTokenizerBase, template: str) -> list[tuple[str, list[int]]]:
+    """(instruction, ids of its prompt) of the first rows, without those that no client can ask.
+
+    Not every text can be had back from its ids, and a control token that a cell spells is text in training and a token in a client.
+    """
+    before, after = template.split("{instruction}")
+    found = []
+    for example in islice(dataset, ROWS):
+        ids = example["input_ids"][: int((example["labels"] == IGNORE_INDEX).sum())].tolist()
+        without_bos = ids[1:] if ids[:1] == [tokenizer.bos_token_id] else ids
+        text = str(tokenizer.decode(without_bos, clean_up_tokenization_spaces=False))
+        if tokenizer(text, verbose=False).input_ids == ids and text.startswith(before) and text.endswith(after):
+            instruction = text[len(before) : len(text) - len(after)]
+            found += [] if control_tokens_in(tokenizer, instruction) else [(instruction, ids)]
+    return found
+
+
+def ask_as_clients(folder: Path, prompts: list[tuple[str, list[int]]], texts: list[str]) -> Asked:
+    """Compare the ids that the folder gives to prompts and texts with the trained ones, and with those of its SentencePiece file.
+
+    Args:
+        prompts: of `trained_prompts`.
+        texts: whole rows.
+    """
+    asked = Asked([], [], [])
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if (folder / CHAT_TEMPLATE_FILE).is_file():
+        wrong = [
+            instruction
+            for instruction, ids in prompts
+            if ids != tokenizer.apply_chat_template([{"role": "user", "content": instruction}], add_generation_prompt=True, return_dict=False)
+        ]  # fmt: skip
+        asked.problems.extend(
+            f"{CHAT_TEMPLATE_FILE} gives other ids than training to {len(wrong)} of {len(prompts)} prompts, first {text[:60]!r}"
+            for text in wrong[:1]
+        )
+        asked.proved.append(f"the chat template gives the trained ids to {len(prompts)} prompts")
+    else:
+        asked.limits.append(
+            "There is no chat template: the trained prompt spells a control token, which was text in training and would be the token "
+            "in a chat. Send whole prompts, as completions."
+        )
+    texts = [text for text in texts if not control_tokens_in(tokenizer, text)]
+    ids = [tokenizer(text, add_special_tokens=False, verbose=False).input_ids for text in texts]
+    backend = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")) if tokenizer.is_fast else {}
+    if (folder / SENTENCEPIECE_FILE).is_file():
+        model = (folder / SENTENCEPIECE_FILE).read_bytes()
+        own = sentencepiece.SentencePieceProcessor(model_proto=model).encode(texts)
+        unequal = [text for text, one, other in zip(texts, ids, own) if one != other]
+        if _proto(model).trainer_spec.model_prefix != MADE_FROM_MERGES:
+            asked.problems.extend(
+                f"{SENTENCEPIECE_FILE} gives other ids than tokenizer.json to {len(unequal)} of {len(texts)} rows, first {text[:60]!r}"
+                for text in unequal[:1]
+            )
+        if not unequal:
+            asked.proved.append(f"{SENTENCEPIECE_FILE} gives tokenizer.json's ids to {len(texts)} rows")
+        different = sum(one != other for one, other in zip(ids, in_llama_cpp(model, texts)))
+    elif backend.get("model", {}).get("byte_fallback"):
+        different = len(texts)  # its converter takes the merges of such a tokenizer.json for nothing
+    else:
+        normalizer = tokenizer.is_fast and tokenizer.backend_tokenizer.normalizer
+        different = sum(normalizer.normalize_str(text) != text for text in texts) if normalizer else 0
+    if different:
+        asked.limits.append(
+            f"llama.cpp and what builds on it (Ollama) give other ids to {different} of {len(texts)} training rows: a GGUF has no "
+            "word for what this tokenizer does to a text."
+        )
+    return asked
+
+
+def _proto(model: bytes):
+    return sentencepiece_model_pb2.ModelProto.FromString(model)  # type: ignore[attr-defined]  # protobuf makes it on import
+
+
+def in_llama_cpp(model: bytes, texts: list[str]) -> list[list[int]]:
+    """The ids that llama.cpp (src/llama-vocab.cpp, 0.3.36 of llama-cpp-python) makes with a SentencePiece model.
+
+    It knows no normalizer of SentencePiece's, and puts the dummy prefix also after a user-defined piece.
+    """
+    proto = _proto(model)
+    plain = {
+        "name": "identity",
+        "add_dummy_prefix": proto.normalizer_spec.add_dummy_prefix,
+        "remove_extra_whitespaces": False,
+    }
+    proto = type(proto)(pieces=proto.pieces, trainer_spec=proto.trainer_spec, normalizer_spec=plain)
+    pieces = {p.piece.replace("▁", " "): i for i, p in enumerate(proto.pieces) if p.type == p.USER_DEFINED}
+    longest_first = sorted(pieces, key=len, reverse=True)
+    split = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
+    encode = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString()).encode
+    return [
+        [i for part in split.split(text) if part for i in ([pieces[part]] if part in pieces else encode(part))]
+        for text in texts
+    ]
