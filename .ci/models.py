@@ -44,11 +44,11 @@ def examples() -> list[dict[str, torch.Tensor]]:
 
 def tried(kind: str, kernel: str | None) -> Proof | str:
     """The proof, or why there is none."""
-    model_args = SimpleNamespace(trust_remote_code=False)
+    model_args = SimpleNamespace(model_name_or_path=None, trust_remote_code=False)
     args = SimpleNamespace(device=torch.device("cpu"), bf16=False, fp16=False, deepspeed=None)
     try:
         config = transformers.AutoConfig.for_model(kind, **(SIZES | MODELS[kind]))
-        return prove(model_args, args, config, examples(), kernel)
+        return prove(model_args, args, config, examples(), kernel)[-1]
     except Exception as error:
         return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}".splitlines()[0][:120]
 

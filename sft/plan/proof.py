@@ -9,13 +9,15 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from sft import IGNORE_INDEX
 from sft.arithmetic import compute_dtype
 from sft.flags import ModelArguments, TrainingArguments
-from sft.model import loading
+from sft.model import headers, loading
+from sft.model.safe_loads import safe_loads
 from sft.plan.model_sizes import with_layers
 from sft.step import attention
 from sft.step.loss import summed_loss
@@ -27,6 +29,9 @@ Example = dict[str, torch.Tensor]  # input_ids, labels: (tokens,)
 Way = Callable[[list[Example], int], torch.Tensor]
 # enough for a border on each side of an example; a few hundred tokens take a fraction of a second
 EXAMPLES, TOKENS = 3, 64
+# Whole rows cost more: at most 1 % of a run's. Each example is passed 7 times through the model in a row of all (forward and backward, and
+# three times forward), and once alone: 21 forward passes of all, where the run makes 3 of each of its tokens.
+LONGEST, PASSES = 1024, 21
 
 
 class Proof(NamedTuple):
@@ -37,11 +42,14 @@ class Proof(NamedTuple):
     isolation: float  # of its loss, when another example's tokens change
     causality: float  # of the loss of its first tokens, when its later ones change
     rounding: float
+    weights: str = ""  # which, in words
+    tokens: tuple[int, ...] = ()  # of each example
 
     @property
     def fault(self) -> str | None:
         """What is wrong, in words; None when nothing is. NaN is wrong."""
-        sees = 1e-5  # the same sums of the same numbers: nothing is rounded otherwise
+        # the same sums of the same numbers: nothing is rounded otherwise but in a mixture's experts, which others' tokens share
+        sees = max(1e-5, self.rounding / 20)
         if not self.causality <= sees:
             return f"a token sees later ones (the loss of an example's first tokens moves by {100 * self.causality:.2g} % with the last ones)"
         if not self.isolation <= sees:
@@ -49,54 +57,95 @@ class Proof(NamedTuple):
                 f"examples see each other (a loss moves by {100 * self.isolation:.2g} % with another example's tokens)"
             )
         if not self.loss <= self.rounding:
-            return f"an example's loss is off by {100 * self.loss:.2g} %: this model does more to its logits or its loss than is computed here"
+            return f"an example's loss is off by {100 * self.loss:.2g} %: this model does to its logits, its attention or its positions what is not done here"
         if not self.gradient <= self.rounding * (2 if self.rounding > 1e-3 else 20):
             return f"an example's gradient is off by {100 * self.gradient:.2g} % of its norm"
         return None
 
-    def __str__(self) -> str:
-        return (
-            f"losses within {self.loss:.0e} and gradients within {self.gradient:.0e} of each example alone; other examples move a loss by "
-            f"{self.isolation:.0e}, later tokens by {self.causality:.0e}"
-        )
+
+def in_a_line(proofs: list[Proof]) -> str:
+    """The largest differences of all proofs, and what they were tried on."""
+    loss, gradient, isolation, causality = (max(values) for values in list(zip(*proofs))[:4])
+    lengths = [tokens for proof in proofs for tokens in proof.tokens]
+    return (
+        f"losses within {loss:.0e} and gradients within {gradient:.0e} of each example alone; other examples move a loss by {isolation:.0e}, "
+        f"later tokens by {causality:.0e} (with {' and '.join(dict.fromkeys(proof.weights for proof in proofs))}, on rows of "
+        f"{min(lengths)} to {max(lengths):,} tokens; rounding may be {proofs[-1].rounding:.0e})"
+    )
 
 
 def prove(
-    model_args: ModelArguments, args: TrainingArguments, config: PreTrainedConfig, dataset: Any, kernel: str | None
-) -> Proof:
-    """Try packing with this attention kernel, or padding (None), on a small model of the run's architecture with random weights.
+    model_args: ModelArguments,
+    args: TrainingArguments,
+    config: PreTrainedConfig,
+    examples: list[Example],
+    kernel: str | None,
+) -> list[Proof]:
+    """Try packing with this attention kernel, or padding (None), on the first layers of the run's model, as many as it takes to have each kind.
 
-    The model has as many layers as it takes to have each kind of them, and weights large enough that a fault shows. It computes
-    in float32 where the kernel can, because rounding hides what a few tokens do.
+    First on the beginnings of rows with random weights, large enough that a fault shows, and in float32 where the kernel can,
+    because rounding hides what a few tokens do. Then on the rows with the checkpoint's weights, their scales and buffers, in the
+    run's compute type; without a checkpoint there is nothing to load.
+
+    Args:
+        examples: of `first_rows`.
+
+    Returns: proofs up to the first that has a fault.
     """
     kinds = getattr(config, "layer_types", None) or []
-    layers = max([2, *(kinds.index(kind) + 1 for kind in set(kinds))])
-    small = with_layers(config, min(layers, config.num_hidden_layers))
-    if getattr(small, "output_router_logits", False):
-        # its loss is a mean over all tokens of a batch: each way has its own
-        small.output_router_logits = False
+    layers = min(max([2, *(kinds.index(kind) + 1 for kind in set(kinds))]), config.num_hidden_layers)
     half = compute_dtype(args) if kernel in (attention.TRITON, attention.VARLEN) else torch.float32
+    tries = [("random weights", kernel, half)]
     if half != torch.float32:
         # these kernels take no float32: what packing does to the model itself is seen without them
-        structure = prove(model_args, args, config, dataset, attention.PER_EXAMPLE)
-        if structure.fault:
-            return structure
-    with torch.random.fork_rng([args.device] if args.device.type == "cuda" else []), loading.whole_models(args):
-        torch.manual_seed(0)
-        with torch.device(args.device):
-            model = AutoModelForCausalLM.from_config(
-                small, dtype=torch.float32, trust_remote_code=model_args.trust_remote_code
-            ).eval()
-        for weight in model.parameters():  # scores of attention with a spread of about 4, as in trained models
-            if weight.dim() == 2:
-                weight.data *= 2 / (weight.data.std() * weight.shape[1] ** 0.5)
-        examples = short_examples(dataset)
-        with torch.autocast(args.device.type, half, enabled=half != torch.float32):
-            alone = losses_alone(model, examples)
-            if kernel is None:
-                return try_out(model, partial(stock, model), examples, alone)
-            model.set_attn_implementation(kernel)
-            return try_out(model, packed(model, exchange(model), PackedCollator()), examples, alone)
+        tries.insert(0, ("random weights", attention.PER_EXAMPLE, torch.float32))
+    if model_args.model_name_or_path:
+        loaded = f"the checkpoint's first {layers} of {config.num_hidden_layers} layers"
+        tries.append((loaded, kernel, half))
+    found: list[Proof] = []
+    for weights, tried, dtype in tries:
+        random = weights == "random weights"
+        rows = beginnings(examples, TOKENS if random else LONGEST)
+        cuda = [args.device] if args.device.type == "cuda" else []
+        with torch.random.fork_rng(cuda), loading.whole_models(args):
+            torch.manual_seed(0)
+            small = with_layers(config, layers)
+            if getattr(small, "output_router_logits", False):
+                # its loss is a mean over all tokens of a batch: each way has its own
+                small.output_router_logits = False
+            model = (random_layers if random else loaded_layers)(model_args, args, small).eval()
+            with torch.autocast(args.device.type, dtype, enabled=dtype != torch.float32):
+                # a batch's longest row may decide the frequencies of a rope: alone it is as long, padded
+                alone = losses_alone(model, rows, 0 if tried else max(len(row["input_ids"]) for row in rows))
+                way: Way = partial(stock, model)
+                if tried:
+                    model.set_attn_implementation(tried)
+                    way = packed(model, exchange(model), PackedCollator())
+                proof = try_out(model, way, rows, alone)
+        found.append(proof._replace(weights=weights, tokens=tuple(len(row["input_ids"]) for row in rows)))
+        if proof.fault:
+            break
+    return found
+
+
+def random_layers(model_args: ModelArguments, args: TrainingArguments, small: PreTrainedConfig) -> Any:
+    """A model whose attention is as sharp as trained ones': scores with a spread of about 4."""
+    with torch.device(args.device):
+        model = AutoModelForCausalLM.from_config(
+            small, dtype=torch.float32, trust_remote_code=model_args.trust_remote_code
+        )
+    for weight in model.parameters():
+        if weight.dim() == 2:
+            weight.data *= 2 / (weight.data.std() * weight.shape[1] ** 0.5)
+    return model
+
+
+def loaded_layers(model_args: ModelArguments, args: TrainingArguments, small: PreTrainedConfig) -> Any:
+    """The checkpoint's embedding, first layers and head: of the files no more is read."""
+    name, given = model_args.model_name_or_path, {"cache_dir": model_args.cache_dir}
+    with headers.quiet(), safe_loads(name, deepspeed=False):
+        given |= {"config": small, "dtype": torch.float32, "trust_remote_code": model_args.trust_remote_code}
+        return AutoModelForCausalLM.from_pretrained(name, **given).to(args.device)
 
 
 def try_out(model: torch.nn.Module, way: Way, examples: list[Example], alone: list[tuple[float, float]]) -> Proof:
@@ -104,7 +153,7 @@ def try_out(model: torch.nn.Module, way: Way, examples: list[Example], alone: li
 
     Args:
         model: in evaluation mode.
-        examples: of `short_examples`.
+        examples: of `beginnings`.
     """
     dtype = torch.get_autocast_dtype(_device(model).type) if torch.is_autocast_enabled(_device(model).type) else None
     rounding = 2e-2 if dtype in (torch.bfloat16, torch.float16) else 1e-5
@@ -125,26 +174,32 @@ def try_out(model: torch.nn.Module, way: Way, examples: list[Example], alone: li
     return Proof(loss, gradient, seen, later, rounding)
 
 
-def losses_alone(model: Any, examples: list[Example]) -> list[tuple[float, float]]:
-    """(loss summed over trained tokens, norm of its gradient) of each example by the model's stock forward and its own loss."""
+def losses_alone(model: Any, examples: list[Example], longest: int = 0) -> list[tuple[float, float]]:
+    """(loss summed over trained tokens, norm of its gradient) of each example by the model's stock forward and its own loss.
+
+    Args:
+        longest: pad each to so many tokens.
+    """
     found = []
     for example in examples:
-        loss = stock(model, [example], 0)
+        loss = stock(model, [example], 0, longest)
         found.append((loss.item(), _gradient_norm(model, loss)))
     return found
 
 
-def stock(model: Any, examples: list[Example], which: int) -> torch.Tensor:
+def stock(model: Any, examples: list[Example], which: int, longest: int = 0) -> torch.Tensor:
     """One example's loss in a padded batch, as the stock Trainer has it computed."""
     labels = [
         one["labels"] if number == which else one["labels"] * 0 + IGNORE_INDEX for number, one in enumerate(examples)
     ]
     lengths = torch.tensor([len(one["input_ids"]) for one in examples])
+    missing = (0, max(0, longest - int(lengths.max())))
     batch = {
         "input_ids": pad_sequence([one["input_ids"] for one in examples], batch_first=True),
         "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
         "attention_mask": (torch.arange(lengths.max()) < lengths[:, None]).long(),
     }
+    batch = {name: F.pad(rows, missing, value=IGNORE_INDEX if name == "labels" else 0) for name, rows in batch.items()}
     trained = int((labels[which][1:] != IGNORE_INDEX).sum())
     return model(**_to(batch, _device(model)), use_cache=False).loss * trained
 
@@ -162,12 +217,18 @@ def packed(model: Any, head: torch.nn.Module, collator: PackedCollator) -> Way:
     return way
 
 
-def short_examples(dataset: Any) -> list[Example]:
-    """The beginnings of the first rows, each with tokens that are trained: all of the last half where a prompt fills the beginning."""
+def first_rows(dataset: Any, run_tokens: float) -> list[Example]:
+    """The first rows of the data and the longest, cut where trying them would cost more than 1 % of the run."""
+    most = max(TOKENS, int(0.01 * 3 * run_tokens / PASSES / EXAMPLES))
+    numbers = dict.fromkeys([*range(min(EXAMPLES - 1, len(dataset))), int(dataset.lengths.argmax())])
+    return beginnings([dataset[number] for number in numbers], min(most, LONGEST))
+
+
+def beginnings(rows: list[Example], tokens: int) -> list[Example]:
+    """So many tokens of each row, some of them trained: all of the last half where a prompt fills the beginning."""
     examples = []
-    for index in range(min(EXAMPLES, len(dataset))):
-        ids = dataset[index]["input_ids"][:TOKENS].clone()
-        labels = dataset[index]["labels"][:TOKENS].clone()
+    for row in rows[:EXAMPLES]:
+        ids, labels = row["input_ids"][:tokens].clone(), row["labels"][:tokens].clone()
         if (labels[1:] != IGNORE_INDEX).sum() < 4:
             labels[len(ids) // 2 :] = ids[len(ids) // 2 :]
         if len(ids) <= 4:  # too short to change a part of it
@@ -185,11 +246,14 @@ def _early(example: Example) -> Example:
 
 
 def _changed(example: Example, half: bool) -> Example:
-    """The example with other tokens in its trained part, or after its last label. The prompt stays: it may be shared."""
+    """The example with other tokens in its trained part, or from its last label's on. The prompt stays: it may be shared.
+
+    The last label's token too: it is what is predicted there, and a model that sees one token ahead sees just that.
+    """
     trained = (example["labels"] != IGNORE_INDEX).nonzero().flatten()
-    start = int(trained[-1]) + 1 if half else int(trained[0])
+    start = int(trained[-1] if half else trained[0])
     ids = example["input_ids"].clone()
-    ids[start:] = ids[start:].flip(0).roll(1) if len(set(ids[start:].tolist())) > 1 else ids[0]
+    ids[start:] = (ids[start:] + 1) % max(2, int(ids.max()) + 1)
     return example | {"input_ids": ids}
 
 

@@ -10,11 +10,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from sft.arithmetic import Arithmetic, Precision, compute_dtype
 from sft.flags import ModelArguments, TrainingArguments
-from sft.job import Choice, UserError, say
+from sft.job import Choice, UserError, rank, say
 from sft.model import loading
 from sft.plan import memory, memory_ladder
 from sft.plan.micro_batch_tokens import measured_tokens
-from sft.plan.proof import Proof, prove
+from sft.plan.proof import Example, Proof, first_rows, in_a_line, prove
 from sft.step import attention
 from sft.step.compiled_layers import choose_compilation, compile_layers, keep_residual_in_compute_type
 from sft.step.loss import loss_kernel
@@ -37,13 +37,13 @@ class Settled:
     prefixes: Choice
     sampler: PackedBatchSampler | None  # the run's micro-batches; None with --train_sampling_strategy
     packing: Packing | None  # what they hold; None in a padded run
-    proof: Proof  # that examples are computed together as each alone
+    proofs: list[Proof]  # that examples are computed together as each alone
     memory_plan: memory.Plan | None  # for these micro-batches
 
     def record(self) -> dict[str, dict[str, Any]]:
         """The sections of run_report.json that tell it."""
         sections: dict[str, dict[str, Any]] = {"batch": asdict(self.arithmetic), "precision": self.precision.record()}
-        sections["proof"] = self.proof._asdict()
+        sections["proof"] = {"tried": [proof._asdict() for proof in self.proofs]}
         sections["attention"] = {"name": self.attention.value, "reason": self.attention.reason}
         if self.packing:
             lines = {"line": str(self.packing), "shared_prefixes": str(self.prefixes)}
@@ -73,8 +73,8 @@ def settle(model_args: ModelArguments, args: TrainingArguments, dataset: Any) ->
     say(f"{arithmetic.lines(len(dataset), args.device.type)}\n{precision}")
     with loading.whole_models(args):
         skeleton = loading.skeleton(model_args, config)
-    kernel_of_attention, proof = packed_or_padded(model_args, args, config, dataset)
     run_tokens = arithmetic.steps * arithmetic.examples_per_step * lengths.mean()
+    kernel_of_attention, proofs = packed_or_padded(model_args, args, config, first_rows(dataset, run_tokens))
     compilation = Choice("compiled layers", False, "--packing False")
     if args.packing:
         compilation = choose_compilation(args, skeleton.num_parameters(), model_args.load_in_4bit, run_tokens)
@@ -135,22 +135,22 @@ def settle(model_args: ModelArguments, args: TrainingArguments, dataset: Any) ->
         prefixes=prefixes,
         sampler=sampler,
         packing=packing,
-        proof=proof,
+        proofs=proofs,
         memory_plan=memory_plan,
     )
 
 
 def packed_or_padded(
-    model_args: ModelArguments, args: TrainingArguments, config: PreTrainedConfig, dataset: Any
-) -> tuple[Choice, Proof]:
-    """The attention kernel, and the proof that examples are computed with it as each is alone.
+    model_args: ModelArguments, args: TrainingArguments, config: PreTrainedConfig, examples: list[Example]
+) -> tuple[Choice, list[Proof]]:
+    """The attention kernel, and the proofs that examples are computed with it as each is alone.
 
     A model that cannot be packed is padded, with the reason printed; `args.packing` is set to match.
 
     Raises:
         UserError: it can be computed in neither way.
     """
-    why = None
+    why, proofs = None, []
     if args.packing:
         try:
             with loading.whole_models(args):
@@ -159,14 +159,14 @@ def packed_or_padded(
                 )
             if choice.value == attention.TRITON:
                 from sft.step import attention_kernel  # noqa: F401  its operator; a CPU's PyTorch comes without Triton
-            proof = prove(model_args, args, config, dataset, choice.value)
-            why = proof.fault
-        except Exception as error:  # of a kernel or a model that packed rows do not fit: the reason is printed
-            why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}".splitlines()[0]
+        except UserError as error:
+            why = str(error)
+        else:
+            proofs, why = _proved(model_args, args, config, examples, choice.value)
         if why is None:
             say(choice)
-            say(f"proof: {proof}")
-            return choice, proof
+            say(f"proof: {in_a_line(proofs)}")
+            return choice, proofs
         if model_args.attn_implementation:
             raise UserError(
                 f"--attn_implementation {model_args.attn_implementation} cannot be used with packing: {why}. Leave the flag out."
@@ -175,15 +175,30 @@ def packed_or_padded(
             raise UserError(f"--packing True: {why}. Remove the flag, and the run is padded.")
         say(f"packing: off, this run is padded: {why}")
         args.packing = False
-    proof = prove(model_args, args, config, dataset, None)
-    if proof.fault:
+    proofs, why = _proved(model_args, args, config, examples, None)
+    if why:
         raise UserError(
-            f"{model_args.model_name_or_path}: this model cannot be trained right here, not even padded: {proof.fault}."
+            f"{model_args.model_name_or_path}: this model cannot be trained right here, not even padded: {why}."
         )
     asked = model_args.attn_implementation
     choice = Choice("attention", asked, "--attn_implementation" if asked else "transformers' choice for padded batches")
-    say(f"proof: {proof}")
-    return choice, proof
+    say(f"proof: {in_a_line(proofs)}")
+    return choice, proofs
+
+
+def _proved(*how: Any) -> tuple[list[Proof], str | None]:
+    """The proofs that rank 0 makes, and what is wrong, in words; all ranks together: they must decide alike."""
+    proofs, why = [], None
+    if rank() == 0:
+        try:
+            proofs = prove(*how)
+            why = proofs[-1].fault and f"{proofs[-1].fault}, with {proofs[-1].weights}"
+        except Exception as error:  # of a kernel or a model that these rows do not fit: the reason is printed
+            why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}".splitlines()[0]
+    found = [proofs, why]
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(found)
+    return found[0], found[1]
 
 
 def _token_budget(

@@ -26,12 +26,13 @@ SHAPE = {
     "num_attention_heads": 4,
 }
 SHAPE |= {"num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0}
+ON_A_CPU = SimpleNamespace(device=torch.device("cpu"), bf16=False, fp16=False, deepspeed=None)
 
 
 def proved(kind: str, kernel: str | None = PER_EXAMPLE, **config) -> proof.Proof:
-    model_args = SimpleNamespace(trust_remote_code=False)
-    args = SimpleNamespace(device=torch.device("cpu"), bf16=False, fp16=False, deepspeed=None)
-    return proof.prove(model_args, args, AutoConfig.for_model(kind, **(SHAPE | config)), rows(3, seed=1), kernel)
+    model_args = SimpleNamespace(model_name_or_path=None, trust_remote_code=False)
+    made = AutoConfig.for_model(kind, **(SHAPE | config))
+    return proof.prove(model_args, ON_A_CPU, made, rows(3, seed=1), kernel)[-1]
 
 
 @pytest.mark.parametrize(
@@ -73,11 +74,11 @@ def test_what_mixes_or_bends_is_seen_and_can_be_padded(kind, config, fault):
 
 def test_a_logits_transformation_that_is_left_out_is_seen(monkeypatch):
     monkeypatch.setattr("sft.step.modules._with_the_models_logits", lambda model, kernel: (kernel, []))
-    assert "more to its logits" in proved("granite", logits_scaling=8.0).fault
+    assert "does to its logits" in proved("granite", logits_scaling=8.0).fault
 
 
 def way_of(model):
-    examples = proof.short_examples(rows(3, seed=1))
+    examples = proof.beginnings(rows(3, seed=1), proof.TOKENS)
     return examples, proof.losses_alone(model, examples)
 
 
@@ -119,8 +120,9 @@ def test_each_property_fails_when_it_is_broken(broken):
         ("loss", 2e-2, 1.9e-2, 2.1e-2),
         ("gradient", 1e-5, 1.9e-4, 2.1e-4),
         ("gradient", 2e-2, 3.9e-2, 4.1e-2),
-        # nothing is rounded otherwise in these, whatever the type
-        *((name, rounding, 0.9e-5, 1.1e-5) for name in ("isolation", "causality") for rounding in (1e-5, 2e-2)),
+        # nothing is rounded otherwise in these, but where experts' products have other sizes in 16 bits
+        *((name, 1e-5, 0.9e-5, 1.1e-5) for name in ("isolation", "causality")),
+        *((name, 2e-2, 0.9e-3, 1.1e-3) for name in ("isolation", "causality")),
     ],
 )
 def test_each_difference_is_a_fault_from_its_own_bound_on(name, rounding, passes, fails):
@@ -153,7 +155,7 @@ def test_rows_of_three_tokens_are_proved_on():
     ids = torch.tensor([1, 5, 2])
     short = [{"input_ids": ids + n, "labels": torch.where(torch.arange(3) > 0, ids + n, -100)} for n in range(3)]
     model = large_weights()
-    examples = proof.short_examples(short)
+    examples = proof.beginnings(short, proof.TOKENS)
     found = proof.try_out(model, partial(proof.stock, model), examples, proof.losses_alone(model, examples))
     assert found.fault is None
     assert len(examples) == 3
@@ -205,6 +207,7 @@ def test_a_kernel_of_the_users_must_keep_examples_apart(tiny_llama):
 def test_a_model_that_cannot_be_packed_is_padded_unless_packing_was_asked_for(tiny_llama, monkeypatch, capsys):
     args = parser().parse_known_args(["--use_cpu", "True", "--model_name_or_path", str(tiny_llama)])[0]
     args.device, config = torch.device("cpu"), AutoConfig.for_model("bloom", **SHAPE, n_layer=2, n_head=4)
+    args.model_name_or_path = None  # of another architecture
     args.packing_asked = True
     with pytest.raises(UserError, match=r"--packing True: examples see each other .*the run is padded"):
         packed_or_padded(args, args, config, rows(3, seed=1))
@@ -214,16 +217,17 @@ def test_a_model_that_cannot_be_packed_is_padded_unless_packing_was_asked_for(ti
         args.packing is False and "packing: off, this run is padded: examples see each other" in capsys.readouterr().out
     )
     monkeypatch.setattr(
-        "sft.plan.proof.stock", lambda model, examples, which: 2 * len(examples) * next(model.parameters()).sum()
+        "sft.plan.proof.stock",
+        lambda model, examples, which, longest=0: 2 * len(examples) * next(model.parameters()).sum(),
     )
     args.packing = True
     with pytest.raises(UserError, match="cannot be trained right here, not even padded"):
         packed_or_padded(args, args, config, rows(3, seed=1))
 
 
-def test_short_examples_have_something_trained_and_something_before_it():
+def test_beginnings_have_something_trained_and_something_before_it():
     long_prompt = {"input_ids": torch.arange(200), "labels": torch.full((200,), IGNORE_INDEX)}
-    (first, second) = proof.short_examples([long_prompt, rows(1)[0]])
+    (first, second) = proof.beginnings([long_prompt, rows(1)[0]], proof.TOKENS)
     assert len(first["input_ids"]) == proof.TOKENS and (first["labels"] != IGNORE_INDEX).sum() == proof.TOKENS // 2
     assert (second["labels"] != IGNORE_INDEX).any() and (second["labels"] == IGNORE_INDEX).any()
 
@@ -241,3 +245,122 @@ def test_the_routers_loss_is_added_by_its_share_of_trained_tokens():
     without = summed_loss(model, head, batch)
     trained = len(batch["label_targets"])
     assert 0.5 * trained < float(with_it - without) < 4 * 0.5 * trained  # a balanced router's loss is about its top-k
+
+
+# ---- with the weights as loaded
+
+
+def loaded(folder, examples=None, kernel=PER_EXAMPLE) -> list[proof.Proof]:
+    model_args = SimpleNamespace(model_name_or_path=str(folder), cache_dir=None, trust_remote_code=False)
+    config = AutoConfig.from_pretrained(folder)
+    return proof.prove(model_args, ON_A_CPU, config, examples or rows(3, seed=1), kernel)
+
+
+def test_the_first_layers_of_a_checkpoint_are_proved_on_whole_rows(tmp_path):
+    small_llama().save_pretrained(tmp_path)  # of three layers
+    ids = torch.arange(90) % 200
+    found = loaded(tmp_path, [{"input_ids": ids + n, "labels": ids + n} for n in range(3)])
+    assert [one.fault for one in found] == [None, None]
+    assert [one.tokens for one in found] == [(proof.TOKENS,) * 3, (90,) * 3]
+    assert [one.weights for one in found] == ["random weights", "the checkpoint's first 2 of 3 layers"]
+    assert "rows of 64 to 90 tokens" in proof.in_a_line(found)
+    layers = proof.loaded_layers(
+        SimpleNamespace(model_name_or_path=str(tmp_path), cache_dir=None, trust_remote_code=False),
+        ON_A_CPU,
+        proof.with_layers(AutoConfig.from_pretrained(tmp_path), 2),
+    )
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(weight, whole[name]) for name, weight in layers.state_dict().items())
+
+
+def beside(model, shift: int) -> None:
+    """Each token's embedding gets half of a neighbour's."""
+
+    def mix(module, inputs, out):
+        nothing = torch.zeros_like(out[:, :1])
+        other = torch.cat([nothing, out[:, :-1]], 1) if shift > 0 else torch.cat([out[:, 1:], nothing], 1)
+        return out + 0.5 * other
+
+    model.get_input_embeddings().register_forward_hook(mix)
+
+
+def scaled(model, of_loss: float = 1.0) -> None:
+    """A factor that lies in a buffer; the loss's gradient may have another."""
+    model.register_buffer("factor", torch.tensor(1.5))
+
+    def scale(module, inputs, out):
+        if out.dim():  # logits
+            return out * (model.factor if of_loss == 1 else 1)
+        return out if of_loss == 1 else out.detach() + of_loss * (out - out.detach())
+
+    model.get_output_embeddings().register_forward_hook(scale)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "fault"),
+    [
+        (lambda model: beside(model, 1), "examples see each other"),
+        (lambda model: beside(model, -1), "a token sees later ones"),
+        (scaled, "an example's loss is off"),
+        (lambda model: scaled(model, 0.5), "an example's gradient is off"),
+        (lambda model: model.get_output_embeddings().weight.data.fill_(float("nan")), "a token sees later ones"),
+        (lambda model: None, None),
+    ],
+)
+def test_each_property_fails_with_loaded_weights_when_it_is_broken(tmp_path, monkeypatch, spoil, fault):
+    large_weights().save_pretrained(tmp_path)
+    real = proof.loaded_layers
+
+    def spoilt(*how):
+        model = real(*how)
+        spoil(model)
+        return model
+
+    monkeypatch.setattr(proof, "loaded_layers", spoilt)
+    found = loaded(tmp_path)
+    assert found[0].fault is None and len(found) == 2
+    assert found[1].fault is None if fault is None else found[1].fault.startswith(fault)
+
+
+def test_a_rope_that_depends_on_the_longest_row_is_seen_on_whole_rows_and_padded(tmp_path):
+    """The beginnings of rows, 64 tokens, are shorter than the 80 at which it changes."""
+    factors = {"short_factor": [1.0] * 6, "long_factor": [1.0 + i for i in range(6)], "factor": 2.0}
+    rope = {"rope_type": "longrope", "original_max_position_embeddings": 80, "rope_theta": 1e4} | factors
+    model = small_llama(rope_parameters=rope, max_position_embeddings=160)
+    model.save_pretrained(tmp_path)
+    ids = torch.arange(100) * 7 % 200
+    examples = [{"input_ids": ids[:size], "labels": ids[:size]} for size in (30, 40, 100)]
+    found = loaded(tmp_path, examples)
+    assert found[0].fault is None and found[1].fault.startswith("an example's loss is off")
+    assert loaded(tmp_path, examples, kernel=None)[-1].fault is None
+
+
+def test_the_longest_row_is_tried_too_and_cut_where_it_would_cost_too_much():
+    class Rows(list):
+        lengths = torch.tensor([10, 12, 14, 500, 16])
+
+    ids = torch.arange(500) % 200
+    data = Rows({"input_ids": ids[:size], "labels": ids[:size]} for size in Rows.lengths.tolist())
+    assert [len(row["input_ids"]) for row in proof.first_rows(data, run_tokens=1e7)] == [10, 12, 500]
+    assert [len(row["input_ids"]) for row in proof.first_rows(data, run_tokens=210_000)] == [10, 12, 100]
+    assert [len(row["input_ids"]) for row in proof.first_rows(data, run_tokens=552)] == [10, 12, 64]
+
+
+def test_a_fault_of_the_loaded_weights_alone_pads_the_run(tiny_llama, monkeypatch, capsys):
+    args = parser().parse_known_args(["--use_cpu", "True", "--model_name_or_path", str(tiny_llama)])[0]
+    args.device, real = torch.device("cpu"), proof.loaded_layers
+
+    def spoilt(*how):
+        model = real(*how)
+        beside(model, 1)
+        return model
+
+    monkeypatch.setattr(proof, "loaded_layers", spoilt)
+    args.packing_asked = False
+    choice, found = packed_or_padded(args, args, loading.load_config(args), rows(3, seed=1))
+    said = capsys.readouterr().out
+    assert args.packing is False and choice.value is None and found[-1].fault is None
+    assert "examples see each other" in said and "with the checkpoint's first 2 of 2 layers" in said
+    args.packing, args.packing_asked = True, True
+    with pytest.raises(UserError, match="--packing True: examples see each other"):
+        packed_or_padded(args, args, loading.load_config(args), rows(3, seed=1))
