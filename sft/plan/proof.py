@@ -142,10 +142,11 @@ def random_layers(model_args: ModelArguments, args: TrainingArguments, small: Pr
 
 def loaded_layers(model_args: ModelArguments, args: TrainingArguments, small: PreTrainedConfig) -> Any:
     """The checkpoint's embedding, first layers and head: of the files no more is read."""
-    name, given = model_args.model_name_or_path, {"cache_dir": model_args.cache_dir}
+    name, given = model_args.model_name_or_path, {"cache_dir": model_args.cache_dir, "dtype": torch.float32}
     with headers.quiet(), safe_loads(name, deepspeed=False):
-        given |= {"config": small, "dtype": torch.float32, "trust_remote_code": model_args.trust_remote_code}
-        return AutoModelForCausalLM.from_pretrained(name, **given).to(args.device)
+        remote = model_args.trust_remote_code
+        model = AutoModelForCausalLM.from_pretrained(name, config=small, trust_remote_code=remote, **given)
+    return model.to(args.device)
 
 
 def try_out(model: torch.nn.Module, way: Way, examples: list[Example], alone: list[tuple[float, float]]) -> Proof:

@@ -150,7 +150,7 @@ def packed_or_padded(
     Raises:
         UserError: it can be computed in neither way.
     """
-    why, proofs = None, []
+    why: str | None
     if args.packing:
         try:
             with loading.whole_models(args):
@@ -159,8 +159,8 @@ def packed_or_padded(
                 )
             if choice.value == attention.TRITON:
                 from sft.step import attention_kernel  # noqa: F401  its operator; a CPU's PyTorch comes without Triton
-        except UserError as error:
-            why = str(error)
+        except Exception as error:  # of a config that has no such heads
+            why = _in_words(error)
         else:
             proofs, why = _proved(model_args, args, config, examples, choice.value)
         if why is None:
@@ -188,17 +188,20 @@ def packed_or_padded(
 
 def _proved(*how: Any) -> tuple[list[Proof], str | None]:
     """The proofs that rank 0 makes, and what is wrong, in words; all ranks together: they must decide alike."""
-    proofs, why = [], None
+    found: list[Any] = [[], None]
     if rank() == 0:
         try:
             proofs = prove(*how)
-            why = proofs[-1].fault and f"{proofs[-1].fault}, with {proofs[-1].weights}"
+            found = [proofs, proofs[-1].fault and f"{proofs[-1].fault}, with {proofs[-1].weights}"]
         except Exception as error:  # of a kernel or a model that these rows do not fit: the reason is printed
-            why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}".splitlines()[0]
-    found = [proofs, why]
+            found[1] = _in_words(error)
     if torch.distributed.is_initialized():
         torch.distributed.broadcast_object_list(found)
     return found[0], found[1]
+
+
+def _in_words(error: Exception) -> str:
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _token_budget(
