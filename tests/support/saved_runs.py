@@ -53,7 +53,7 @@ def train(*flags: str):
 
 
 def draws_nothing(*_, **__) -> None:
-    """In place of a run's pictures, a third of a small one's time; tests/report/test_record.py and the demo's test look at them."""
+    """In place of a run's pictures, a third of a small one's time; tests/report/test_picture.py and the demo's test look at them."""
 
 
 def choose(output: Path, wanted="True") -> str | None:
