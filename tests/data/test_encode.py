@@ -1,0 +1,177 @@
+"""The ids of prompts, and of responses as their continuation."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers_at_hand import HARD_TEXT, TEXTS, encode_prompts, encode_responses, load_llama
+from transformers import (
+    PreTrainedTokenizer,
+    PreTrainedTokenizerFast,
+)
+
+from sft.data import encode
+from sft.job import UserError
+
+# "▁" is a space; the expected ids below are written with this table.
+VOCABULARY = {
+    "<unk>": 0,
+    "<s>": 1,
+    "</s>": 2,
+    "▁": 3,
+    "a": 4,
+    "b": 5,
+    "<": 6,
+    "/": 7,
+    "s": 8,
+    ">": 9,
+    "\n": 10,
+    "ab": 11,
+    "▁a": 12,
+}
+
+
+def hand_made(normalizer, pre_tokenizer):
+    backend = Tokenizer(models.BPE(vocab=VOCABULARY, merges=[("a", "b"), ("▁", "a")], unk_token="<unk>"))
+    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
+    if normalizer is not None:
+        backend.normalizer = normalizer
+    if pre_tokenizer is not None:
+        backend.pre_tokenizer = pre_tokenizer
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>", add_bos_token=True
+    )
+
+
+def metaspace(scheme):
+    return pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme, split=False)
+
+
+PIPELINES = {
+    "metaspace first": (None, metaspace("first")),
+    "metaspace always": (None, metaspace("always")),
+    "prepend": (
+        normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]),
+        None,
+    ),  # LLaMA's first tokenizer.json
+}
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_ids_by_hand(pipeline):
+    tokenizer = hand_made(*PIPELINES[pipeline])
+    assert encode_prompts(tokenizer, ["ab", "b a", "a</s>"]) == [[1, 3, 11], [1, 3, 5, 12], [1, 12, 6, 7, 8, 9]]
+    assert encode_responses(tokenizer, ["ab", " ab", "  a", "a</s>b", "<s>", "\na", "ab ", ""]) == [
+        [11],
+        [3, 11],
+        [3, 12],
+        [4, 6, 7, 8, 9, 5],
+        [6, 8, 9],
+        [10, 4],
+        [11, 3],
+        [],
+    ]
+    assert encode_prompts(tokenizer, ["a</s>"], allow_control_tokens=True) == [[1, 12, 2]]
+    assert encode_responses(tokenizer, ["a</s>", "<s>"], allow_control_tokens=True) == [[4, 2], [1]]
+
+
+def test_padding_and_truncation_of_earlier_calls_do_not_matter(llama):
+    texts = ["the river", "the river and the mountain"]
+    expected = [llama(text).input_ids for text in texts]
+    llama(texts, padding=True, truncation=True, max_length=3)  # leaves both in the backend
+    assert llama.backend_tokenizer.truncation is not None
+    encode.backend_for.cache_clear()  # so that the copies are made now
+    assert encode_prompts(llama, texts) == expected
+    assert llama("a</s>").input_ids[-1] == 2  # the tokenizer itself still knows control tokens
+
+
+@pytest.mark.parametrize("name", ["llama", "merged_spaces", "no_prefix", "user_defined", "xgen"])
+def test_responses_are_what_follows_eos(llamas, xgen, name):
+    tokenizer = xgen if name == "xgen" else llamas[name]
+
+    @settings(max_examples=150, deadline=None)
+    @given(text=HARD_TEXT)
+    def check(text):
+        if not any(token in text for token in tokenizer.all_special_tokens):
+            eos, *ids = tokenizer(tokenizer.eos_token + text, add_special_tokens=False).input_ids
+            assert eos == tokenizer.eos_token_id
+            assert encode_responses(tokenizer, [text]) == [ids]
+
+    check()
+
+
+def test_prompt_and_response_join_as_one_text_does(llama):
+    prompt = "The river:\n"
+    joint = encode_prompts(llama, [prompt + text for text in TEXTS])
+    assert joint == [encode_prompts(llama, [prompt])[0] + ids for ids in encode_responses(llama, TEXTS)]
+    assert joint != [
+        encode_prompts(llama, [prompt])[0] + ids[1:] for ids in encode_prompts(llama, TEXTS)
+    ]  # with a second prefix
+
+
+class CharacterTokenizer(PreTrainedTokenizer):
+    """A tokenizer without a backend: a character's id is its code."""
+
+    def __init__(self, **kwargs):
+        super().__init__(unk_token="<unk>", bos_token="<s>", eos_token="</s>", **kwargs)
+
+    @property
+    def vocab_size(self):
+        return 128
+
+    def get_vocab(self):
+        return {self._convert_id_to_token(i): i for i in range(128)}
+
+    def _tokenize(self, text):
+        return list(text)
+
+    def _convert_token_to_id(self, token):
+        return {"<unk>": 0, "<s>": 1, "</s>": 2}.get(token, ord(token[0]))
+
+    def _convert_id_to_token(self, index):
+        return {0: "<unk>", 1: "<s>", 2: "</s>"}.get(index, chr(index))
+
+    def build_inputs_with_special_tokens(self, token_ids_0, token_ids_1=None):
+        return [1, *token_ids_0]
+
+
+def test_slow_tokenizers():
+    tokenizer = CharacterTokenizer()
+    assert not tokenizer.is_fast
+    assert encode_prompts(tokenizer, ["A", "A</s>"]) == [[1, 65], [1, 65, 60, 47, 115, 62]]
+    assert encode_responses(tokenizer, ["AB", "</s>", ""]) == [[65, 66], [60, 47, 115, 62], []]
+    assert encode_responses(tokenizer, ["A</s>"], allow_control_tokens=True) == [[65, 2]]
+
+
+@pytest.mark.parametrize("with_bos", [True, False])
+def test_only_a_byte_level_tokenizer_json(tmp_path, capsys, with_bos):
+    """As Llama 3's (BOS by its own template) and SmolLM2's (no BOS). Without an unk token, pad is EOS."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=["<|begin|>", "<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(TEXTS, trainer)
+    saved = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<|begin|>", eos_token="<|end|>", add_bos_token=with_bos
+    )
+    saved.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")  # Llama 3 has a tiktoken file of this name
+
+    tokenizer = load_llama(tmp_path)
+    assert capsys.readouterr().out == "tokenizer: pad is '<|end|>' (1); padding is never trained on\n"
+    assert tokenizer.reference.name == "tokenizer.json"
+    plain = backend.encode("the river", add_special_tokens=False).ids
+    assert encode_prompts(tokenizer, ["the river"]) == [[0, *plain] if with_bos else plain]
+    assert encode_responses(tokenizer, ["the river"]) == [plain]
+    assert 1 not in encode_responses(tokenizer, ["a<|end|>"])[0]
+
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": None}))
+    with pytest.raises(UserError, match="the tokenizer has no EOS token"):
+        load_llama(tmp_path)
