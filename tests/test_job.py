@@ -220,6 +220,23 @@ def test_a_choice_is_printed_with_its_reason():
     assert str(Choice("attention", "sdpa", "on a CPU")) == "attention: sdpa (on a CPU)"
 
 
+def test_what_another_rank_refuses_is_raised_here(monkeypatch):
+    told = []
+
+    class Meeting:
+        def exchange(self, problems):
+            told.append(problems)
+            return ["rank 1's problem"]
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(job, "_meeting", Meeting())
+    with pytest.raises(UserError, match="rank 1"), job.all_ranks_or_none():
+        pass
+    with pytest.raises(UserError, match="rank 1"), job.all_ranks_or_none():
+        raise UserError("mine")
+    assert told == [[], ["mine"]]
+
+
 def test_attributes_come_back_after_an_error():
     class Args:
         seed, folder = 1, "a"

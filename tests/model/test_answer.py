@@ -26,4 +26,6 @@ def test_answers_in_a_padded_batch_are_those_of_each_prompt_alone():
     model.train()
     assert greedy_answers(model, Ids, prompts, torch.device("cpu"), 9) == expected
     assert model.training
+    assert greedy_answers(model.eval(), Ids, prompts[:1], torch.device("cpu"), 9) == expected[:1]
+    assert not model.training
     assert len({tuple(answer) for answer, _ in expected}) > 1 and {cut for _, cut in expected} == {True, False}

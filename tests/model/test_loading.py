@@ -77,6 +77,18 @@ def test_models_stay_whole_where_zero_3_would_split_them(tmp_path):
         unset_hf_deepspeed_config()
 
 
+def test_rank_0_reads_for_the_others_where_accelerate_hands_the_shards_out(monkeypatch):
+    def reads(version=2, efficient=True, ranks="2", four_bit=False, plugin=True) -> bool:
+        monkeypatch.setenv("WORLD_SIZE", ranks)
+        given = {"fsdp_version": version, "cpu_ram_efficient_loading": efficient} if plugin else None
+        args = types.SimpleNamespace(fsdp_plugin_args=given)
+        return loading.rank_0_reads(types.SimpleNamespace(load_in_4bit=four_bit), args)
+
+    assert reads()
+    others = [{"version": 1}, {"efficient": False}, {"ranks": "1"}, {"four_bit": True}, {"plugin": False}]
+    assert not any(reads(**other) for other in others)
+
+
 def test_sizes_of_weights_that_are_split_or_packed():
     weight = torch.zeros(3, 4)
     assert loading.numel(weight) == 12

@@ -112,6 +112,8 @@ def test_varlen_calls_torchs_kernel_in_each_versions_words(monkeypatch, words):
     assert (shape, key_shape) == ((5, 4, 104), (5, 2, 104))
     assert options.get("is_causal", True) is True and options.get("window_size", (-1, 0)) == (-1, 0)
     assert options.get("enable_gqa", True) is True
+    varlen(None, query, key, key.bfloat16(), None, 0.1, cu_seq_lens_q=starts, max_length_q=3, sliding_window=2)
+    assert calls[1][2].get("window_size", (1, 0)) == (1, 0)  # itself and the token before it
 
 
 def test_padded_gives_stock_attention_for_a_while():

@@ -1,6 +1,7 @@
 """Compiled layers give the gradients of eager ones, and what `NormPass` changes in their graphs."""
 
 import operator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,27 @@ from sft.step.modules import exchange
 from sft.step.packed_rows import PackedCollator
 
 ATEN = torch.ops.aten
+
+
+def test_layers_are_compiled_where_that_pays():
+    """A billion weights and 80 million tokens on two GPUs: 6 x 1e9 x 8e7 / (2 x 2e14) = 1,200 s of work."""
+
+    def chosen(tokens=8e7, quantized=False, device="cuda", **flags) -> tuple[bool, str]:
+        args = {"compile_layers": None, "world_size": 2, "deepspeed": None, "torch_compile": False}
+        zero3 = SimpleNamespace(is_zero3=lambda: flags.get("deepspeed") == "zero3")
+        args = SimpleNamespace(**(args | flags), device=torch.device(device), hf_deepspeed_config=zero3)
+        return compiled_layers.choose_compilation(args, 10**9, quantized, tokens)[1:]
+
+    assert chosen()[0] and chosen(deepspeed="zero2")[0]
+    assert chosen(tokens=1.6e7)[0]  # 240 s
+    assert chosen(tokens=1.5e7) == (False, "about 225 s of work, and the compiler takes 30")
+    assert chosen(tokens=1.5e7, world_size=1)[0]  # of twice the work for each
+    assert chosen(quantized=True) == (False, "4-bit weights")
+    assert chosen(deepspeed="zero3") == (False, "ZeRO-3 gathers weights inside the layers")
+    assert chosen(torch_compile=True) == (False, "--torch_compile compiles the whole model")
+    assert chosen(device="cpu") == (False, "on a cpu the gain does not pay for the compiler")
+    for asked in (True, False):  # wins over everything
+        assert chosen(tokens=1, quantized=True, device="cpu", compile_layers=asked) == (asked, "--compile_layers")
 
 
 def norm_graph(terms: int, residual_first: bool) -> Graph:
