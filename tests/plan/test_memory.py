@@ -5,6 +5,7 @@ import json
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import jobs
 import pytest
@@ -418,6 +419,22 @@ def test_auto_grows_to_what_the_card_has_room_for():
     assert 0 <= room < 100 * tight.token_bytes
 
 
+def test_a_micro_batch_is_never_larger_than_indices_of_32_bits_allow():
+    plan = plan_of(OPEN_LLAMA_3B, "--plan_gpu_gib", "8000", step_tokens=500_000)
+    assert plan.fits and plan.tokens == 62_500 <= memory.LARGEST_BUDGET, "eight of one size"
+
+
+@pytest.mark.parametrize(
+    ("limit", "found"), [("max\n", 1000), ("600\n", 600), ("9223372036854771712\n", 1000), (None, 1000)]
+)
+def test_a_container_may_have_less_memory_than_its_machine(limit, found, tmp_path, monkeypatch):
+    if limit:
+        (tmp_path / "memory.max").write_text(limit)
+    monkeypatch.setattr(memory, "Path", lambda _: tmp_path / "memory.max")
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(total=1000))
+    assert memory.host_memory() == found
+
+
 def test_a_plan_fits_the_gpu_and_the_host_to_the_byte():
     plan = plan_of(OPEN_LLAMA_3B, "--tokens_per_micro_batch", "512")
     s, tokens = plan.setting, plan.tokens
@@ -574,6 +591,14 @@ def test_the_sentence_names_what_to_try_next():
         "error: GPU memory is full (rank 0), while the run was prepared. Tried to allocate 20.00 MiB.\nmemory plan:"
     )
     assert said.splitlines()[-1].startswith("  Try next: --tokens_per_micro_batch 2048 (planned: ")
+    # a change that fits comes before a cheaper one that does not
+    large = plan_of(OPEN_LLAMA_7B, step_tokens=13_000)
+    (first, _), *_ = less = [
+        run for run in memory_ladder.cheaper_runs(large) if run[1].gpu_peak < 0.95 * large.gpu_peak
+    ]
+    wanted = next(flags for flags, run in less if run.fits)
+    assert first != wanted
+    assert f"  Try next: {wanted} (planned: " in memory_ladder.describe_full(error, large, "in training")
 
 
 @pytest.mark.parametrize(

@@ -185,6 +185,23 @@ def slightly_leaky(*args, **kwargs):
     return out + 1e-3 * out.cumsum(1) / torch.arange(1, out.shape[1] + 1)[:, None, None], None
 
 
+@pytest.mark.parametrize(
+    ("kinds", "layers", "tried"),
+    [
+        (["full_attention", "full_attention", "sliding_attention", "full_attention"], 4, 3),  # one of each kind
+        (["full_attention"] * 5, 5, 2),
+        (["full_attention"], 1, 1),
+    ],
+)
+def test_a_layer_of_each_kind_is_tried(kinds, layers, tried, monkeypatch):
+    def stop(config, layers):
+        raise RuntimeError(layers)
+
+    monkeypatch.setattr(proof, "with_layers", stop)
+    with pytest.raises(RuntimeError, match=f"^{tried}$"):
+        proved("qwen3", num_hidden_layers=layers, layer_types=kinds, sliding_window=8)
+
+
 def test_a_slight_leak_is_seen():
     AttentionInterface.register("slightly_leaky", slightly_leaky)
     found = proved("llama", kernel="slightly_leaky")

@@ -8,11 +8,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from scripts import ROOT
+from scripts import ROOT, save_llama
 from transformers import AutoConfig
 from watched import watch
 
 from sft.arithmetic import Arithmetic, Precision
+from sft.flags import ModelArguments, TrainingArguments
+from sft.job import Choice
 from sft.plan import memory_ladder, settle
 from sft.run import trainer as trainer_module
 
@@ -91,6 +93,25 @@ def test_the_memory_plan_is_printed_for_the_micro_batches_that_run(run):
     assert f"  micro-batches of up to {packing['fullest']} tokens (several in a step)" in run.printed
     assert f"of up to {packing['fullest']} tokens per step and device" in packing["line"]
     assert packing["max_tokens"] == 70 and packing["reason"] == "--tokens_per_micro_batch"
+
+
+@pytest.mark.parametrize(
+    ("config", "flags", "shares"),
+    [
+        ({}, {}, True),
+        ({"attention_dropout": 0.1}, {}, False),
+        ({}, {"use_lora": True}, False),  # its dropout is 0.05
+        ({}, {"use_lora": True, "lora_dropout": 0.0}, True),
+    ],
+)
+def test_prefixes_are_shared_where_no_dropout_is_drawn(run, tmp_path, monkeypatch, config, flags, shares):
+    save_llama(tmp_path / "model", vocab_size=320, **config)
+    kernel = Choice("attention", "per_example", "")
+    monkeypatch.setattr(settle, "packed_or_padded", lambda *_: (kernel, run.settled.proof))
+    monkeypatch.setattr(memory_ladder, "plan", lambda *_: None)
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    model_args = ModelArguments(model_name_or_path=str(tmp_path / "model"), **flags)
+    assert settle.settle(model_args, args, run.trainer.train_dataset).prefixes.value is shares
 
 
 def test_what_is_settled_cannot_be_changed(run):

@@ -175,15 +175,16 @@ def test_rates_against_a_clock(monkeypatch):
     assert watch.facts() == {"mfu_convention": speed.MFU_CONVENTION, "peak_tflops": 312}
 
 
+@pytest.mark.parametrize("end", ["on_step_end", "on_epoch_end"])
 @pytest.mark.parametrize("why", ["should_evaluate", "should_save", None])
-def test_the_clock_stands_in_an_evaluation_and_in_a_save(monkeypatch, why):
+def test_the_clock_stands_in_an_evaluation_and_in_a_save(monkeypatch, why, end):
     now = [100.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     watch = meter()
     control = transformers.TrainerControl(**{why: True} if why else {})
     watch.add_step(TokenCounts(real=100))
     now[0] += 2
-    watch.on_step_end(None, None, control)
+    getattr(watch, end)(None, None, control)
     now[0] += 400
     if why:
         (watch.on_evaluate if why == "should_evaluate" else watch.on_save)(None, None, control)

@@ -1,5 +1,6 @@
 """Evaluation while training: one exact loss however it is computed, the answers, the best model, what is refused."""
 
+import contextlib
 import json
 import math
 import re
@@ -115,6 +116,31 @@ def test_batches_as_drawn():
     ranks = [evaluation.EvalBatchSampler([3, 9, 4, 5], 2, rank, max_tokens=10) for rank in (0, 1)]
     assert [list(rank) for rank in ranks] == [[[1], [0]], [[3, 2], [3, 2]]]
     assert [rank.owned for rank in ranks] == [2, 1]
+
+
+class Loader(list):
+    """Batches of a rank that owns the first of its two, and repeats it to keep step with the others."""
+
+    dataset, batch_sampler = range(4), SimpleNamespace(owned=1)
+
+
+def test_a_repeated_batch_is_computed_and_not_counted():
+    computed = []
+    trainer = SimpleNamespace(
+        model=torch.nn.Linear(1, 1),
+        args=SimpleNamespace(device=torch.device("cpu")),
+        state=None,
+        control=None,
+        callback_handler=SimpleNamespace(on_prediction_step=lambda *_: None),
+        compute_loss_context_manager=contextlib.nullcontext,
+        loss_sum=lambda model, inputs: computed.append(inputs) or torch.tensor(6.0),
+        _prepare_inputs=lambda inputs: inputs,
+        accelerator=SimpleNamespace(gather=lambda mine: torch.cat([mine, torch.tensor([[14.0, 7.0]]).double()])),
+    )
+    batches = Loader({"counts": SimpleNamespace(trained=3)} for _ in range(2))
+    done = evaluation.token_weighted_loop(trainer, batches)
+    assert len(computed) == 2 and done.num_samples == 4
+    assert done.metrics == {"eval_loss": 2.0, "eval_perplexity": pytest.approx(math.exp(2)), "eval_tokens": 10}
 
 
 def test_answers_are_what_plain_transformers_generates(watched):

@@ -5,6 +5,7 @@ import re
 import shutil
 from collections import deque
 from pathlib import Path
+from types import SimpleNamespace
 
 import jobs
 import numpy as np
@@ -47,6 +48,17 @@ def test_a_spike_is_a_loss_outside_the_band_of_those_before_it():
     assert not finite_check.is_spike(1.0, calm)
     assert not finite_check.is_spike(3.0, calm[:9])  # too little to compare with
     assert not finite_check.is_spike(2.1, deque([2.0] * 50))  # a band of no width still allows 20 %
+
+
+def test_a_run_tells_of_a_loss_that_leaps(watched, capsys):
+    (spikes,) = [one for one in watched.trainer.callback_handler.callbacks if isinstance(one, finite_check.LossSpikes)]
+    spikes.losses.clear()
+    state = SimpleNamespace(global_step=7)
+    for loss in [2.0] * 10 + [3.0, 2.0]:
+        spikes.on_log(None, state, None, logs={"loss": loss})
+    spikes.on_log(None, state, None, logs={"eval_loss": 9.0})
+    notice = "notice: step 7: the loss is 3.0000; the 10 before it had a median of 2.0000\n"
+    assert capsys.readouterr().out == notice
 
 
 POISONED_ROW = 40

@@ -42,6 +42,15 @@ def test_the_command_to_continue(monkeypatch):
     )
 
 
+def test_workers_of_the_data_loaders_ignore_what_stops_the_run(watched):
+    loaders = watched.trainer.get_train_dataloader(), watched.trainer.get_eval_dataloader()
+    before = {number: signal.getsignal(number) for number in stop_requests.SIGNALS}
+    for loader in loaders:
+        loader.worker_init_fn(0)
+        ignored = {signal.signal(number, handler) for number, handler in before.items()}
+        assert ignored == {signal.SIG_IGN}
+
+
 STEPS_THAT_LAST = ["--num_train_epochs", "50", "--save_steps", "1000", "--save_rehearsal", "False"]
 
 

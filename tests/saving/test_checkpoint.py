@@ -111,6 +111,8 @@ def test_only_damaged_checkpoints_stop_the_run(two_checkpoints):
 
 
 def test_an_older_checkpoint_by_name_is_refused_beside_newer_ones(two_checkpoints):
+    newest = str(two_checkpoints / "checkpoint-16")
+    assert choose(two_checkpoints, newest) == choose(two_checkpoints, f"{newest}/") == newest
     with pytest.raises(
         UserError, match=r"would mix its checkpoints with newer ones.*holds checkpoint-16, checkpoint-15"
     ):
@@ -142,6 +144,19 @@ def test_rotation_keeps_the_newest_and_the_best(two_checkpoints):
     assert sorted(f.name for f in two_checkpoints.iterdir()) == ["checkpoint-16", "checkpoint-9"]
     checkpoint.rotate(two_checkpoints, two_checkpoints / "checkpoint-16", 1, best=None)
     assert [f.name for f in two_checkpoints.iterdir()] == ["checkpoint-16"]
+
+
+@pytest.mark.parametrize(
+    ("limit", "best", "stay"),
+    [(1, 3, [12, 3]), (2, 3, [12, 3]), (3, 3, [12, 9, 3]), (1, 12, [12]), (2, None, [12, 9]), (9, 6, [12, 9, 6, 3]),
+     (None, 6, [12, 9, 6, 3]), (2, 77, [12, 9])],
+)  # fmt: skip
+def test_how_many_stay(tmp_path, limit, best, stay):
+    for step in (3, 6, 9, 12):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    checkpoint.rotate(tmp_path, tmp_path / "checkpoint-12", limit, best and f"somewhere/checkpoint-{best}")
+    assert [checkpoint.step_of(folder) for folder in checkpoint.newest_first(tmp_path)] == stay
+    assert not (tmp_path / "incomplete").exists()
 
 
 def test_the_old_checkpoint_goes_only_when_the_new_one_is_whole(tiny_llama, questions_csv, tmp_path, monkeypatch):
@@ -294,6 +309,18 @@ def test_a_full_disk_skips_the_save_and_the_run_goes_on(
     assert same_weights(tmp_path / "out", whole_run)  # and a rehearsal changes nothing in the run that had one
 
 
+def test_rank_0_decides_for_all_whether_there_is_room(tmp_path, monkeypatch):
+    (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "checkpoint-3" / "model.safetensors").write_bytes(bytes(100))
+    real, mine = shutil.disk_usage, []
+    for free, full in ((99, True), (100, False)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: real(path)._replace(free=free))
+        for first in (True, False):
+            monkeypatch.setattr(checkpoint, "gather", lambda own, first=first: mine.append(own) or [first, own])
+            assert checkpoint.too_little_space(tmp_path, 6) is first
+            assert mine.pop() is full
+
+
 @pytest.fixture
 def disk(tmp_path):
     """Mount a disk of so many kB at tmp_path/out; call it again with other options to change the disk."""
@@ -409,6 +436,16 @@ def test_a_disk_too_small_for_the_run_stops_it_before_the_first_step(tiny_llama,
         UserError, match=r"3 checkpoints x .* GB \+ model .* free in .*would fail when the disk is full"
     ):
         train(*flags_for(tiny_llama, questions_csv, tmp_path / "out"))
+
+
+def test_what_old_checkpoints_free_counts_as_room(tmp_path, monkeypatch):
+    (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "checkpoint-3" / "model.safetensors").write_bytes(bytes(100))
+    real = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: real(path)._replace(free=130))
+    assert "in its checkpoints" in rehearsal.check_space(tmp_path, checkpoint=100, kept=2, model=30)
+    with pytest.raises(UserError, match="The run would fail when the disk is full"):
+        rehearsal.check_space(tmp_path, checkpoint=100, kept=2, model=31)
 
 
 def test_a_folder_that_cannot_be_written_stops_the_run_before_the_first_step(

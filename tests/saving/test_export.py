@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from saved_runs import choose
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -242,6 +243,25 @@ def test_of_a_large_model_every_nth_tensor_is_hashed_and_zeros_are_looked_at_in_
     zeros = {"q.bias": torch.zeros(2), "q.lora_B.weight": torch.zeros(2)}  # as they begin
     save_file(zeros, tmp_path / "model.safetensors")
     assert export.check_weights(tmp_path, None) == []
+
+
+def test_an_upload_leaves_out_checkpoints_and_what_is_unfinished(tmp_path, monkeypatch):
+    uploaded = []
+
+    def upload_folder(folder_path, ignore_patterns, **about):
+        names = [path.relative_to(folder_path).as_posix() for path in Path(folder_path).rglob("*") if path.is_file()]
+        uploaded.append((sorted(filter_repo_objects(names, ignore_patterns=ignore_patterns)), about))
+
+    monkeypatch.setattr(export, "HfApi", lambda: SimpleNamespace(upload_folder=upload_folder))
+    for name in ("model.safetensors", "checkpoint-3/optimizer.pt", "incomplete/checkpoint-6/a", ".run", "adapter/b"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    args = SimpleNamespace(output_dir=str(tmp_path), hub_revision="main", hub_token="hf_SECRET")
+    for args.push_to_hub in (False, True):
+        export.upload(SimpleNamespace(args=args, hub_model_id="me/model"))
+    ((names, about),) = uploaded
+    assert names == ["adapter/b", "model.safetensors"]
+    assert (about["repo_id"], about["revision"], about["token"]) == ("me/model", "main", "hf_SECRET")
 
 
 # ---- finished or not

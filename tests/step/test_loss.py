@@ -32,6 +32,18 @@ def test_the_summed_loss_and_its_gradients(monkeypatch, dtype, error):
         assert (a - b).norm() / b.norm() < error
 
 
+@pytest.mark.parametrize("scale, cap", [(0.5, None), (1.0, 3.0), (0.5, 3.0)])
+def test_bent_logits_have_their_own_gradient(scale, cap):
+    torch.manual_seed(0)
+    logits, targets = 4 * torch.randn(5, 11, requires_grad=True), torch.tensor([1, -100, 3, 4, 10])
+    logits.retain_grad()
+    bent = logits * scale if cap is None else cap * torch.tanh(logits * scale / cap)
+    F.cross_entropy(bent, targets, reduction="sum").backward()
+    losses, gradient = loss.of_bent_logits(loss.losses_and_gradient, scale, cap)(logits.detach(), targets)
+    assert losses.tolist() == pytest.approx(F.cross_entropy(bent, targets, reduction="none").tolist(), rel=1e-5)
+    torch.testing.assert_close(gradient, logits.grad, rtol=1e-4, atol=1e-6)
+
+
 def test_smoothed_targets_are_those_of_transformers_label_smoother(monkeypatch):
     monkeypatch.setattr(loss, "CHUNK_BYTES", 4 * 50 * 7)
     torch.manual_seed(0)
