@@ -127,6 +127,11 @@ def test_warmup_steps_win_over_a_ratio_as_they_did():
     assert argv == ["--warmup_steps", "0", "--warmup_steps", "0.1"]  # the last one counts
 
 
+@pytest.mark.parametrize(("ratio", "fine"), [("0", True), ("0.99", True), ("1", False), ("-0.1", False), ("5%", False)])
+def test_a_ratio_lies_below_1(ratio, fine):
+    assert (translate(["--warmup_ratio", ratio])[2] == []) is fine
+
+
 def test_json_on_the_command_line_may_be_long():
     config = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"] * 300}
     seen = (lambda flags: [str(flags.fsdp_config == config)],)

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shutil
 import subprocess
 import sys
 from itertools import pairwise
@@ -225,6 +226,12 @@ def test_an_adapter_without_peft(adapter, monkeypatch):
 
 
 # --------------------------------------------------------------------------------------------------- what is refused
+
+
+def test_settings_that_a_model_came_with_change_no_answer(tuned, tmp_path):
+    own = shutil.copytree(tuned, tmp_path / "own")
+    (own / "generation_config.json").write_text('{"repetition_penalty": 9.0, "do_sample": true}')
+    assert generate.load_weights(str(own)).generation_config.to_diff_dict().keys() <= {"transformers_version"}
 
 
 def test_a_model_without_a_template(base):

@@ -115,7 +115,7 @@ def test_a_second_start_tokenizes_nothing(tmp_path, tokenized):
 
 
 @pytest.mark.parametrize(
-    "part", ["csv", "source", "target", "template", "tokenizer", "max_length", "control", "version"]
+    "part", ["csv", "source", "target", "template", "tokenizer", "max_length", "control", "version", "libraries"]
 )
 def test_each_part_of_the_key_is_a_miss(tmp_path, tokenized, monkeypatch, part):
     path, template = tmp_path / "data.csv", tmp_path / "template.txt"
@@ -127,6 +127,8 @@ def test_each_part_of_the_key_is_a_miss(tmp_path, tokenized, monkeypatch, part):
         path.write_text("prompt,other,response\na,b,d\n")
     if part == "version":
         monkeypatch.setattr(token_cache, "VERSION", token_cache.VERSION + 1)
+    if part == "libraries":
+        monkeypatch.setattr(utils.tokenizers, "__version__", "another")
     if part in ("source", "target"):
         other = {part: "other"}
     if part == "template":

@@ -132,6 +132,16 @@ def test_a_merged_model_has_all_that_an_export_has(watched_adapter, tmp_path, ca
     assert (generation["eos_token_id"], generation["pad_token_id"]) == (2, 0)
 
 
+def test_a_merge_that_is_not_a_number_is_not_saved(base, tmp_path):
+    weights = load_file(base / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    trained_adapter(base, tmp_path / "adapter")
+    with pytest.raises(RuntimeError, match="by nan of the logits: not saved"):
+        merge_lora.merge(str(tmp_path / "adapter"), str(tmp_path / "merged"))
+    assert not (tmp_path / "merged").exists()
+
+
 def test_merging_onto_another_base_is_refused(base, tmp_path):
     adapter = tmp_path / "adapter"
     trained_adapter(base, adapter)

@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,15 @@ def test_runs_that_differ_are_told_apart(watched):
     other["log"][5]["loss"] += 0.5
     text = __main__.comparison({"a": watched.record, "b": other})
     assert text.endswith("a and b: 8 steps in both logs, losses differ by at most 5.00e-01 (step 6)")
+
+
+def test_two_folders_of_one_name_are_told_apart(watched, tmp_path):
+    for parent in ("first", "second"):
+        (tmp_path / parent / "out").mkdir(parents=True)
+        shutil.copy(watched.folder / "run_report.json", tmp_path / parent / "out")
+    both = [str(tmp_path / parent / "out") for parent in ("first", "second")]
+    assert list(__main__.load_runs(both)) == both
+    assert list(__main__.load_runs(both[:1])) == ["out"]
 
 
 def test_reports_that_cannot_be_compared(watched, tmp_path, monkeypatch):

@@ -49,6 +49,14 @@ def test_a_line_by_hand():
     )
 
 
+def test_what_is_left_is_reckoned_from_the_steps_of_this_process(tmp_path):
+    callback, state = ReportCallback(unstarted(tmp_path)[0]), state_with(0)
+    state.global_step, state.max_steps = 100, 200  # resumed
+    assert callback._seconds_left(1000.0, state, {"step_time_s": 3.0}) == 300
+    state.global_step = 105
+    assert callback._seconds_left(1010.0, state, {"step_time_s": 3.0}) == 95 * 2
+
+
 @pytest.fixture(scope="module")
 def on_a_terminal(tiny_llama, questions_csv, tmp_path_factory):
     """Four steps whose stderr is a terminal, with a tracker where one is installed."""

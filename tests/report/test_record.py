@@ -133,3 +133,10 @@ def test_a_resumed_run_keeps_the_samples_of_the_steps_it_stands_on(tmp_path, cap
     report_, args = unstarted(tmp_path)
     ReportCallback(report_).on_train_begin(args, state_with(8), None)
     assert capsys.readouterr().out.startswith(f"warning: {tmp_path / 'run_report.json'} cannot be read")
+
+
+def test_a_password_in_an_address_and_numbers_that_json_has_not():
+    told = {"url": "http://me:pass@proxy:80/x and git@host", "loss": float("nan"), "tags": {"b"}, "api_key": "short"}
+    assert record._clean(told, {"hf_SECRET"}) == {
+        "url": f"http://{REMOVED}@proxy:80/x and git@host", "loss": None, "tags": ["b"], "api_key": REMOVED
+    }  # fmt: skip

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jobs
 import pytest
@@ -40,6 +41,13 @@ def test_the_command_to_continue(monkeypatch):
     assert stop_requests.command_to_continue(["a.py"]) == (
         "torchrun --nproc_per_node=4 --nnodes=2 [your rendezvous flags] a.py --resume_from_checkpoint True"
     )
+
+
+@pytest.mark.parametrize(("agreed", "step", "early"), [(True, 7, True), (True, 8, False), (False, 7, False)])
+def test_a_stop_at_the_last_step_is_no_stop(agreed, step, early):
+    stops = stop_requests.StopRequests()
+    stops.agreed = agreed
+    assert stops.ended_early(SimpleNamespace(global_step=step, max_steps=8)) is early
 
 
 def test_workers_of_the_data_loaders_ignore_what_stops_the_run(watched):

@@ -1,11 +1,14 @@
 """The Trainer is whole when it is built, and overrides little of the stock one that is private."""
 
 import ast
+from types import SimpleNamespace
 
 import pytest
 from scripts import ROOT
 from transformers import Trainer
 
+from sft.job import UserError
+from sft.run import trainer as trainer_module
 from sft.run.trainer import SupervisedTrainer
 
 
@@ -56,6 +59,35 @@ def test_a_step_has_as_many_examples_as_were_asked_for(watched):
     args = watched.trainer.args  # 2 per device x 3 accumulation, in fewer micro-batches
     assert args.gradient_accumulation_steps < 3
     assert watched.trainer.get_total_train_batch_size(args) == 6
+
+
+def test_an_evaluation_batch_holds_what_a_training_batch_may(watched, monkeypatch):
+    trainer, whole = watched.trainer, int(watched.trainer.eval_dataset.lengths.sum())
+
+    def most(budget: int) -> int:
+        monkeypatch.setattr(trainer.sampler, "max_tokens", budget)
+        batches = trainer.get_eval_dataloader().batch_sampler
+        return max(sum(trainer.eval_dataset.lengths[batch]) for batch in batches)
+
+    assert 100 < most(1) <= 3 * 64 < whole == most(whole)  # per device x --model_max_length, or more
+
+
+@pytest.mark.parametrize(("step", "there", "saves"), [(0, False, False), (4, False, True), (4, True, False)])
+def test_a_broken_step_leaves_a_checkpoint_of_the_step_before(tmp_path, monkeypatch, step, there, saves):
+    monkeypatch.setattr(trainer_module, "explain_non_finite", lambda *_: "the loss is nan")
+    saved = []
+    run = SimpleNamespace(
+        args=SimpleNamespace(output_dir=str(tmp_path)),
+        state=SimpleNamespace(global_step=step),
+        message=SimpleNamespace(micro_batches=[]),
+        model_wrapped=None,
+        _save_checkpoint=lambda *_: saved.append(step),
+    )
+    if there:
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    with pytest.raises(UserError, match="the loss is nan"):
+        SupervisedTrainer._stop_before_update(run, 0.0)
+    assert saved == [step] * saves
 
 
 def test_few_private_methods_are_overridden():

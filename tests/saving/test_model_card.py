@@ -71,7 +71,9 @@ def test_the_card_names_a_base_on_the_hub_and_takes_its_licence(watched, tmp_pat
     assert (card.data.base_model, card.data.license) == ("openlm-research/open_llama_7b", "other")
     assert (card.data.license_name, card.data.license_link) == ("llama2", "https://x.org")
     assert "It was trained on whole prompts (completions)" in card.text and "\nIt cannot whistle.\n" in card.text
-    assert "vllm serve me/mine\n" in card.text and "--apply_chat_template" not in card.text  # no such file there
+    assert (
+        "\n# mine\n" in card.text and "vllm serve me/mine\n" in card.text and "--apply_chat_template" not in card.text
+    )  # no such file there
     (tmp_path / "theirs.md").write_text("---\nlicense: [\n---\n")
     assert model_card.licence("openlm-research/open_llama_7b") == {
         "license": "other",

@@ -161,7 +161,7 @@ def test_what_is_known_before_anything_slow_is_said_together(tiny_llama, questio
         "--bf16 and --fp16 are two compute types. Choose one; bf16 where the GPU has it.",
         f"--prompt_template {tmp_path / 'no.txt'}: No such file or directory. Give 'none', 'alpaca', or a text file.",
         f"{tmp_path / 'no.csv'}: No such file or directory. Give a CSV file that can be read.",
-        f"{tmp_path / 'nothing'}: no config.json there. --model_name_or_path takes a model's folder or a hub repository.",
+        f"{tmp_path / 'nothing'}: no such folder.",
         f"{finished}: it holds a finished model. Name another --output_dir, or give --overwrite_output_dir True.",
     ]
     assert sorted(finished.iterdir()) == before
