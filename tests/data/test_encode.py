@@ -1,17 +1,19 @@
 """The ids of prompts, and of responses as their continuation."""
 
 import json
+from array import array
 
 import pytest
+from characters import character_tokenizer
 from hypothesis import given, settings
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from tokenizers_at_hand import HARD_TEXT, TEXTS, encode_prompts, encode_responses, load_llama
+from tokenizers_at_hand import HARD_TEXT, TEXTS, arguments, encode_prompts, encode_responses, load_llama
 from transformers import (
     PreTrainedTokenizer,
     PreTrainedTokenizerFast,
 )
 
-from sft.data import encode
+from sft.data import encode, tokenizer_files
 from sft.job import UserError
 
 # "▁" is a space; the expected ids below are written with this table.
@@ -134,6 +136,18 @@ class CharacterTokenizer(PreTrainedTokenizer):
 
     def build_inputs_with_special_tokens(self, token_ids_0, token_ids_1=None):
         return [1, *token_ids_0]
+
+
+@pytest.mark.parametrize("use", ["prompt", "response"])
+def test_ids_that_generation_would_not_meet_are_refused(monkeypatch, use):
+    real = encode.encode
+
+    def one_id_more(tokenizer, which, *args):
+        return [ids + array("i", [7] * (which == use)) for ids in real(tokenizer, which, *args)]
+
+    monkeypatch.setattr(encode, "encode", one_id_more)
+    with pytest.raises(UserError, match=rf"tokenizer: the {use} 'The quick brown fox .* gets .*Report this model"):
+        tokenizer_files.finish(character_tokenizer(), arguments("m"))  # as every tokenizer that is loaded
 
 
 def test_slow_tokenizers():

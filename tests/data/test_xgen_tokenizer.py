@@ -1,5 +1,6 @@
 """XGen's tokenizer against tiktoken."""
 
+import copy
 import shutil
 import threading
 import time
@@ -94,6 +95,13 @@ def test_another_tokenizer_json_is_not_xgens(llama, tmp_path):
     llama.save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"not XGen's tokenizer: '<\|endoftext\|>' has id None, XGen's is 50256"):
         load_xgen_tokenizer(arguments(tmp_path))
+
+
+def test_xgens_tokenizer_with_a_token_more_is_not_xgens(xgen):
+    one_more = copy.deepcopy(xgen)
+    one_more.add_tokens(["another"])
+    with pytest.raises(UserError, match=r"m: not XGen's tokenizer: it has 51201 tokens, XGen 51200"):
+        xgen_tokenizer._check_xgen(one_more, "m")
 
 
 def test_gpt2_files_that_are_not(gpt2_files, tmp_path):
