@@ -18,7 +18,7 @@ import transformers
 
 from sft import VERSION
 from sft.flags_2023 import is_true, names_in, read_json, translate, unknown_flags
-from sft.job import UserError, all_ranks_or_none, commit, say, world_size
+from sft.job import UserError, all_ranks_or_none, commit, differences_from_rank_0, say, world_size
 from sft.launchers import read_environment
 from sft.trainer_flags import FIELDS, OTHER_DEFAULTS, trainer_problems
 
@@ -199,6 +199,11 @@ AUTO = {  # flags that are None where the user wrote auto, or nothing, and how t
 }
 
 
+OF_A_MACHINE = (  # flags that may differ between ranks: where files lie (what is in them is compared later), and what a launcher adds
+    "model_name_or_path cache_dir gpt2_files data_path eval_data_path data_cache_dir prompt_template deepspeed hub_token local_rank"
+).split()
+
+
 class Parser(transformers.HfArgumentParser):
     """Flags from dataclasses, with a UserError for what argparse cannot make sense of."""
 
@@ -250,6 +255,10 @@ def parse(
     argv = list(sys.argv[1:] if argv is None else argv)
     with all_ranks_or_none():
         flags, notices = _read(known, argv, checks)
+    with all_ranks_or_none():
+        given = {f"--{name}": repr(value) for name, value in vars(flags).items() if name not in OF_A_MACHINE}
+        if problems := differences_from_rank_0(given):
+            raise UserError(problems)
     for notice in notices:
         say(notice)
     try:

@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 import torch
 from torch.distributed import PrefixStore, Store, TCPStore
 
@@ -110,6 +111,8 @@ def one_message_for_user_errors() -> Iterator[None]:
     for stream in (sys.stdout, sys.stderr):  # in a locale of ASCII or Latin-1 a Chinese row must not end the run
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    if "TORCHELASTIC_RUN_ID" in os.environ or "CROSS_RANK" in os.environ:  # torchrun and accelerate launch; deepspeed
+        threading.Thread(target=_end_with_the_launcher, daemon=True).start()
     try:
         yield
     except UserError as error:
@@ -125,6 +128,8 @@ def one_message_for_user_errors() -> Iterator[None]:
         if _meeting is not None:  # the other ranks would wait for this one
             what = f"{type(error).__name__}: {error}"
             _meeting.leave([f"rank {rank()} on {_meeting.host} ended with {what} (traceback in its own output)."])
+            if _meeting.killed and isinstance(error, RuntimeError):  # gloo's or NCCL's, of a connection that is no more
+                raise SystemExit(2) from None
         raise
     except SystemExit as error:
         if _meeting is not None and error.code:  # it has printed why
@@ -160,9 +165,19 @@ def all_ranks_or_none() -> Iterator[None]:
         try:
             problems = _meeting.exchange(problems)
         except torch.distributed.DistError:
-            problems.append("rank 0, or torchrun's agent, has ended while others waited for it: see its own output.")
+            problems.append(ENDED)
     if problems:
         raise UserError(problems)
+
+
+def differences_from_rank_0(values: dict[str, str]) -> list[str]:
+    """What differs between this rank and rank 0, a sentence each. All ranks together; they would wait for each other later."""
+    theirs = _meeting.of_rank_0(values) if _meeting else values
+    return [
+        f"{name} is {theirs.get(name)} on rank 0 and {values.get(name)} on another rank. Give all of them the same."
+        for name in sorted(theirs.keys() | values.keys())
+        if theirs.get(name) != values.get(name)
+    ]
 
 
 def sync(*paths: str | os.PathLike) -> None:
@@ -175,14 +190,15 @@ def sync(*paths: str | os.PathLike) -> None:
             os.close(handle)
 
 
+ENDED = "rank 0, or torchrun's agent, has ended while others waited for it: see its own output."
 SAYS_AFTER_S = 5.0  # of waiting for other ranks; later, six times that, because ranks have different work
 
 
 class Meeting:
     """Where the ranks of a job tell each other what they refuse: a store of keys, served by rank 0 or torchrun's agent.
 
-    A thread of each rank watches for another that leaves, and ends the process when the rank itself does not notice: it may
-    wait for the other in a collective.
+    A thread of each rank watches for another that leaves or was killed, and ends the process when the rank itself does not notice:
+    it may wait for the other in a collective.
     """
 
     POLL_S, GRACE_S, PATIENCE_S = 0.3, 3.0, 8.0  # patience: with ranks that have not started, or hang
@@ -190,8 +206,11 @@ class Meeting:
     def __init__(self) -> None:
         self.host, self.rounds = socket.gethostname(), 0
         self.leaving, self.only_one_thread = threading.Event(), threading.Lock()
+        self.told, self.killed = 0, set[int]()
+        self.processes: dict[int, int | None] = {}  # of the ranks; None on another machine
         self.store = _open_store()
         self.store.set(f"host/{rank()}", self.host)
+        self.store.set(f"process/{rank()}", json.dumps([_processes_here(), os.getpid()]))
         threading.Thread(target=self._watch, daemon=True).start()
 
     def exchange(self, problems: list[str]) -> list[str]:
@@ -207,12 +226,19 @@ class Meeting:
             missing = self._wait_for(str(self.rounds), patience_s)
         return _united(self._read(str(self.rounds), range(world_size())).values())
 
+    def of_rank_0(self, value: Any) -> Any:
+        self.told += 1
+        if rank() == 0:
+            self.store.set(f"told/{self.told}", json.dumps(value))
+        return json.loads(self.store.get(f"told/{self.told}"))
+
     def leave(self, problems: list[str]) -> None:
         """Tell every rank that this one leaves; when all do, print their problems, once on each machine."""
         self.leaving.set()
         self.only_one_thread.acquire()
         try:
             self.store.set("one leaves", "")
+            problems = self._find_killed(range(world_size())) or problems
             missing = self._meet("leaving", problems, self.PATIENCE_S)
             found = self._read("leaving", [index for index in range(world_size()) if index not in missing])
             if rank() == next(index for index in found if self._host(index) == self.host):
@@ -220,7 +246,8 @@ class Meeting:
             # a launcher kills the others when the first has failed
             self._meet("printed", [], 1 if missing else self.PATIENCE_S)
         except torch.distributed.DistError:  # whoever served the store has been killed
-            _print_problems(problems)
+            self.killed.add(0)
+            _print_problems(list(dict.fromkeys([ENDED, *problems])))
 
     def close(self) -> None:
         """Leave, rank 0 as the last because it may serve the store."""
@@ -238,12 +265,12 @@ class Meeting:
     def _wait_for(self, name: str, seconds: float) -> list[int]:
         """The ranks that have not set their key after these seconds."""
         until = time.monotonic() + seconds
-        keys = [f"{name}/{index}" for index in range(world_size())]
-        while not self.store.check(keys):  # `wait` with a timeout would print C++ warnings (torch 2.13)
+        # `wait` with a timeout would print C++ warnings (torch 2.13)
+        while not self.store.check([f"{name}/{index}" for index in range(world_size()) if index not in self.killed]):
             if time.monotonic() > until:
-                return [index for index, key in enumerate(keys) if not self.store.check([key])]
+                break
             time.sleep(0.05)
-        return []
+        return [index for index in range(world_size()) if not self.store.check([f"{name}/{index}"])]
 
     def _read(self, name: str, ranks: Iterable[int]) -> dict[int, list[str]]:
         found = {index: json.loads(self.store.get(f"{name}/{index}")) for index in ranks}
@@ -252,16 +279,59 @@ class Meeting:
     def _host(self, index: int) -> str:
         return self.store.get(f"host/{index}").decode() if self.store.check([f"host/{index}"]) else ""
 
+    def _find_killed(self, among: Iterable[int]) -> list[str]:
+        """Look for ranks on this machine whose process is gone and that did not leave; a sentence for each found so far."""
+        for index in among:
+            if index not in self.processes and self.store.check([f"process/{index}"]):
+                where, process = json.loads(self.store.get(f"process/{index}"))
+                self.processes[index] = process if where == _processes_here() else None
+            process = self.processes.get(index)
+            if process and not _runs(process) and not self.store.check([f"left/{index}"]):
+                self.killed.add(index)
+        return [
+            f"rank {index} on {self.host} has ended without a word: it was killed, for example because the host's memory was full."
+            for index in sorted(self.killed)
+        ]
+
     def _watch(self) -> None:
+        turn = 0
         while not self.leaving.wait(self.POLL_S):
+            turn = (turn + 1) % world_size()
             try:
-                one_leaves = self.store.check(["one leaves"])
+                problems = self._find_killed([turn])
+                one_leaves = bool(problems) or self.store.check(["one leaves"])
             except torch.distributed.DistError:
-                return  # whoever served the store has been killed
+                problems, one_leaves = [ENDED], True
             if one_leaves and not self.leaving.wait(self.GRACE_S):
-                self.leave([])
+                self.leave(problems)
                 self.close()
                 os._exit(2)
+
+
+def _processes_here() -> list[str]:
+    """What names the processes that this one sees: containers of one machine can share its name and not its processes."""
+    link = "/proc/self/ns/pid"
+    return [socket.gethostname(), os.readlink(link) if os.path.exists(link) else ""]
+
+
+def _runs(process: int) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return psutil.Process(process).status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def _end_with_the_launcher() -> None:
+    """End this process when the one that started it has ended: nobody would end it, or start it again with the others."""
+    launcher = os.getppid()
+    while os.getppid() == launcher:
+        time.sleep(0.5)
+    print(f"error: the launcher of rank {rank()} has ended, and so does this rank.", file=sys.stderr, flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)  # in training: finish the step and save
+    signal.alarm(8)  # ends the process when nothing below does
+    time.sleep(4)
+    if _meeting is not None:
+        _meeting.leave([])
+    os._exit(2)
 
 
 _meeting: Meeting | None = None

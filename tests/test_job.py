@@ -91,6 +91,89 @@ def test_a_bug_on_one_rank_ends_the_other_too(flags, tmp_path):
     assert f"error: rank 1 on {socket.gethostname()} ended with KeyError: 'a bug'" in ranks.printed()
 
 
+def killed(rank: int) -> None:
+    print(f"killed at {time.monotonic()}", flush=True)
+    os.kill(os.getpid(), signal.SIGKILL if job.rank() == rank else 0)
+
+
+def rank_1_is_killed_early() -> None:
+    from sft import flags
+
+    if job.rank() == 1:
+        flags.translate = lambda argv: killed(1)
+
+
+def rank_0_is_killed_early() -> None:
+    """When the other has connected to its store."""
+    from sft.run import prepare
+
+    if job.rank() == 0:
+        prepare.CHECKS = (lambda flags: time.sleep(0.5) or killed(0),)
+
+
+def rank_1_is_killed_in_training() -> None:
+    from sft.run.trainer import SupervisedTrainer
+
+    SupervisedTrainer.training_step = lambda *_: killed(1) or time.sleep(60)
+
+
+def rank_0_is_killed_in_training() -> None:
+    from sft.run.trainer import SupervisedTrainer
+
+    if job.rank() == 0:
+        SupervisedTrainer.training_step = lambda *_: killed(0)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        rank_1_is_killed_early,
+        rank_0_is_killed_early,
+        pytest.param(rank_1_is_killed_in_training, marks=pytest.mark.slow),
+        pytest.param(rank_0_is_killed_in_training, marks=pytest.mark.slow),
+    ],
+)
+def test_a_rank_that_is_killed_ends_the_other(flags, tmp_path, fault):
+    ranks = jobs.Job(flags, 2, tmp_path / "log", fault)
+    victim = 1 if "1" in fault.__name__ else 0
+    ranks.ranks[victim].join(60)
+    ranks.ranks[1 - victim].join(10)
+    codes = [process.exitcode for process in ranks.ranks]
+    ranks.kill()
+    assert codes[victim] == -signal.SIGKILL and codes[1 - victim] == 2, ranks.printed()
+    said = (
+        "rank 0, or torchrun's agent, has ended"
+        if victim == 0
+        else f"rank 1 on {socket.gethostname()} has ended without a word"
+    )
+    assert ranks.printed().count("error: ") == ranks.printed().count(said) == 1, ranks.printed()
+    assert "Traceback" not in ranks.printed()
+
+
+def save_steps_differ() -> None:
+    sys.argv += ["--save_steps", "7", "--cache_dir", "/elsewhere"] if job.rank() == 1 else []
+
+
+def data_differs() -> None:
+    if job.rank() == 1:
+        path = sys.argv.index("--data_path") + 1
+        other = Path(sys.argv[path]).with_name("other.csv")
+        other.write_text("prompt,response\nWhat is 1 plus 1?,1 plus 1 is 2.\n")
+        sys.argv[path] = str(other)
+
+
+@pytest.mark.parametrize(
+    ("difference", "said"),
+    [
+        (save_steps_differ, "error: --save_steps is 500 on rank 0 and 7.0 on another rank. Give all of them the same."),
+        pytest.param(data_differs, "error: data is 64 examples, ", marks=pytest.mark.slow),
+    ],
+)
+def test_ranks_that_do_not_agree_end_in_one_sentence(flags, tmp_path, difference, said):
+    printed = jobs.run(flags, 2, tmp_path / "log", difference, expect=2)
+    assert printed.count("error: ") == printed.count(said) == 1, printed
+
+
 def waits_on_rank_1() -> None:
     from sft import flags
 

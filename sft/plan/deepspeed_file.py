@@ -11,6 +11,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
@@ -75,7 +76,7 @@ def check_deepspeed(flags) -> list[str]:
     """Print the warnings and notes about `--deepspeed FILE` and return the errors."""
     if not flags.deepspeed:
         return []
-    findings = lint(flags.deepspeed, flags)
+    findings = [*_left_locks(), *lint(flags.deepspeed, flags)]
     if "RANK" not in os.environ:  # deepspeed 0.19.8, comm/comm.py: without torchrun's variables it looks for MPI
         start = "Start the script with: torchrun --nproc_per_node=1"
         findings.append(Finding("error", "--deepspeed without torchrun", "DeepSpeed finds no ranks", start))
@@ -137,6 +138,22 @@ def read(file: str | dict) -> tuple[str, dict]:
         write = f'Write "stage": {stage if stage in list("0123") else 2}'
         raise Unreadable(what, "it must be one of the numbers 0, 1, 2, 3", write)
     return name, config
+
+
+def _left_locks() -> Iterator[Finding]:
+    """Locks of builds that were killed: PyTorch (2.13, utils/file_baton.py) waits for their removal, without a word and for ever."""
+    from torch.utils.cpp_extension import get_default_build_root
+
+    locks = set(Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()).rglob("lock"))
+    open_files: set[str] = set()  # who builds keeps its lock open
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        with suppress(OSError):  # another user's process, or one that has just ended
+            open_files.add(os.readlink(link))
+    for lock in sorted(locks) if open_files else ():  # where there is no /proc nothing is known
+        if str(lock.resolve()) not in open_files:
+            what = f"{lock}: left by a process that was killed while it compiled {lock.parent.name} for DeepSpeed"
+            cure = "Remove that file. If another machine that shares the folder compiles there now, wait for it."
+            yield Finding("error", what, "this run would wait for it for ever", cure)
 
 
 def _get(config: Any, path: str) -> Any:

@@ -19,7 +19,7 @@ from sft.data.checks import check_vocabulary, data_problems
 from sft.data.template import load_template
 from sft.data.token_cache import tokenizer_digest
 from sft.flags import DataArguments, ModelArguments, TrainingArguments
-from sft.job import UserError, all_ranks_or_none, rank, say
+from sft.job import UserError, all_ranks_or_none, differences_from_rank_0, rank, say
 from sft.model import loading, lora, safe_loads
 from sft.plan import memory
 from sft.plan.deepspeed_file import check_deepspeed
@@ -114,6 +114,9 @@ class Run:
         self.identity = resume.run_identity(*flags, dataset, settled.config, engine(self.args), self.template, digest)
         if settled.attention.value:  # chosen by the machine, unless the user did
             self.identity["--attn_implementation"] = json.dumps(settled.attention.value)
+        with all_ranks_or_none():
+            if problems := differences_from_rank_0(self.identity):
+                raise UserError(problems)
         if self.resume:
             resume.refuse_changes(self.resume, self.before, self.identity, self.args.resume_with_changes)
 

@@ -134,6 +134,7 @@ def test_every_row_is_still_true():
 @pytest.mark.parametrize(
     ("module", "name"),
     [
+        ("deepspeed.launcher.launch", "current_env[CROSS_RANK]"),
         ("deepspeed.runtime.zero.stage3", "self.overflow = "),
         ("deepspeed.accelerator.real_accelerator", "DS_ACCELERATOR"),
         ("transformers.integrations.integration_utils", "TENSORBOARD_LOGGING_DIR"),

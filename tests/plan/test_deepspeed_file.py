@@ -1,15 +1,24 @@
 """The DeepSpeed linter: what it finds, what it lets pass, and that its list of keys is DeepSpeed's."""
 
 import json
+import os
 import re
 from pathlib import Path
 
 import pytest
+from torch.utils.file_baton import FileBaton
 
 from sft.flags import parser
 from sft.plan import deepspeed_file
 
 pytest.importorskip("deepspeed")
+
+
+@pytest.fixture(autouse=True)
+def no_extensions(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+
+
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 OURS = json.loads((REPOSITORY / "ds_config.json").read_text())
 
@@ -241,4 +250,19 @@ def test_the_list_of_keys_is_deepspeeds():
     removed = re.findall(r"""^    "(\w+)":$""", (package / "runtime" / "config.py").read_text(), re.M)
     assert "nebula" in removed and {key for key in removed if "mics" not in key and "zeropp" not in key} <= set(
         deepspeed_file.OLD_KEYS
+    )
+
+
+def test_a_lock_that_a_killed_build_left_is_refused(tmp_path):
+    """DeepSpeed would wait for it without a word, in this run and in all later ones."""
+    left = tmp_path / "extensions" / "cpu_adam" / "lock"
+    left.parent.mkdir(parents=True)
+    baton = FileBaton(str(left))
+    assert baton.try_acquire()  # a build that runs
+    assert list(deepspeed_file._left_locks()) == []
+    os.close(baton.fd)  # it was killed
+    (problem,) = deepspeed_file._left_locks()
+    assert str(problem) == (
+        f"{left}: left by a process that was killed while it compiled cpu_adam for DeepSpeed: this run would wait for it for ever. "
+        "Remove that file. If another machine that shares the folder compiles there now, wait for it."
     )

@@ -14,6 +14,7 @@ import pytest
 from saved_runs import choose, flags_for, losses, same_weights, signal_at, train
 from scripts import ROOT
 
+from sft.job import _runs
 from sft.run import stop_requests
 from sft.saving import export
 
@@ -115,6 +116,23 @@ def test_torchrun_passes_a_signal_on_and_waits_for_the_checkpoint(tiny_llama, qu
     job.process.send_signal(signal.SIGTERM)
     _, printed = job.end()
     assert_stopped_by("SIGTERM", printed, tmp_path / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_workers_end_with_a_launcher_that_is_killed(tiny_llama, questions_csv, tmp_path, processes):
+    flags = [*flags_for(tiny_llama, questions_csv, tmp_path / "out"), *STEPS_THAT_LAST]
+    job = Torchrun(flags, tmp_path / "log", f"--nproc_per_node={processes}")
+    job.wait_for("step  20/")
+    workers = job.workers()
+    job.process.kill()
+    until = time.monotonic() + 10
+    while alive := [worker for worker in workers if _runs(worker)]:
+        assert time.monotonic() < until, alive
+        time.sleep(0.1)
+    assert len(workers) == processes
+    assert "error: the launcher of rank 0 has ended, and so does this rank." in job.end()[1]
+    assert choose(tmp_path / "out") is not None  # the step was finished and saved
 
 
 @pytest.mark.slow
