@@ -159,6 +159,10 @@ class SupervisedTrainer(Trainer):
         received = self.message.exchange(grad_norm, stop, counts, bool(overflow), norm_may_overflow=self.args.fp16)
         self.stops.agreed, self.counts = received.stop, received.counts
         self.loss_since_log += received.loss
+        run = self.state.stateful_callbacks.setdefault(
+            "RunLoss", {"sum": 0.0, "steps": 0}
+        )  # a part of the state: checkpoints keep it
+        run["sum"], run["steps"] = run["sum"] + received.loss, run["steps"] + 1
         if received.broken:
             self._stop_before_update(received.grad_norm)
         self.message.micro_batches.clear()
@@ -191,6 +195,8 @@ class SupervisedTrainer(Trainer):
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "train_loss" in logs and (run := self.state.stateful_callbacks.get("RunLoss")):
+            logs["train_loss"] = run["sum"] / run["steps"]  # the Trainer's (5.23) is the mean since the resume
         if "loss" in logs and self.meter:
             logs.update(self.meter.read(self.counts))  # before the trackers and the log history see them
         super().log(logs, start_time)

@@ -108,6 +108,10 @@ def test_a_run_that_is_resumed_at_its_end_takes_no_step_more(tiny_llama, questio
     trainer = train(*flags)
     assert trainer.state.global_step == 2
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+    record = json.loads((tmp_path / "out" / "run_report.json").read_text())
+    assert record["final"]["train_loss"] == pytest.approx(
+        sum(entry["loss"] for entry in record["log"]) / 2
+    )  # of the whole run
     with pytest.raises(SystemExit) as ended:  # and once more: it is finished
         train(*flags)
     assert ended.value.code == 0
