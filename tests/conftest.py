@@ -2,6 +2,7 @@
 
 import csv
 import gc
+import io
 import os
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import sentencepiece
+from characters import character_tokenizer
 from scripts import QUESTIONS, save_llama
 
 
@@ -98,3 +100,38 @@ def watched_padded(tiny_llama, questions_csv, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("watched") / "padded"
     return watch(tiny_llama, questions_csv, folder, EVALUATED, "--packing False")
+
+
+@pytest.fixture(scope="module")
+def characters():
+    return character_tokenizer()
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write rows below a `prompt,response` header, or text or bytes as they are; return the path."""
+
+    def write(content, name="data.csv"):
+        path = tmp_path / name
+        if isinstance(content, list):
+            text = io.StringIO(newline="")
+            csv.writer(text).writerows([("prompt", "response"), *content])
+            content = text.getvalue()
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def make(tmp_path, characters):
+    """Make the data module from a CSV with the character tokenizer and a cache of this test's own."""
+    import utils  # it imports the Trainer, which takes seconds
+    from sft.flags import DataArguments, TrainingArguments
+
+    def make(path, max_length=64, tokenizer=characters, **flags):
+        data_args = DataArguments(data_path=path, data_cache_dir=str(tmp_path / "cache"), **flags)
+        training_args = TrainingArguments(output_dir=str(tmp_path / "out"), model_max_length=max_length, use_cpu=True)
+        return utils.make_supervised_data_module(tokenizer, data_args, training_args)
+
+    return make

@@ -2,6 +2,7 @@
 
 import pytest
 from jinja2 import TemplateError
+from rows_at_hand import problems_of
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from sft.data.template import ALPACA_TEMPLATE, chat_template
@@ -32,3 +33,19 @@ def test_what_training_never_saw_is_refused(messages):
         render(ALPACA_TEMPLATE, *messages)
     with pytest.raises(TemplateError, match="trained without tools"):
         render(ALPACA_TEMPLATE, USER, tools=[{"type": "function"}])
+
+
+def test_template(write, make, tmp_path, characters):
+    template = tmp_path / "template.txt"
+    template.write_bytes(b"Q: {instruction}\r\n{x}\n")
+    path = write([("{instruction} 1+1?", "2")])
+    dataset = make(path, prompt_template=str(template))["train_dataset"]
+    assert characters.decode(dataset[0]["input_ids"]) == "<s>Q: {instruction} 1+1?\r\n{x}\n2</s>"
+    dataset = make(path, max_length=512, prompt_template="alpaca")["train_dataset"]
+    assert characters.decode(dataset[0]["input_ids"]) == (
+        "<s>Below is an instruction that describes a task. Write a response that appropriately completes the request."
+        "\n\n### Instruction:\n{instruction} 1+1?\n\n### Response:2</s>"
+    )
+    assert problems_of(make, path, prompt_template=str(tmp_path)) == [
+        f"--prompt_template {tmp_path}: Is a directory. Give 'none', 'alpaca', or a text file."
+    ]

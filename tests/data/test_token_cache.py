@@ -17,6 +17,7 @@ import jobs
 import numpy as np
 import pytest
 from characters import character_tokenizer
+from rows_at_hand import problems_of
 from scripts import ROOT
 
 import utils
@@ -401,3 +402,31 @@ def test_two_ranks_tokenize_once_and_end_in_one_message(tmp_path, tiny_llama, qu
     flags[3] = str(broken)
     printed = jobs.run(flags, 2, tmp_path / "broken.log", expect=2)
     assert printed.count(f"error: {broken}, row 4: 1 field where the header has 2.") == printed.count("error: ") == 1
+
+
+def test_work_ahead_keeps_its_order_and_its_bound():
+    taken = []
+
+    def items():
+        for item in range(200):
+            taken.append(item)
+            yield item
+
+    def square_there(item):
+        time.sleep(0.002)
+        return item * item, os.getpid()
+
+    results = token_cache.map_ahead(square_there, items())  # a local function: it is inherited, not sent
+    first = next(results)[0], next(results)[0]
+    assert first == (0, 1) and len(taken) <= 2 + 1 + 2 * os.cpu_count()
+    squares, processes = zip(*results)
+    assert squares == tuple(item * item for item in range(2, 200))
+    if sys.platform == "linux":
+        assert os.getpid() not in processes and len(set(processes)) == len(os.sched_getaffinity(0))
+
+
+def test_work_ahead_hands_on_a_users_mistake():
+    def fail(item):
+        raise UserError([f"row {item}: wrong.", "and more."])
+
+    assert problems_of(lambda: list(token_cache.map_ahead(fail, range(3)))) == ["row 0: wrong.", "and more."]
