@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-from copy import deepcopy
 from types import SimpleNamespace
 
 import jobs
@@ -15,7 +14,7 @@ from saved_runs import ZERO_2, choose, flags_for, losses, same_weights, signal_a
 from sft.job import UserError
 from sft.run import prepare
 from sft.run.trainer import SupervisedTrainer
-from sft.saving import rehearsal, resume
+from sft.saving import resume
 
 # ---- exact resume
 
@@ -235,25 +234,6 @@ def test_a_resumed_run_still_knows_its_best_checkpoint(tiny_llama, questions_csv
     trainer = train(*flags)
     assert trainer.state.best_global_step == best
     assert trainer.state.best_model_checkpoint == str(tmp_path / "out" / f"checkpoint-{best}")
-
-
-def test_a_rehearsal_leaves_the_state_as_it_was(tiny_llama, questions_csv, tmp_path, monkeypatch):
-    seen = []
-
-    def rehearse(trainer, dtype, real=prepare.rehearse):
-        trainer.state.best_global_step, trainer.state.best_model_checkpoint = 7, "somewhere/checkpoint-7"
-        trainer.state.log_history.append({"step": 0, "loss": 1.0})
-        before = deepcopy(vars(trainer.state))
-        what = real(trainer, dtype)
-        seen.append((before, deepcopy(vars(trainer.state)), what))
-        trainer.state.best_global_step = trainer.state.best_model_checkpoint = None
-        return what
-
-    monkeypatch.setattr(prepare, "rehearse", rehearse)
-    for small in (rehearsal.SMALL_BYTES, 0):
-        monkeypatch.setattr(rehearsal, "SMALL_BYTES", small)
-        train(*flags_for(tiny_llama, questions_csv, tmp_path / str(small), "--max_steps", "1"))
-    assert [(before == after, what) for before, after, what in seen] == [(True, "whole"), (True, "a sample")]
 
 
 def test_another_runs_folder_is_refused_before_anything_is_loaded(whole_run, two_checkpoints):

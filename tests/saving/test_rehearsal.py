@@ -1,0 +1,92 @@
+"""A run that could not be saved ends before its first step."""
+
+import shutil
+from copy import deepcopy
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from saved_runs import flags_for, train
+
+from sft.job import UserError
+from sft.run import prepare
+from sft.run.trainer import SupervisedTrainer
+from sft.saving import rehearsal
+
+
+def test_a_disk_too_small_for_the_run_stops_it_before_the_first_step(tiny_llama, questions_csv, tmp_path, monkeypatch):
+    real = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: real(path)._replace(free=10**6))
+    monkeypatch.setattr(SupervisedTrainer, "training_step", lambda *_: pytest.fail("a step was taken"))
+    with pytest.raises(
+        UserError, match=r"3 checkpoints x .* GB \+ model .* free in .*would fail when the disk is full"
+    ):
+        train(*flags_for(tiny_llama, questions_csv, tmp_path / "out"))
+
+
+def test_what_old_checkpoints_free_counts_as_room(tmp_path, monkeypatch):
+    (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "checkpoint-3" / "model.safetensors").write_bytes(bytes(100))
+    real = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: real(path)._replace(free=130))
+    assert "in its checkpoints" in rehearsal.check_space(tmp_path, checkpoint=100, kept=2, model=30)
+    with pytest.raises(UserError, match="The run would fail when the disk is full"):
+        rehearsal.check_space(tmp_path, checkpoint=100, kept=2, model=31)
+
+
+def test_a_folder_that_cannot_be_written_stops_the_run_before_the_first_step(
+    tiny_llama, questions_csv, tmp_path, monkeypatch, capfd
+):
+    monkeypatch.setattr(SupervisedTrainer, "training_step", lambda *_: pytest.fail("a step was taken"))
+    monkeypatch.setattr(Path, "mkdir", refuse_to_write_below(tmp_path / "out", Path.mkdir))
+    with pytest.raises(SystemExit):
+        train(*flags_for(tiny_llama, questions_csv, tmp_path / "out"))
+    printed = capfd.readouterr().err
+    assert "save rehearsal: a checkpoint could not be saved (rank 0): PermissionError" in printed
+    assert "No step was taken. Mend the cause and start again." in printed
+
+
+def refuse_to_write_below(folder: Path, real):
+    def mkdir(self, *args, **kwargs):
+        if self != folder and self.is_relative_to(folder):
+            raise PermissionError(13, "Permission denied", str(self))
+        real(self, *args, **kwargs)
+
+    return mkdir
+
+
+def test_how_many_checkpoints_lie_on_the_disk_at_once(tmp_path):
+    def kept(limit, strategy="steps", steps=100, every=10):
+        args = SimpleNamespace(
+            save_strategy=SimpleNamespace(value=strategy), save_total_limit=limit, num_train_epochs=3
+        )
+        return rehearsal.checkpoints_kept(
+            SimpleNamespace(args=args, state=SimpleNamespace(max_steps=steps, save_steps=every))
+        )
+
+    assert kept(None) == 10
+    assert kept(1) == 2  # the old one goes when the new one is whole
+    assert kept(20) == 10
+    assert kept(None, "epoch") == 3
+    assert kept(None, "no") == 0
+    assert kept(None, "best") == 1
+    assert rehearsal.check_space(tmp_path, 10**18, 0, 1000).startswith("disk: model 1e-06 GB; ")
+
+
+def test_a_rehearsal_leaves_the_state_as_it_was(tiny_llama, questions_csv, tmp_path, monkeypatch):
+    seen = []
+
+    def rehearse(trainer, dtype, real=prepare.rehearse):
+        trainer.state.best_global_step, trainer.state.best_model_checkpoint = 7, "somewhere/checkpoint-7"
+        trainer.state.log_history.append({"step": 0, "loss": 1.0})
+        before = deepcopy(vars(trainer.state))
+        what = real(trainer, dtype)
+        seen.append((before, deepcopy(vars(trainer.state)), what))
+        trainer.state.best_global_step = trainer.state.best_model_checkpoint = None
+        return what
+
+    monkeypatch.setattr(prepare, "rehearse", rehearse)
+    for small in (rehearsal.SMALL_BYTES, 0):
+        monkeypatch.setattr(rehearsal, "SMALL_BYTES", small)
+        train(*flags_for(tiny_llama, questions_csv, tmp_path / str(small), "--max_steps", "1"))
+    assert [(before == after, what) for before, after, what in seen] == [(True, "whole"), (True, "a sample")]
