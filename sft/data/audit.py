@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sft.arithmetic import Arithmetic
+from sft.data.checks import check_vocabulary, too_many_positions
 from sft.data.csv_rows import read_csv
 from sft.data.template import load_template
 from sft.data.token_cache import CUT, KEPT, TokenizedRows
@@ -83,7 +84,8 @@ def check_data(tokenizer, data_args: DataArguments, args: TrainingArguments, con
         return 0
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    findings = token_findings(dataset.rows, tokenizer, config.vocab_size)
+    findings = [Finding(problem, [], useless=True) for problem in check_vocabulary(tokenizer, config)]
+    findings += token_findings(dataset.rows, tokenizer, config.vocab_size)
     findings += leaks(dataset.rows, evaluation.rows) if evaluation else []
     planned: dict[str, Any] = {}
     percentiles: dict[str, dict[str, int]] = {}
@@ -94,6 +96,10 @@ def check_data(tokenizer, data_args: DataArguments, args: TrainingArguments, con
         title = f"{len(dataset):,} examples of {Path(data_args.data_path).name}"
         draw_lengths(folder / "data_lengths.png", title, lengths, args.model_max_length)
         planned, never_reached = plan(totals, args)
+        positions, refused = too_many_positions(config, totals)
+        if positions:
+            rows = dataset.row_numbers[totals > config.max_position_embeddings]
+            findings.append(Finding(positions, rows.tolist(), refused))
         findings += text_findings(dataset.rows, tokenizer, data_args) + never_reached
         text.append(f"{'tokens':10}" + "".join(f"{f'{p} %':>8}" for p in PERCENTILES))
         for name, part in lengths.items():

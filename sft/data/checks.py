@@ -1,9 +1,12 @@
 """Find what is wrong with the data and the tokenizer before anything slow: template, files, columns, vocabulary."""
 
+import copy
 import json
 from typing import TYPE_CHECKING
 
-from transformers import PreTrainedTokenizerBase
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from sft.data.csv_rows import header_problems
 from sft.data.template import load_template
@@ -28,6 +31,34 @@ def data_problems(data_args: "DataArguments") -> list[str]:
     for path in filter(None, (data_args.data_path, data_args.eval_data_path)):
         problems += header_problems(path, data_args.source, data_args.target)
     return problems
+
+
+def too_many_positions(model_config, lengths: np.ndarray) -> tuple[str, bool]:
+    """What to say of examples that are longer than the model's positions, "" if none is, and whether they cannot be computed."""
+    limit = getattr(model_config, "max_position_embeddings", None)
+    rope = getattr(model_config, "rope_parameters", None) or {}
+    beyond = np.count_nonzero(lengths > limit) if limit and rope.get("rope_type") != "dynamic" else 0
+    if not beyond:
+        return "", False
+    text = (
+        f"{beyond:,} of {len(lengths):,} examples are longer than the model's {limit:,} positions (the longest has {lengths.max():,} tokens): "
+        f"--model_max_length {limit} cuts them"
+    )
+    if _has_table_of(limit, model_config):
+        return f"{text}; the model has a table of positions that ends there", True
+    return f"{text}, a rope scaling in config.json (rope_parameters) stretches the positions", False
+
+
+def _has_table_of(positions: int, model_config) -> bool:
+    """Whether the model looks positions up in a table of so many rows (GPT-2; OPT has two more) instead of computing them."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(model_config))
+    words = model.get_input_embeddings()
+    tables = [
+        module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding) and module is not words
+    ]
+    tables += list(model.buffers())
+    return any(table.dim() == 2 and positions <= len(table) <= positions + 2 for table in tables)
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model_config) -> list[str]:

@@ -15,7 +15,7 @@ from sft.model import loading
 from sft.plan import memory, memory_ladder
 from sft.plan.micro_batch_tokens import measured_tokens
 from sft.plan.proof import Example, Proof, first_rows, in_a_line, prove
-from sft.step import attention
+from sft.step import attention, rotary
 from sft.step.compiled_layers import choose_compilation, compile_layers, keep_residual_in_compute_type
 from sft.step.loss import loss_kernel
 from sft.step.micro_batches import PackedBatchSampler, Packing, describe
@@ -85,7 +85,13 @@ def settle(model_args: ModelArguments, args: TrainingArguments, dataset: Any) ->
     dropout = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in skeleton.modules())
     dropout |= getattr(config, "attention_dropout", 0.0) > 0 or (model_args.use_lora and model_args.lora_dropout != 0)
     dropout |= getattr(config, "output_router_logits", False)  # its mean is over the tokens of a row
-    prefixes = choose_prefixes(args, config, kernel_of_attention.value, attention.SHARE_PREFIXES, dropout)
+    limit = rotary.changes_beyond(config)
+    length_decides = limit is not None and bool(lengths.max() > limit)
+    if length_decides and not args.packing:
+        refuse_padded_rope(args, config, limit, lengths)
+    prefixes = choose_prefixes(
+        args, config, kernel_of_attention.value, attention.SHARE_PREFIXES, dropout, length_decides
+    )
 
     def prepare(probe: PreTrainedModel) -> LossHead:
         return _prepare(probe, args.device, kernel, compilation)
@@ -138,6 +144,18 @@ def settle(model_args: ModelArguments, args: TrainingArguments, dataset: Any) ->
         proofs=proofs,
         memory_plan=memory_plan,
     )
+
+
+def refuse_padded_rope(args: TrainingArguments, config: PreTrainedConfig, limit: int, lengths: Any) -> None:
+    """Raise a UserError unless each example is alone in its batch: the longest row decides on rope's frequencies for all."""
+    dynamic = config.rope_parameters.get("rope_type") == "dynamic"  # it keeps those of an earlier, longer batch as well
+    if dynamic or max(args.per_device_train_batch_size, args.per_device_eval_batch_size) > 1:
+        alone = "" if dynamic else ", give --per_device_train_batch_size 1 --per_device_eval_batch_size 1"
+        raise UserError(
+            f"{(lengths > limit).sum():,} of {len(lengths):,} examples are longer than {limit:,} tokens, above which this model's rope takes other "
+            f"frequencies, and in a padded run the longest example decides for others too. Leave --packing False out{alone}, or give "
+            f"--model_max_length {limit}."
+        )
 
 
 def packed_or_padded(

@@ -15,7 +15,7 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from sft.arithmetic import compute_dtype, export_dtype
-from sft.data.checks import check_vocabulary, data_problems
+from sft.data.checks import check_vocabulary, data_problems, too_many_positions
 from sft.data.template import load_template
 from sft.data.token_cache import tokenizer_digest
 from sft.flags import DataArguments, ModelArguments, TrainingArguments
@@ -97,7 +97,14 @@ class Run:
         self.report.enter("plan")
         tokenizer = data_module["data_collator"].tokenizer
         with all_ranks_or_none():
-            if problems := check_vocabulary(tokenizer, loading.load_config(self.model_args)):
+            config = loading.load_config(self.model_args)
+            problems = check_vocabulary(tokenizer, config)
+            for dataset in filter(None, (data_module["train_dataset"], data_module["eval_dataset"])):
+                positions, refused = too_many_positions(config, dataset.lengths)
+                problems += [positions] * refused
+                if positions and not refused:
+                    say(f"warning: {positions}")
+            if problems:
                 raise UserError(problems)
             self.lock = checkpoint.hold_output_dir(self.args.output_dir)
         self.resume = resume.choose_checkpoint(self.args)

@@ -1,4 +1,4 @@
-"""Exchange modules of the model for those of packed rows, all in one place: output layer, last decoder layer, norms.
+"""Exchange modules of the model for those of packed rows, all in one place: output layer, last decoder layer, norms, rope.
 
 A module keeps its parameters, hooks, ties and names, and gets a class derived from its own. `exchange` is the only function that does so.
 """
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
 from sft.step.loss import LossOfLogits, SummedLoss, losses_and_gradient, of_bent_logits
+from sft.step.rotary import RotaryOfExamples, depends_on_length
 
 
 def exchange(model: PreTrainedModel, kernel: Callable = losses_and_gradient, fused_norms: bool = False) -> "LossHead":
@@ -38,6 +39,8 @@ def exchange(model: PreTrainedModel, kernel: Callable = losses_and_gradient, fus
             from sft.step.norm_kernel import FusedNorm  # it needs Triton
 
             _become(module, FusedNorm)
+        if depends_on_length(module) and not isinstance(module, RotaryOfExamples):
+            _become(module, RotaryOfExamples)
     return head
 
 

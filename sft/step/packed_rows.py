@@ -95,7 +95,9 @@ class Sharing(NamedTuple):
     lengths: list[int]  # tokens that its leader holds for it
 
 
-def choose_prefixes(args: Any, config: Any, kernel: str, kernels: Sequence[str], noisy: bool) -> Choice:
+def choose_prefixes(
+    args: Any, config: Any, kernel: str, kernels: Sequence[str], noisy: bool, length_decides: bool = False
+) -> Choice:
     """Decide whether a run shares prefixes: where it changes nothing but rounding.
 
     Args:
@@ -103,6 +105,7 @@ def choose_prefixes(args: Any, config: Any, kernel: str, kernels: Sequence[str],
         kernel: name of the run's attention implementation.
         kernels: those that can let a token see two places of a row.
         noisy: the model draws dropout.
+        length_decides: rope's frequencies are not the same in all examples.
     """
     window = getattr(config, "sliding_window", None)
     on, why = False, "--share_prefixes"
@@ -110,6 +113,8 @@ def choose_prefixes(args: Any, config: Any, kernel: str, kernels: Sequence[str],
         why = f"{kernel} attention cannot; {' and '.join(kernels)} can"
     elif args.share_prefixes and window:
         why = f"attention over a sliding window of {window} tokens"
+    elif args.share_prefixes and length_decides:
+        why = "rope's frequencies depend on an example's length"
     elif args.share_prefixes and (noisy or args.neftune_noise_alpha):
         why = "dropout or noise is drawn for each example"
     elif args.share_prefixes:
