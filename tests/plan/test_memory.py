@@ -1,6 +1,5 @@
 """The memory plan: its bytes are counted on real layers, its sums are done by hand, and an out-of-memory becomes a sentence."""
 
-import importlib.util
 import json
 import os
 import re
@@ -10,220 +9,23 @@ from types import SimpleNamespace
 import jobs
 import pytest
 import torch
+from plans import OPEN_LLAMA_3B, OPEN_LLAMA_7B, TINY, deepspeed_file, plan_of
 from scripts import ROOT
 from transformers import (
     AutoModelForCausalLM,
-    FalconConfig,
-    GPT2Config,
-    GPTNeoXConfig,
     LlamaConfig,
     LlamaForCausalLM,
-    Qwen3Config,
 )
 
-import utils
-from sft.data.llama_tokenizer import load_llama_tokenizer
-from sft.flags import parser
-from sft.job import UserError
 from sft.plan import memory, memory_ladder, model_sizes
-from sft.step import compiled_layers
+
+pytestmark = pytest.mark.usefixtures("installed")
 
 GIB = 2**30
-OPEN_LLAMA_7B = LlamaConfig(
-    hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000
-)
-OPEN_LLAMA_3B = LlamaConfig(
-    hidden_size=3200, intermediate_size=8640, num_hidden_layers=26, num_attention_heads=32, vocab_size=32000
-)
-
-
-@pytest.fixture(autouse=True)
-def installed(monkeypatch) -> set[str]:
-    """Liger counts as installed only in a test that adds it."""
-    stock, there = importlib.util.find_spec, set()
-
-    def find_spec(name, *package):
-        if name == "liger_kernel":
-            return name if name in there else None
-        return stock(name, *package)
-
-    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
-    return there
 
 
 def flags_for(model, csv, folder) -> list[str]:
     return ["--model_name_or_path", str(model), "--data_path", str(csv), "--output_dir", str(folder / "out")]
-
-
-def flags(*argv: str):
-    given = [
-        "--model_name_or_path",
-        "m",
-        "--data_path",
-        "d",
-        "--output_dir",
-        "o",
-        "--bf16",
-        "True",
-        "--model_max_length",
-        "1024",
-        "--per_device_train_batch_size",
-        "2",
-        *argv,
-    ]
-    parsed = parser().parse_known_args([*given, "--plan_only", "True"])[0]
-    parsed.fsdp_config = json.loads(parsed.fsdp_config) if parsed.fsdp_config else None
-    return parsed
-
-
-SHAPES: dict[tuple[str, str], model_sizes.Shape] = {}  # what a layer keeps is measured once for each
-
-
-def measured(config, targets: list[str] | None) -> model_sizes.Shape:
-    key = config.to_json_string(), str(targets)
-    if key not in SHAPES:
-        SHAPES[key] = model_sizes.Shape(config, targets)
-    return SHAPES[key]
-
-
-def plan_of(config, *argv: str, step_tokens: int | None = None) -> memory.Plan:
-    parsed = flags("--plan_gpu_gib", "80", *argv)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory_ladder, "Shape", measured)
-        return memory_ladder.plan(parsed, parsed, config, step_tokens)
-
-
-def test_a_shape_is_the_models():
-    shape = model_sizes.Shape(OPEN_LLAMA_7B)
-    # the published size of LLaMA 7B; a layer has 4 h h + 3 h i weights and 2 h norms
-    assert (
-        shape.parameters == 6_738_415_616 == 32 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096) + 2 * 32000 * 4096 + 4096
-    )
-    assert (shape.embedding, shape.head, shape.hidden) == (32000 * 4096, 32000 * 4096, 4096)
-    assert shape.adapters == 32 * (4 * (4096 + 4096) + 3 * (4096 + 11008))
-    assert model_sizes.Shape(OPEN_LLAMA_7B, ["q_proj", "v_proj"]).adapters == 32 * 2 * (4096 + 4096)
-
-
-# ------------------------------------------------------------------------------------------------ activation bytes
-
-TINY = {
-    "hidden_size": 256,
-    "intermediate_size": 688,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "vocab_size": 64,
-}
-TOKENS = 128
-
-
-def kept_bytes(
-    layers: int,
-    dtype: torch.dtype,
-    autocast: bool,
-    lora: bool = False,
-    compiled: bool = False,
-    padded: bool = False,
-    **more,
-) -> int:
-    """Bytes that a model's forward pass keeps for backward, weights and their casts left out."""
-    config = LlamaConfig(num_hidden_layers=layers, **TINY)
-    model = LlamaForCausalLM(config).to(dtype)
-    inner = model
-    if lora:
-        peft = pytest.importorskip("peft")
-        inner = peft.get_peft_model(
-            model, peft.LoraConfig(r=1, target_modules="all-linear", task_type="CAUSAL_LM", **more)
-        )
-        inner = inner.get_base_model()
-    ids, mask = torch.randint(0, 64, (1, TOKENS)), None
-    if padded:
-        ids, mask = ids.view(2, -1), torch.ones(2, TOKENS // 2, dtype=torch.int64)
-        mask[1, 50:] = 0
-    else:
-        compiled_layers.keep_residual_in_compute_type(inner)
-    if compiled:
-        compiled_layers.compile_layers(inner)
-    inner.train()
-    sizes = {tuple(p.shape) for p in model.parameters()}
-    sizes |= {tuple(reversed(size)) for size in sizes}
-    kept: dict[int, int] = {}
-    tensors = []  # kept alive, so that no address is used twice
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        if tuple(tensor.shape) not in sizes:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            tensors.append(tensor)
-        return tensor
-
-    with (
-        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
-        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
-    ):
-        inner.model(input_ids=ids, attention_mask=mask, use_cache=False)
-    return sum(kept.values())
-
-
-SHAPE = model_sizes.Shape(LlamaConfig(num_hidden_layers=2, **TINY))
-H, INNER, Q, K = 256, 688, 256, 64
-
-
-@pytest.mark.parametrize(
-    ("half", "autocast", "padded", "by_hand"),
-    [
-        (True, True, False, 22 * H + 8 * INNER + 4 * Q + 4 * K),  # every cast of a norm's output is a copy of its own
-        (True, False, False, 16 * H + 8 * INNER + 4 * Q + 4 * K),
-        (False, False, False, 24 * H + 16 * INNER + 8 * Q + 8 * K),
-        (True, True, True, 26 * H + 8 * INNER + 8 * Q),  # the residual stream in float32, keys and values for each head
-        (True, False, True, 16 * H + 8 * INNER + 8 * Q),
-        (False, False, True, 24 * H + 16 * INNER + 16 * Q),
-    ],
-)
-def test_a_layer_keeps_the_bytes_that_are_counted_without_memory(half, autocast, padded, by_hand):
-    planned = model_sizes.kept_by_a_layer(SHAPE, half, autocast, padded)
-    # besides: two root mean squares of 4 bytes, a log-sum of 4 for each of 8 heads, the mask's row of 251 keys
-    assert planned == pytest.approx(by_hand + 8 + 32 + padded * (2 if half else 4) * 251, abs=8)
-    dtype = torch.bfloat16 if half and not autocast else torch.float32
-    real = (kept_bytes(3, dtype, autocast, padded=padded) - kept_bytes(2, dtype, autocast, padded=padded)) / TOKENS
-    assert 0 <= real - by_hand <= 8 + 32 + 14 * 2 + 4 * 64 * padded  # a mask of 64 keys
-
-
-@pytest.mark.parametrize(
-    ("how", "words"),
-    [
-        ({"dtype": torch.bfloat16, "autocast": True, "lora": True}, ["--use_lora", "True", "--lora_r", "1", "--lora_dropout", "0"]),
-        pytest.param({"dtype": torch.float32, "autocast": True, "compiled": True}, ["--compile_layers", "True"], marks=pytest.mark.slow),
-    ],
-)  # fmt: skip
-def test_coefficients_of_compiled_layers_and_of_lora(how, words):
-    real = (kept_bytes(3, **how) - kept_bytes(2, **how)) / TOKENS
-    planned, _ = memory.activation_bytes(SHAPE, memory.Setting(vars(flags(*words))))
-    assert planned == pytest.approx(real, rel=0.04)
-
-
-@pytest.mark.parametrize("kind", [Qwen3Config, GPTNeoXConfig, GPT2Config])
-def test_any_architecture_is_measured(kind):
-    shape = model_sizes.Shape(kind(num_hidden_layers=3, vocab_size=1000))
-    one, two = (model_sizes.kept_by_a_layer(shape, half, False, False) for half in (True, False))
-    assert 20 * shape.hidden < one < two
-
-
-def test_an_architecture_whose_layer_needs_numbers_has_no_plan(capsys):
-    parsed = flags("--plan_gpu_gib", "80")
-    config = FalconConfig(num_hidden_layers=2, vocab_size=1000)
-    assert memory_ladder.plan(parsed, parsed, config) is None
-    assert capsys.readouterr().out == "memory plan: none, a layer of FalconConfig cannot be measured without memory\n"
-
-
-def test_lora_dropout_keeps_a_mask():
-    # a GPU keeps one byte for each element (native_dropout), the CPU a float
-    how = {"dtype": torch.bfloat16, "autocast": True, "lora": True}
-    dropped = {**how, "lora_dropout": 0.1}
-    masks = kept_bytes(3, **dropped) - kept_bytes(2, **dropped) - (kept_bytes(3, **how) - kept_bytes(2, **how))
-    with_mask, without = (
-        memory.activation_bytes(SHAPE, memory.Setting(vars(flags("--use_lora", "True", "--lora_dropout", rate))))[0]
-        for rate in ("0.1", "0")
-    )
-    assert masks / TOKENS / 4 == with_mask - without == 5 * H + INNER + Q
 
 
 # ----------------------------------------------------------------------------------------------------------- sums
@@ -273,14 +75,6 @@ def test_ranks_share_what_the_engine_shards():
     assert once.host["loading or saving"] == 2 * size and each.host["loading or saving"] == 4 * 2 * size
     assert zero.host["optimizer"] == 8 * size
     assert not ddp.fits and fsdp.fits and zero.fits
-
-
-def deepspeed_file(folder: Path, **zero) -> str:
-    """ds_config.json, edited."""
-    file = json.loads((ROOT / "ds_config.json").read_text())
-    file["zero_optimization"] |= zero
-    (folder / "edited.json").write_text(json.dumps(file))
-    return str(folder / "edited.json")
 
 
 def test_ligers_chunks_are_smaller_and_compiled_layers_do_not_use_them(installed):
@@ -449,43 +243,6 @@ def test_a_plan_fits_the_gpu_and_the_host_to_the_byte():
 
 
 @pytest.mark.parametrize(
-    ("argv", "verdict"),
-    [
-        (["--tokens_per_micro_batch", "6000"], "--tokens_per_micro_batch 3000"),
-        (["--tokens_per_micro_batch", "512"], "it fits"),
-        (["--packing", "False", "--per_device_train_batch_size", "4"], "--gradient_checkpointing True"),
-    ],
-)
-def test_the_verdict_names_the_cheapest_change_that_fits(argv, verdict):
-    plan = plan_of(OPEN_LLAMA_3B, *argv, step_tokens=60_000)
-    assert verdict in memory_ladder.verdict(plan)
-    if not plan.fits:
-        assert any(changed.fits for _, changed in memory_ladder.cheaper_runs(plan))
-
-
-def test_a_7b_model_fits_one_card_with_recomputation_and_an_8_bit_optimizer():
-    plan = plan_of(OPEN_LLAMA_7B, step_tokens=13_000)
-    assert plan.tokens == 1858 and not plan.fits, "seven micro-batches"
-    rungs = dict(memory_ladder.cheaper_runs(plan))
-    assert not rungs["--gradient_checkpointing True"].fits
-    carried = rungs["--gradient_checkpointing True --optim adamw_bnb_8bit"]
-    assert carried.fits and carried.tokens == 13_000, "a whole step in one micro-batch: no gradients beside activations"
-    few = "--tokens_per_micro_batch", "2048", "--gradient_checkpointing", "True", "--optim", "adamw_bnb_8bit"
-    assert not plan_of(OPEN_LLAMA_7B, *few, step_tokens=13_000).fits
-    qlora = (
-        "--gradient_checkpointing",
-        "True",
-        "--use_lora",
-        "True",
-        "--load_in_4bit",
-        "True",
-        "--tokens_per_micro_batch",
-        "2048",
-    )
-    assert plan_of(OPEN_LLAMA_7B, *qlora).gpu_peak < 8 * GIB
-
-
-@pytest.mark.parametrize(
     ("optim", "bytes_each"),
     [
         ("adamw_torch_fused", 8),
@@ -503,138 +260,8 @@ def test_optimizer_states(optim, bytes_each):
 # ------------------------------------------------------------------------------------------------------ as a user
 
 
-def test_plan_only_needs_the_config_alone(tmp_path, capsys):
-    OPEN_LLAMA_7B.save_pretrained(tmp_path)
-    words = ["--model_name_or_path", str(tmp_path), "--bf16", "True", "--per_device_train_batch_size", "2"]
-    words += [
-        "--gradient_accumulation_steps",
-        "8",
-        "--model_max_length",
-        "1024",
-        "--plan_only",
-        "True",
-        "--plan_gpu_gib",
-        "80",
-    ]
-    fsdp = ["--fsdp", "full_shard auto_wrap", "--fsdp_transformer_layer_cls_to_wrap", "LlamaDecoderLayer"]
-    with pytest.raises(SystemExit) as ended:
-        utils.train(load_llama_tokenizer, [*words, *fsdp, "--plan_world_size", "4"])
-    assert ended.value.code == 0
-    said = capsys.readouterr().out
-    assert "memory plan: 6.74 B parameters, 4 x 80.0 GiB GPU, FSDP\n" in said
-    assert said[said.index("memory plan") :].count("\n") == 5 and "it fits" in said
-    with pytest.raises(SystemExit):
-        utils.train(
-            load_llama_tokenizer, [*words, "--deepspeed", str(ROOT / "ds_config.json"), "--plan_world_size", "4"]
-        )
-    assert "4 x 80.0 GiB GPU, ZeRO stage 2, offloaded to the host" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        utils.train(load_llama_tokenizer, [*words, "--deepspeed", '{"zero_optimization": {"stage": 1}}'])
-    assert "1 x 80.0 GiB GPU, ZeRO stage 1" in capsys.readouterr().out
-
-
-def test_a_plan_of_nothing_is_refused(tmp_path):
-    with pytest.raises(UserError, match="its config cannot be loaded"):
-        utils.train(load_llama_tokenizer, ["--model_name_or_path", str(tmp_path), "--plan_only", "True"])
-    with pytest.raises(UserError, match="Add --plan_only True"):
-        utils.train(load_llama_tokenizer, ["--model_name_or_path", str(tmp_path), "--plan_gpu_gib", "80"])
-    OPEN_LLAMA_7B.save_pretrained(tmp_path)
-    words = ["--model_name_or_path", str(tmp_path), "--plan_only", "True", "--deepspeed"]
-    for file, problem in (
-        ("missing.json", "there is no such file"),
-        ('{"zero_optimization": {"stage": "2"}}', "stage is"),
-    ):
-        with pytest.raises(UserError, match=problem):
-            utils.train(load_llama_tokenizer, [*words, file])
-
-
-def test_a_full_gpu_ends_in_a_sentence_and_exit_code_3(tiny_llama, questions_csv, tmp_path, monkeypatch, capsys):
-    def full(*args):
-        raise torch.OutOfMemoryError(
-            "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.18 GiB of which 1 GiB is free."
-        )
-
-    monkeypatch.setattr("sft.run.trainer.summed_loss", full)
-    words = flags_for(tiny_llama, questions_csv, tmp_path)
-    words += ["--data_cache_dir", str(tmp_path / "cache"), "--model_max_length", "64", "--save_strategy", "no"]
-    with pytest.raises(SystemExit) as ended:
-        utils.train(load_llama_tokenizer, [*words, "--per_device_train_batch_size", "4"])
-    assert ended.value.code == 3
-    said = capsys.readouterr()
-    lines = said.err[said.err.index("error:") :].splitlines()
-    assert lines[0] == "error: GPU memory is full (rank 0), in training. Tried to allocate 2.50 GiB."
-    assert re.match(r"memory plan: 0\.0\d{3} B parameters, 1 process on the CPU, which holds the whole model", lines[1])
-    assert "Traceback" not in said.err
-    assert "memory plan:" in said.out, "the plan is said at the start too"
-
-
-def test_the_sentence_says_where_the_run_was(capsys):
-    with pytest.raises(SystemExit) as ended, memory_ladder.explain_out_of_memory(None, "load"):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has …")
-    assert ended.value.code == 3
-    sentence = "error: GPU memory is full (rank 0), while the model was loaded. Tried to allocate 2.50 GiB.\n"
-    assert capsys.readouterr().err == sentence
-
-
 def test_a_plan_is_printed_for_the_micro_batches_that_run():
     plan = plan_of(OPEN_LLAMA_3B, "--tokens_per_micro_batch", "2048", step_tokens=16_384)
     other = plan.at(4000, micro_batches=1)
     assert "micro-batches of up to 4,000 tokens (a whole step in one)" in "\n".join(other.table())
     assert other.record()["tokens_per_micro_batch"] == 4000 and other.gpu["weights"] == plan.gpu["weights"]
-
-
-def test_the_sentence_names_what_to_try_next():
-    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has …")
-    plan = plan_of(OPEN_LLAMA_3B, "--tokens_per_micro_batch", "4096", step_tokens=16_384)
-    said = memory_ladder.describe_full(error, plan, "while the run was prepared")
-    assert said.startswith(
-        "error: GPU memory is full (rank 0), while the run was prepared. Tried to allocate 20.00 MiB.\nmemory plan:"
-    )
-    assert said.splitlines()[-1].startswith("  Try next: --tokens_per_micro_batch 2048 (planned: ")
-    # a change that fits comes before a cheaper one that does not
-    large = plan_of(OPEN_LLAMA_7B, step_tokens=13_000)
-    (first, _), *_ = less = [
-        run for run in memory_ladder.cheaper_runs(large) if run[1].gpu_peak < 0.95 * large.gpu_peak
-    ]
-    wanted = next(flags for flags, run in less if run.fits)
-    assert first != wanted
-    assert f"  Try next: {wanted} (planned: " in memory_ladder.describe_full(error, large, "in training")
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--deepspeed", "missing.json"], "--deepspeed missing.json: there is no such file"),
-        (["--deepspeed", "{broken}"], "{broken}, line 2, column 3: this is not JSON"),
-        (["--deepspeed", "{text}"], 'zero_optimization.stage is "2": it must be one of the numbers'),
-        (
-            ["--use_lora", "True", "--lora_target_modules", "query"],
-            "--lora_target_modules query: no linear layer of this model has that name. It has down_proj",
-        ),
-        (["--use_lora", "True", "--load_in_4bit", "True"], "--load_in_4bit needs a CUDA GPU"),
-        (["--lora_r", "8"], "--lora_r: set, but LoRA is off"),
-    ],
-)
-def test_bad_input_is_one_message_before_weights_load(words, message, tiny_llama, questions_csv, tmp_path, monkeypatch):
-    pytest.importorskip("deepspeed")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(utils, "load_model", lambda *args: pytest.fail("the weights were loaded"))
-    monkeypatch.setenv("RANK", "0")
-    files = {"broken": tmp_path / "broken.json", "text": tmp_path / "text.json"}
-    files["broken"].write_text("{\n  broken: 1\n}")
-    files["text"].write_text('{"zero_optimization": {"stage": "2"}}')
-    words = [word.replace("{broken}", str(files["broken"])).replace("{text}", str(files["text"])) for word in words]
-    given = flags_for(tiny_llama, questions_csv, tmp_path)
-    with pytest.raises(UserError) as refused:
-        utils.train(load_llama_tokenizer, [*given, *words])
-    assert len(refused.value.problems) == 1
-    assert message.replace("{broken}", str(files["broken"])) in refused.value.problems[0]
-
-
-@pytest.mark.slow
-def test_the_script_says_it_once_and_exits_with_2(tiny_llama, questions_csv, tmp_path):
-    given = flags_for(tiny_llama, questions_csv, tmp_path)
-    said = jobs.run([*given, "--deepspeed", "missing.json", "--lora_r", "8"], 1, tmp_path / "log", expect=2)
-    assert said.count("--deepspeed missing.json: there is no such file") == 1
-    assert said.count("--lora_r: set, but LoRA is off") == 1
-    assert "Traceback" not in said

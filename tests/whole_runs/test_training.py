@@ -14,12 +14,11 @@ import torch
 from safetensors.torch import load_file
 from scripts import QUESTIONS, ROOT, run_script, save_llama
 from tokenizer_files import write_gpt2_files
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from transformers.trainer_pt_utils import LabelSmoother
 
 import utils
 from sft.data.llama_tokenizer import load_llama_tokenizer
-from sft.job import UserError
 
 RECIPE = "--num_train_epochs 1 --learning_rate 1e-2 --lr_scheduler_type cosine --warmup_ratio 0.1 --logging_steps 1"
 RECIPE += " --model_max_length 64 --save_strategy no --evaluation_strategy no --disable_tqdm True --seed 3"
@@ -143,60 +142,6 @@ def test_a_bfloat16_checkpoint_is_trained_in_float32_and_exported_in_the_type_as
     assert json.loads((tmp_path / "model" / "config.json").read_text())["dtype"] == "float16"
     assert "do_sample set to True" in capsys.readouterr().out
     assert json.loads((tmp_path / "model" / "generation_config.json").read_text())["do_sample"] is True
-
-
-def problems_of(*flags: str) -> list[str]:
-    with pytest.raises(UserError) as raised:
-        utils.train(load_llama_tokenizer, list(flags))
-    return raised.value.problems
-
-
-def test_what_is_known_before_anything_slow_is_said_together(tiny_llama, questions_csv, padded_run, tmp_path):
-    _, finished = padded_run
-    before = sorted(finished.iterdir())
-    flags = flags_for(
-        tmp_path / "nothing", tmp_path / "no.csv", finished, "--prompt_template", str(tmp_path / "no.txt")
-    )
-    assert problems_of(*flags, "--bf16", "True", "--fp16", "True") == [
-        "--bf16 and --fp16 are two compute types. Choose one; bf16 where the GPU has it.",
-        f"--prompt_template {tmp_path / 'no.txt'}: No such file or directory. Give 'none', 'alpaca', or a text file.",
-        f"{tmp_path / 'no.csv'}: No such file or directory. Give a CSV file that can be read.",
-        f"{tmp_path / 'nothing'}: no such folder.",
-        f"{finished}: it holds a finished model. Name another --output_dir, or give --overwrite_output_dir True.",
-    ]
-    assert sorted(finished.iterdir()) == before
-    assert not (tmp_path / "cache").exists()
-
-
-def test_a_folder_without_weights_and_a_class_that_the_model_lacks(tiny_llama, questions_csv, tmp_path):
-    no_weights = shutil.copytree(tiny_llama, tmp_path / "no_weights", ignore=shutil.ignore_patterns("*.safetensors"))
-    assert problems_of(*flags_for(no_weights, questions_csv, tmp_path / "model")) == [
-        f"{no_weights}: a config.json but no weights (model.safetensors). Download the model completely."
-    ]
-    fsdp = ["--fsdp", "full_shard auto_wrap", "--fsdp_transformer_layer_cls_to_wrap", "MistralDecoderLayer"]
-    assert problems_of(*flags_for(tiny_llama, questions_csv, tmp_path / "model", *fsdp)) == [
-        f"{tiny_llama} has no layer of class MistralDecoderLayer, which FSDP should wrap. "
-        "Its decoder layer: LlamaDecoderLayer."
-    ]
-
-
-def test_token_ids_outside_the_embedding_are_refused_before_weights_load(tiny_llama, questions_csv, tmp_path):
-    small = shutil.copytree(tiny_llama, tmp_path / "small")
-    save_llama(small, vocab_size=280)
-    problems = problems_of(*flags_for(small, questions_csv, tmp_path / "model"))
-    assert len(problems) == 1
-    assert re.match(
-        r"tokenizer: 40 tokens have ids outside the model's embedding of 280 rows \(.+ = 280, ", problems[0]
-    )
-    assert not (tmp_path / "model").exists()
-
-
-def test_an_eos_that_is_not_the_models_is_refused(tiny_llama, questions_csv, tmp_path):
-    other = shutil.copytree(tiny_llama, tmp_path / "other")
-    config = LlamaConfig.from_pretrained(tiny_llama)
-    config.eos_token_id = 7
-    config.save_pretrained(other)
-    assert any("EOS" in p for p in problems_of(*flags_for(other, questions_csv, tmp_path / "model")))
 
 
 # ------------------------------------------------------------------------------------------- the scripts, as a user

@@ -1,0 +1,107 @@
+"""What is wrong is said together, before anything slow."""
+
+import re
+import shutil
+
+import jobs
+import pytest
+import torch
+from saved_runs import flags_for
+from scripts import save_llama
+from transformers import LlamaConfig
+
+import utils
+from sft.data.llama_tokenizer import load_llama_tokenizer
+from sft.job import UserError
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--deepspeed", "missing.json"], "--deepspeed missing.json: there is no such file"),
+        (["--deepspeed", "{broken}"], "{broken}, line 2, column 3: this is not JSON"),
+        (["--deepspeed", "{text}"], 'zero_optimization.stage is "2": it must be one of the numbers'),
+        (
+            ["--use_lora", "True", "--lora_target_modules", "query"],
+            "--lora_target_modules query: no linear layer of this model has that name. It has down_proj",
+        ),
+        (["--use_lora", "True", "--load_in_4bit", "True"], "--load_in_4bit needs a CUDA GPU"),
+        (["--lora_r", "8"], "--lora_r: set, but LoRA is off"),
+    ],
+)
+def test_bad_input_is_one_message_before_weights_load(words, message, tiny_llama, questions_csv, tmp_path, monkeypatch):
+    pytest.importorskip("deepspeed")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(utils, "load_model", lambda *args: pytest.fail("the weights were loaded"))
+    monkeypatch.setenv("RANK", "0")
+    files = {"broken": tmp_path / "broken.json", "text": tmp_path / "text.json"}
+    files["broken"].write_text("{\n  broken: 1\n}")
+    files["text"].write_text('{"zero_optimization": {"stage": "2"}}')
+    words = [word.replace("{broken}", str(files["broken"])).replace("{text}", str(files["text"])) for word in words]
+    given = flags_for(tiny_llama, questions_csv, tmp_path / "out")
+    with pytest.raises(UserError) as refused:
+        utils.train(load_llama_tokenizer, [*given, *words])
+    assert len(refused.value.problems) == 1
+    assert message.replace("{broken}", str(files["broken"])) in refused.value.problems[0]
+
+
+@pytest.mark.slow
+def test_the_script_says_it_once_and_exits_with_2(tiny_llama, questions_csv, tmp_path):
+    given = flags_for(tiny_llama, questions_csv, tmp_path / "out")
+    said = jobs.run([*given, "--deepspeed", "missing.json", "--lora_r", "8"], 1, tmp_path / "log", expect=2)
+    assert said.count("--deepspeed missing.json: there is no such file") == 1
+    assert said.count("--lora_r: set, but LoRA is off") == 1
+    assert "Traceback" not in said
+
+
+def problems_of(*flags: str) -> list[str]:
+    with pytest.raises(UserError) as raised:
+        utils.train(load_llama_tokenizer, list(flags))
+    return raised.value.problems
+
+
+def test_what_is_known_before_anything_slow_is_said_together(whole_run, tmp_path):
+    before = sorted(whole_run.iterdir())
+    flags = flags_for(
+        tmp_path / "nothing", tmp_path / "no.csv", whole_run, "--prompt_template", str(tmp_path / "no.txt")
+    )
+    assert problems_of(*flags, "--bf16", "True", "--fp16", "True") == [
+        "--bf16 and --fp16 are two compute types. Choose one; bf16 where the GPU has it.",
+        f"--prompt_template {tmp_path / 'no.txt'}: No such file or directory. Give 'none', 'alpaca', or a text file.",
+        f"{tmp_path / 'no.csv'}: No such file or directory. Give a CSV file that can be read.",
+        f"{tmp_path / 'nothing'}: no such folder.",
+        f"{whole_run}: it holds a finished model. Name another --output_dir, or give --overwrite_output_dir True.",
+    ]
+    assert sorted(whole_run.iterdir()) == before
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_folder_without_weights_and_a_class_that_the_model_lacks(tiny_llama, questions_csv, tmp_path):
+    no_weights = shutil.copytree(tiny_llama, tmp_path / "no_weights", ignore=shutil.ignore_patterns("*.safetensors"))
+    assert problems_of(*flags_for(no_weights, questions_csv, tmp_path / "model")) == [
+        f"{no_weights}: a config.json but no weights (model.safetensors). Download the model completely."
+    ]
+    fsdp = ["--fsdp", "full_shard auto_wrap", "--fsdp_transformer_layer_cls_to_wrap", "MistralDecoderLayer"]
+    assert problems_of(*flags_for(tiny_llama, questions_csv, tmp_path / "model", *fsdp)) == [
+        f"{tiny_llama} has no layer of class MistralDecoderLayer, which FSDP should wrap. "
+        "Its decoder layer: LlamaDecoderLayer."
+    ]
+
+
+def test_token_ids_outside_the_embedding_are_refused_before_weights_load(tiny_llama, questions_csv, tmp_path):
+    small = shutil.copytree(tiny_llama, tmp_path / "small")
+    save_llama(small, vocab_size=280)
+    problems = problems_of(*flags_for(small, questions_csv, tmp_path / "model"))
+    assert len(problems) == 1
+    assert re.match(
+        r"tokenizer: 40 tokens have ids outside the model's embedding of 280 rows \(.+ = 280, ", problems[0]
+    )
+    assert not (tmp_path / "model").exists()
+
+
+def test_an_eos_that_is_not_the_models_is_refused(tiny_llama, questions_csv, tmp_path):
+    other = shutil.copytree(tiny_llama, tmp_path / "other")
+    config = LlamaConfig.from_pretrained(tiny_llama)
+    config.eos_token_id = 7
+    config.save_pretrained(other)
+    assert any("EOS" in p for p in problems_of(*flags_for(other, questions_csv, tmp_path / "model")))
