@@ -153,6 +153,14 @@ def test_bare_instructions_without_a_template(check):
     )
 
 
+def test_an_ending_that_half_of_the_prompts_have_is_not_what_most_have(check):
+    rows = [(f"q{n}\nA:" if n < 2 else f"what is {n}{'?' * n}", "a") for n in range(4)]
+    _, _, report = check(rows, max_length=64, save_strategy="no")
+    assert [(f["what"][:24], f["rows"]) for f in report["findings"]] == [("prompts look untemplated", [2, 3, 4, 5])]
+    _, _, report = check([*rows, ("q5\nA:", "a")], max_length=64, save_strategy="no")
+    assert [(f["what"][:24], f["rows"]) for f in report["findings"]] == [("prompts do not end as mo", [4, 5])]
+
+
 def test_many_rows_are_ten_in_print_and_all_in_the_record(check):
     rows = [(f"q{n:02}\nA:", "") for n in range(30)] + [("q\nA:", "a"), ("r\nA:", "b")]
     _, printed, report = check(rows, save_strategy="no")

@@ -27,6 +27,7 @@ def test_a_folder_that_is_not_there_is_named_with_the_one_that_is(asked, tmp_pat
     monkeypatch.chdir(tmp_path)
     assert not_found("output/tiny-llama") is None
     assert not_found("./output/tiny_llama") == "./output/tiny_llama: no such folder (did you mean output/tiny-llama?)."
+    assert not_found("./output/other-one") == "./output/other-one: no such folder."  # is not meant by that
     assert not_found("/no/such/model") == "/no/such/model: no such folder."
     assert not_found("output/tuned/model") == "output/tuned/model: no such folder."  # not the form of a repository
     assert asked == []

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from saved_runs import flags_for, train
 from scripts import save_llama
@@ -155,6 +156,20 @@ def test_what_the_hub_has_not_sent_yet_is_judged_later(whole, monkeypatch):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(made)
     assert headers.header_problems(flags, made, model) == []
+
+
+@pytest.mark.parametrize("bars", [True, False])
+def test_transformers_speaks_again_afterwards(bars):
+    logging = transformers.utils.logging
+    before = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    (logging.enable_progress_bar if bars else logging.disable_progress_bar)()
+    try:
+        with pytest.raises(KeyError), headers.quiet():
+            assert not logging.is_progress_bar_enabled() and logging.get_verbosity() == logging.ERROR
+            raise KeyError
+        assert (logging.is_progress_bar_enabled(), logging.get_verbosity()) == (bars, before[1])
+    finally:
+        (logging.enable_progress_bar if before[0] else logging.disable_progress_bar)()
 
 
 def test_a_run_says_so_before_a_row_is_read(tiny_llama, questions_csv, tmp_path):

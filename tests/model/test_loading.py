@@ -9,6 +9,7 @@ from scripts import save_llama
 from transformers import AutoConfig
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 
+import utils
 from sft.flags import ModelArguments, TrainingArguments
 from sft.model import loading
 
@@ -97,3 +98,15 @@ def test_sizes_of_weights_that_are_split_or_packed():
     packed = torch.zeros(6, 1, dtype=torch.uint8)
     packed.quant_state = types.SimpleNamespace(shape=torch.Size([3, 4]))
     assert loading.numel(split) == loading.numel(packed) == 12
+
+
+def test_a_model_is_loaded_for_training(folder):
+    model_args = ModelArguments(model_name_or_path=str(folder))
+    args = TrainingArguments(output_dir="unused", use_cpu=True)
+    settled = types.SimpleNamespace(
+        attention=types.SimpleNamespace(value="sdpa"), config=loading.load_config(model_args)
+    )
+    model = utils.load_model(model_args, args, types.SimpleNamespace(pad_token_id=0), settled)
+    assert model.config.use_cache is False  # nothing would read the keys and values that fill the memory
+    assert model.config.pad_token_id == model.generation_config.pad_token_id == 0
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}

@@ -36,7 +36,9 @@ def base(tmp_path):
             "--lora_target_modules, --merge_lora: set, but LoRA is off. Add --use_lora True.",
         ),
         (["--use_lora", "True", "--lora_r", "0"], "--lora_r 0: a rank is at least 1."),
-        (["--use_lora", "True", "--lora_dropout", "1.5"], "--lora_dropout 1.5: it lies between 0 and 1."),
+        (["--use_lora", "True", "--lora_dropout", "1"], "--lora_dropout 1.0: it lies between 0 and 1."),
+        (["--use_lora", "True", "--lora_dropout", "-0.1"], "--lora_dropout -0.1: it lies between 0 and 1."),
+        (["--use_lora", "True", "--lora_dropout", "0"], None),
         (
             ["--use_lora", "True", "--load_in_4bit", "True"],
             "--load_in_4bit needs a CUDA GPU and none was found. Remove the flag: LoRA alone runs here.",
@@ -140,6 +142,21 @@ def test_a_merge_that_is_not_a_number_is_not_saved(base, tmp_path):
     with pytest.raises(RuntimeError, match="by nan of the logits: not saved"):
         merge_lora.merge(str(tmp_path / "adapter"), str(tmp_path / "merged"))
     assert not (tmp_path / "merged").exists()
+
+
+def test_a_merge_is_no_rank_of_the_job(base, tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(lora.subprocess, "run", lambda command, env, check: ran.append((command, env)))
+    (tmp_path / "adapter").mkdir()
+    of_the_job = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true"}
+    for name, value in (of_the_job | {"ACCELERATE_USE_DEEPSPEED": "true", "HF_HOME": "/there"}).items():
+        monkeypatch.setenv(name, value)
+    for merge in (False, True):
+        model_args = ModelArguments(model_name_or_path=str(base), use_lora=True, merge_lora=merge, cache_dir="/cache")
+        lora.finish_adapter(tmp_path / "adapter", tmp_path / "out", model_args, torch.bfloat16)
+    ((command, environment),) = ran
+    assert command[-4:] == ["--save_dtype", "bfloat16", "--cache_dir", "/cache"]
+    assert environment["HF_HOME"] == "/there" and not {*of_the_job, "ACCELERATE_USE_DEEPSPEED"} & environment.keys()
 
 
 def test_merging_onto_another_base_is_refused(base, tmp_path):

@@ -107,7 +107,7 @@ def test_the_memory_plan_is_printed_for_the_micro_batches_that_run(run):
 def test_prefixes_are_shared_where_no_dropout_is_drawn(run, tmp_path, monkeypatch, config, flags, shares):
     save_llama(tmp_path / "model", vocab_size=320, **config)
     kernel = Choice("attention", "per_example", "")
-    monkeypatch.setattr(settle, "packed_or_padded", lambda *_: (kernel, run.settled.proof))
+    monkeypatch.setattr(settle, "packed_or_padded", lambda *_: (kernel, run.settled.proofs))
     monkeypatch.setattr(memory_ladder, "plan", lambda *_: None)
     args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
     model_args = ModelArguments(model_name_or_path=str(tmp_path / "model"), **flags)

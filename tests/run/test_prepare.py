@@ -88,6 +88,20 @@ def test_a_folder_without_weights_and_a_class_that_the_model_lacks(tiny_llama, q
     ]
 
 
+def test_random_numbers_begin_with_the_seed_when_the_model_is_made(tiny_llama, questions_csv, tmp_path, monkeypatch):
+    """LoRA's additions are drawn there, before a Trainer sets the seed."""
+    seeds = []
+
+    def load_model(*_):
+        seeds.append(torch.initial_seed())
+        raise UserError("seen")
+
+    monkeypatch.setattr(utils, "load_model", load_model)
+    torch.manual_seed(99)
+    assert problems_of(*flags_for(tiny_llama, questions_csv, tmp_path / "model", "--seed", "7")) == ["seen"]
+    assert seeds == [7]
+
+
 def test_token_ids_outside_the_embedding_are_refused_before_weights_load(tiny_llama, questions_csv, tmp_path):
     small = shutil.copytree(tiny_llama, tmp_path / "small")
     save_llama(small, vocab_size=280)

@@ -83,6 +83,16 @@ def test_per_example_attention_is_attention_of_each_example(heads, key_heads, he
             torch.testing.assert_close(found[0, part, head], scores.softmax(-1) @ value[0, shared, part])
 
 
+def test_dropout_of_attention_is_drawn_in_training():
+    query, key, value = torch.randn(3, 1, 4, 6, 8)
+    starts = torch.tensor([0, 2, 6], dtype=torch.int32)
+
+    def out(dropout: float) -> torch.Tensor:
+        return per_example(None, query, key, value, None, 0.3, dropout=dropout, cu_seq_lens_q=starts)[0]
+
+    assert torch.equal(out(0.0), out(0.0)) and not torch.equal(out(0.0), out(0.9))
+
+
 @pytest.mark.parametrize(
     "words", [{"is_causal": False}, {"window_size": (-1, -1)}, {"window_size": (-1, -1), "enable_gqa": False}]
 )

@@ -38,6 +38,17 @@ def test_layers_are_compiled_where_that_pays():
         assert chosen(tokens=1, quantized=True, device="cpu", compile_layers=asked) == (asked, "--compile_layers")
 
 
+def test_the_residual_stream_has_the_compute_type_under_autocast_alone():
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    )
+    compiled_layers.keep_residual_in_compute_type(model)
+    embed, ids = model.get_input_embeddings(), torch.tensor([[1]])
+    assert embed(ids).dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert embed(ids).dtype == torch.bfloat16
+
+
 def norm_graph(terms: int, residual_first: bool) -> Graph:
     """The sum of so many gradients reaches a norm, whose result is added to what the residual stream has."""
     pytest.importorskip("triton")

@@ -32,6 +32,21 @@ def test_the_summed_loss_and_its_gradients(monkeypatch, dtype, error):
         assert (a - b).norm() / b.norm() < error
 
 
+def test_logits_of_a_chunk_stay_below_the_limit_and_frozen_heads_get_no_gradient(monkeypatch):
+    monkeypatch.setattr(loss, "CHUNK_BYTES", 4 * 50 * 7)
+    held = []
+
+    def kernel(logits, targets):
+        held.append(logits.numel() * 4)
+        return loss.losses_and_gradient(logits, targets)
+
+    hidden, weight = torch.randn(40, 16, requires_grad=True), torch.randn(50, 16)
+    total = loss.SummedLoss.apply(hidden, weight, torch.zeros(40, dtype=torch.int64), kernel, True)
+    assert max(held) <= 4 * 50 * 7 and len(held) == 6
+    (of_hidden, of_weight) = total.grad_fn.gradients
+    assert of_hidden is not None and of_weight is None
+
+
 @pytest.mark.parametrize("scale, cap", [(0.5, None), (1.0, 3.0), (0.5, 3.0)])
 def test_bent_logits_have_their_own_gradient(scale, cap):
     torch.manual_seed(0)

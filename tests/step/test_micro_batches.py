@@ -131,6 +131,16 @@ def test_the_number_of_micro_batches_is_the_smallest():
         PackedBatchSampler(lengths, 4, 1, 0, max_tokens=59, seed=0)
 
 
+def test_what_does_not_fit_by_a_token_takes_a_micro_batch_more():
+    """Longest first, 3 2 2 and 3 2: the sum is 12, and the larger half 7."""
+    lengths = [3, 3, 2, 2, 2]
+    assert not micro_batches.fits(np.array([lengths]), 2, 6) and micro_batches.fits(np.array([lengths]), 2, 7)
+    for budget, needed in ((6, 3), (7, 2)):
+        sampler = PackedBatchSampler(lengths, 5, 1, 0, max_tokens=budget, seed=0, shuffle=False)
+        assert sampler.micro_batches == needed
+        assert max(sum(lengths[index] for index in batch) for batch in sampler) <= budget
+
+
 def test_ranks_take_the_larger_share_in_turn():
     """Side by side lie the two largest, then the two smallest, and the rank that had the larger of two has the smaller next."""
     both = samplers([5, 8, 6, 7], 2, examples_per_step=4, max_tokens=8, seed=0, shuffle=False)
