@@ -151,7 +151,7 @@ class DataCollatorForSupervisedDataset:
 def make_supervised_data_module(tokenizer, data_args: DataArguments, training_args: TrainingArguments) -> dict:
     """Make the Trainer's train_dataset, eval_dataset (or None) and data_collator, and say what became of the rows."""
     datasets = {}
-    for path in filter(None, (data_args.data_path, data_args.eval_data_path)):
+    for path in dict.fromkeys(filter(None, (data_args.data_path, data_args.eval_data_path))):
         rows = tokenize_csv(path, tokenizer, data_args, training_args.model_max_length)
         became = audit.describe_rows(path, rows.counts())
         if not len(rows.lengths):
@@ -163,10 +163,12 @@ def make_supervised_data_module(tokenizer, data_args: DataArguments, training_ar
     if data_args.eval_split:
         rows = train_dataset.rows
         train_dataset, eval_dataset = (SupervisedDataset(rows, kept) for kept in rows.hold_out(data_args.eval_split))
-    elif eval_dataset and job.rank() == 0:
+    elif eval_dataset and training_args.do_train and job.rank() == 0:
         for leak in audit.leaks(train_dataset.rows, eval_dataset.rows):
             job.say(f"warning: {leak}")
-    job.say(audit.describe_datasets(train_dataset, eval_dataset))
+    if not training_args.do_train:
+        train_dataset = eval_dataset
+    job.say(audit.describe_datasets(train_dataset if training_args.do_train else None, eval_dataset))
     job.say(audit.describe_example(tokenizer, train_dataset, 0, colour=sys.stdout.isatty()), coloured=True)
     collator = DataCollatorForSupervisedDataset(tokenizer)
     return {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "data_collator": collator}
@@ -222,6 +224,6 @@ def train(load_tokenizer: LoadTokenizer, argv: list[str] | None = None) -> prepa
         head = settle.prepare_step(model, settled)
         trainer = run.build_trainer(model, head, settled, tokenizer, data_module)
     with run.training(trainer, settled):
-        trainer.train(resume_from_checkpoint=resume)
+        trainer.train(resume_from_checkpoint=resume) if args.do_train else run.evaluate(trainer)
     run.finish(trainer)
     return trainer

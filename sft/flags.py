@@ -169,6 +169,7 @@ class TrainingArguments(transformers.TrainingArguments):
     logging_nan_inf_filter: bool = _other_default("logging_nan_inf_filter")
     remove_unused_columns: bool = _other_default("remove_unused_columns")
     ddp_find_unused_parameters: bool | None = _other_default("ddp_find_unused_parameters")
+    do_train: bool = _other_default("do_train")
     prediction_loss_only: bool = _other_default("prediction_loss_only")
 
     def __getstate__(self) -> dict:
@@ -330,7 +331,7 @@ def _contradictions(flags) -> list[str]:
     plans, fsdp_recomputes = flags.plan_only, (flags.fsdp_config or {}).get("activation_checkpointing")
     refused_when: dict[str, Any] = {
         "--model_name_or_path is missing: the model to tune, a folder or a hub repository.": not flags.model_name_or_path,
-        "--data_path is missing: the CSV file to train on.": not flags.data_path and not plans,
+        "--data_path is missing: the CSV file to train on.": not flags.data_path and flags.do_train and not plans,
         "--output_dir is missing: the folder for the tuned model.": not flags.output_dir and not plans,
         "--plan_gpu_gib and --plan_world_size plan for another machine. Add --plan_only True.": not plans
         and (flags.plan_gpu_gib or flags.plan_world_size),

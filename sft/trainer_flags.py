@@ -21,6 +21,7 @@ OTHER_DEFAULTS = {  # than the Trainer's
     "logging_nan_inf_filter": False,  # a broken run must show
     "remove_unused_columns": False,
     "ddp_find_unused_parameters": False,  # every weight gets a gradient
+    "do_train": True,  # what these scripts are for
     "prediction_loss_only": True,  # the logits of an evaluation would fill the memory
 }
 HONOURED = """
@@ -42,8 +43,8 @@ TRANSLATED = {
     "disable_tqdm": "there is no bar in a log: a line for each logged step",
     "local_rank": "launchers give it; LOCAL_RANK of the environment is used",
     "accelerator_config": "non_blocking is on with a GPU; keys that would share batches out otherwise are refused",
-    "do_train": "True is what the scripts do; False is refused",
-    "do_eval": "True is what --eval_strategy does; it needs that flag",
+    "do_train": "False evaluates the model without training it: with --do_eval True and rows to evaluate",
+    "do_eval": "True is what --eval_strategy does; it needs that flag, or --do_train False",
 }
 REFUSED = {  # any value but the default here: why, and what instead
     "bf16_full_eval": "an evaluation computes as training does. Use --bf16 True",
@@ -133,8 +134,8 @@ def trainer_problems(flags: Any, given: set[str]) -> list[str]:
         f"--num_train_epochs {flags.num_train_epochs:g} trains nothing. Give more than 0.": flags.max_steps < 0
         and not flags.num_train_epochs > 0,
         f"--accelerator_config: {', '.join(batches)} would change which rank has which rows. Remove the key.": batches,
-        "--do_train False: these scripts train. Remove the flag.": "do_train" in given and not flags.do_train,
         "--do_eval True: add --eval_strategy epoch (or steps), and rows to evaluate.": flags.do_eval
+        and flags.do_train
         and text(flags.eval_strategy) == "no",
         "--fp16 True: a CPU computes float32 then. Remove the flag, or use --bf16 True.": flags.fp16
         and flags.use_cpu

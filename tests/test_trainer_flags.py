@@ -11,6 +11,7 @@ from transformers.training_args import OptimizerNames
 from sft import flags, trainer_flags
 from sft.flags import parse
 from sft.job import UserError
+from sft.run.evaluation import without_training
 from sft.trainer_flags import FIELDS, HONOURED, RANGES, REFUSED, TRANSLATED, UNDER_PACKING
 
 NEWER = {"activation_checkpointing", "activation_checkpointing_kwargs"}  # unknown to transformers 5.17
@@ -21,8 +22,8 @@ def problems_of(words: str, *more: str) -> list[str]:
     required = ["--model_name_or_path", "m", "--data_path", "d.csv", "--output_dir", "o", "--use_cpu", "True"]
     seen: list[str] = []
 
-    def stop(_) -> list[str]:
-        return ["stop here"]
+    def stop(flags) -> list[str]:
+        return [*without_training(flags), "stop here"]
 
     with pytest.raises(UserError) as raised:
         parse([*required, *words.split(), *more], (stop,))
@@ -98,7 +99,18 @@ def test_values_out_of_range_are_refused_on_both_sides(name):
         ("--per_device_train_batch_size 0", "--per_device_train_batch_size 0: it must be at least 1."),
         ("--seed -1", "--seed -1: it must be at least 0 and at most 4294967295."),
         ("--fp16 True", "--fp16 True: a CPU computes float32 then. Remove the flag, or use --bf16 True."),
-        ("--do_train False", "--do_train False: these scripts train. Remove the flag."),
+        (
+            "--do_train False --do_eval True",
+            "--do_train False evaluates a model without training it. Add --do_eval True and --eval_data_path FILE.",
+        ),
+        (
+            "--do_train False --do_eval True --eval_split 0.1 --use_lora True",
+            "--do_train False with --use_lora True: evaluate the merged model (python -m sft.merge_lora). Remove the flag.",
+        ),
+        (
+            "--do_train False --do_eval True --eval_split 0.1 --resume_from_checkpoint True",
+            "--do_train False with --resume_from_checkpoint: name the checkpoint with --model_name_or_path.",
+        ),
         ("--do_eval True", "--do_eval True: add --eval_strategy epoch (or steps), and rows to evaluate."),
         ("--do_predict True", "--do_predict True: ask the tuned model with: python -m sft.generate."),
         ("--save_steps 0", "--save_steps 0 saves nothing. Use --save_strategy no."),

@@ -41,6 +41,14 @@ def model_problems(flags) -> list[str]:
     linear = [f".{name}" for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     candidates = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
     targets = flags.lora_target_modules or []
+    head = [
+        target for target in targets if target.endswith("lm_head") and getattr(config, "tie_word_embeddings", False)
+    ]
+    if head and flags.merge_lora:
+        return [
+            f"--lora_target_modules {head[0]} with --merge_lora True: this model's head is its embedding too, and an addition to the "
+            "head alone cannot be merged into it. Leave the head out, or remove --merge_lora."
+        ]
     return [
         f"{name} has no layer of class {wrap_class}, which FSDP should wrap. Its decoder layer: {layers}."
         for wrap_class in (flags.fsdp_config or {}).get("transformer_layer_cls_to_wrap", [])

@@ -70,10 +70,10 @@ def settle(model_args: ModelArguments, args: TrainingArguments, dataset: Any) ->
     """
     config, lengths = loading.load_config(model_args), dataset.lengths
     arithmetic, precision = Arithmetic.of(args, len(dataset)), Precision.of(model_args, args)
-    say(f"{arithmetic.lines(len(dataset), args.device.type)}\n{precision}")
+    say(f"{arithmetic.lines(len(dataset), args.device.type)}\n{precision}" if args.do_train else precision)
     with loading.whole_models(args):
         skeleton = loading.skeleton(model_args, config)
-    run_tokens = arithmetic.steps * arithmetic.examples_per_step * lengths.mean()
+    run_tokens = arithmetic.steps * arithmetic.examples_per_step * lengths.mean() if args.do_train else 0
     kernel_of_attention, proofs = packed_or_padded(model_args, args, config, first_rows(dataset, run_tokens))
     compilation = Choice("compiled layers", False, "--packing False")
     if args.packing:
@@ -122,9 +122,9 @@ def settle(model_args: ModelArguments, args: TrainingArguments, dataset: Any) ->
             budget.reason,
         )
         memory_plan = asked and asked.at(packing.fullest, packing.micro_batches)
-    if memory_plan:
+    if memory_plan and args.do_train:
         say(memory_ladder.describe(memory_plan))
-    if packing:
+    if packing and args.do_train:
         say(packing)
         if prefixes.value:
             first = ([dataset[index] for index in batch] for batch in islice(sampler, 4))
@@ -236,7 +236,7 @@ def _token_budget(
     ceiling = min(largest_step, memory.LARGEST_BUDGET)
     if args.tokens_per_micro_batch is not None:
         return Choice(what, args.tokens_per_micro_batch, "--tokens_per_micro_batch")
-    if args.device.type != "cuda" or kernel_of_attention in ("sdpa", "eager"):
+    if args.device.type != "cuda" or not args.do_train or kernel_of_attention in ("sdpa", "eager"):
         return Choice(what, floor, "per device x --model_max_length")
     if ceiling <= floor:
         return Choice(what, floor, "per device x --model_max_length, more than any step has")

@@ -20,7 +20,7 @@ class ReportCallback(transformers.TrainerCallback):
         self.bar = tqdm(disable=True)
         self.first: tuple[float, int] | None = None  # when and at which step the first line was printed
         self.first_step_pending = True
-        self.evaluated = 0.0  # when the loss of the last evaluation was known
+        self.evaluated = 0.0  # when the last log was written, an evaluation's loss among others
         self.recorded = 0  # entries of the Trainer's log that are in the record
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -56,7 +56,6 @@ class ReportCallback(transformers.TrainerCallback):
         if "eval_loss" in logs:
             self._print(evaluation_line(logs, state))
             self.report.move_seconds("evaluate", logs["eval_runtime"])
-            self.evaluated = time.perf_counter()
         if "train_runtime" in logs:
             minutes = clock(logs["train_runtime"])
             self._print(f"trained to step {state.global_step} in {minutes}: mean loss {logs['train_loss']:.4f}")
@@ -65,6 +64,7 @@ class ReportCallback(transformers.TrainerCallback):
             self._record_numbers(state)
             self.report.write(spare=True)
         self.report.move_seconds("report", time.perf_counter() - began)
+        self.evaluated = time.perf_counter()
 
     def on_evaluate(self, args, state, control, **kwargs):
         self.report.move_seconds(

@@ -7,6 +7,7 @@ batch size, padded or packed. No logits are kept.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import transformers
 from torch.utils.data import DataLoader, Sampler
 from transformers.trainer_utils import EvalLoopOutput
 
+from sft.data.template import TEMPLATE_FILE
 from sft.job import say
 from sft.model.answer import greedy_answers
 
@@ -31,7 +33,7 @@ def evaluation_problems(flags: Any) -> list[str]:
             f"--eval_strategy {evaluation}: there are no rows to evaluate. "
             "Add --eval_data_path FILE or --eval_split 0.02, or use --eval_strategy no."
         )
-    if rows and not evaluates:
+    if rows and not evaluates and flags.do_train:
         found.append(
             f"--{'eval_data_path' if flags.eval_data_path else 'eval_split'} is given and --eval_strategy is no: the rows "
             "would never be used. Add --eval_strategy epoch (or steps), or remove the flag."
@@ -47,6 +49,28 @@ def evaluation_problems(flags: Any) -> list[str]:
         if getattr(flags, name) < 0:
             found.append(f"--{name} {getattr(flags, name)}: it cannot be negative. 0 switches it off.")
     return found
+
+
+def without_training(flags: Any) -> list[str]:
+    """With --do_train False make the rows to evaluate, and the template that the model was tuned with, those of the run.
+
+    Returns: contradictions.
+    """
+    if flags.do_train:
+        return []
+    flags.data_path = flags.data_path or flags.eval_data_path
+    saved = Path(flags.model_name_or_path, TEMPLATE_FILE)
+    if flags.prompt_template == "none" and saved.is_file():
+        flags.prompt_template = str(saved)
+    wrong = {
+        "--do_train False evaluates a model without training it. Add --do_eval True and --eval_data_path FILE.": not flags.do_eval
+        or not (flags.eval_data_path or flags.eval_split),
+        "--do_train False holds the whole model on each GPU. Remove --fsdp and --deepspeed.": flags.fsdp
+        or flags.deepspeed,
+        "--do_train False with --use_lora True: evaluate the merged model (python -m sft.merge_lora). Remove the flag.": flags.use_lora,
+        "--do_train False with --resume_from_checkpoint: name the checkpoint with --model_name_or_path.": flags.resume_from_checkpoint,
+    }
+    return [message for message, is_so in wrong.items() if is_so]
 
 
 class EvalBatchSampler(Sampler[list[int]]):

@@ -28,7 +28,7 @@ from sft.plan.settle import Settled, engine
 from sft.report.progress import ReportCallback, tracker_problems
 from sft.report.record import Report
 from sft.report.speed import Meter, ModelFlops, peak_tflops
-from sft.run.evaluation import AnswersCallback, EarlyStop, evaluation_problems
+from sft.run.evaluation import AnswersCallback, EarlyStop, evaluation_problems, without_training
 from sft.run.finite_check import LossSpikes
 from sft.run.stop_requests import command_to_continue
 from sft.run.trainer import SupervisedTrainer
@@ -49,6 +49,7 @@ def plan_only(flags) -> list[str]:
 
 CHECKS = (  # what can be known from the flags alone; all problems are raised together
     plan_only,
+    without_training,
     data_problems,
     loading.model_problems,
     resume.output_dir_problems,
@@ -107,6 +108,8 @@ class Run:
             if problems:
                 raise UserError(problems)
             self.lock = checkpoint.hold_output_dir(self.args.output_dir)
+        if not self.args.do_train:
+            return None
         self.resume = resume.choose_checkpoint(self.args)
         self.before = resume.saved_identity(self.resume) if self.resume else {}
         longest = int(data_module["train_dataset"].lengths.max())
@@ -191,10 +194,21 @@ class Run:
             stack.enter_context(compiled_layers.more_graphs())
         return stack
 
+    def evaluate(self, trainer: SupervisedTrainer) -> None:
+        """Evaluate the model as it is, into the record."""
+        trainer.accelerator.prepare_model(
+            trainer.model, evaluation_mode=True
+        )  # it computes in the run's type from now on
+        found = trainer.evaluate()
+        self.report.note("final", eval_loss=found["eval_loss"], eval_perplexity=found["eval_perplexity"])
+        self.report.complete = True
+
     def finish(self, trainer: SupervisedTrainer) -> None:
         """Export and prove the trained model, or say how to continue a run that was stopped; all ranks together."""
         self.report.enter("end")
-        if trainer.stops.ended_early(trainer.state):
+        if not self.args.do_train:
+            self.report.finish({})
+        elif trainer.stops.ended_early(trainer.state):
             self.report.finish(trainer.meter.summary())
             self._say_how_to_continue(trainer.state.global_step, trainer.state.max_steps)
         else:

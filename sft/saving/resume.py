@@ -74,7 +74,7 @@ def output_dir_problems(flags) -> list[str]:
     why = _why_not_made(output_dir.absolute()) if rank() == 0 else None
     if why:
         return [f"{output_dir}: {why}. Name another --output_dir."]
-    if flags.overwrite_output_dir or str(flags.resume_from_checkpoint or False).lower() != "false":
+    if (flags.overwrite_output_dir and flags.do_train) or str(flags.resume_from_checkpoint or False).lower() != "false":
         return []
     old = newest_first(output_dir)
     if old and not (output_dir / COMPLETE).is_file():

@@ -27,6 +27,7 @@ def flags(folder, wrap=(), targets=None):
         "allow_new_weights": None,
         "fsdp_config": {"transformer_layer_cls_to_wrap": list(wrap)},
         "lora_target_modules": targets,
+        "merge_lora": True,
     }
     return types.SimpleNamespace(**values)
 
@@ -41,6 +42,15 @@ def test_a_layer_that_the_model_lacks_is_refused_with_those_that_it_has(folder):
     assert loading.model_problems(flags(folder, targets=["all-linear"])) == []
     assert len(loading.model_problems(flags(folder, targets=["proj"]))) == 1  # the end of a name is no name
     assert loading.model_problems(flags(folder, targets=["self_attn.q_proj"])) == []
+
+
+def test_a_head_that_is_the_embedding_is_not_merged(folder, tmp_path):
+    save_llama(tmp_path, vocab_size=64, tie_word_embeddings=True)
+    assert loading.model_problems(flags(folder, targets=["q_proj", "lm_head"])) == []
+    assert loading.model_problems(flags(tmp_path, targets=["q_proj", "lm_head"])) == [
+        "--lora_target_modules lm_head with --merge_lora True: this model's head is its embedding too, and an addition to the "
+        "head alone cannot be merged into it. Leave the head out, or remove --merge_lora."
+    ]
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from scripts import ROOT
-from watched import EVALUATED, flags_for, watch
+from watched import EVALUATED, TEMPLATE, flags_for, watch
 
 import utils
 from sft.data.llama_tokenizer import load_llama_tokenizer
@@ -206,7 +206,7 @@ def test_patience_of_two(losses, stops):
 
 def evaluation_flags(**changes):
     flags = {"eval_data_path": None, "eval_split": 0.0, "eval_strategy": "no", "early_stopping_patience": 0}
-    flags |= {"load_best_model_at_end": False, "save_strategy": "steps", "eval_samples": 4}
+    flags |= {"load_best_model_at_end": False, "save_strategy": "steps", "eval_samples": 4, "do_train": True}
     return SimpleNamespace(**(flags | changes))
 
 
@@ -302,3 +302,35 @@ def test_the_template_of_prompts_is_left_out():
         "same",
         "same",
     ]
+
+
+# ---- without training
+
+
+def test_a_finished_model_is_evaluated_without_training(watched, tiny_llama, questions_csv, tmp_path, capsys):
+    """The same rows, the same template: the loss that the run itself found at its end; nothing of the model changes."""
+    before = {path.name: path.read_bytes() for path in watched.folder.iterdir() if path.is_file()}
+    words = ["--model_name_or_path", str(watched.folder), "--data_path", str(questions_csv), "--eval_split", "0.25"]
+    words += [
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--data_cache_dir",
+        str(tmp_path / "cache"),
+        "--model_max_length",
+        "64",
+    ]
+    words += ["--do_train", "False", "--do_eval", "True"]
+    utils.train(load_llama_tokenizer, [*words, "--eval_samples", "0"])
+    record = json.loads((tmp_path / "out" / "run_report.json").read_text())
+    (found,) = record["evaluations"]
+    assert found["eval_loss"] == pytest.approx(watched.record["evaluations"][-1]["eval_loss"], rel=1e-5)
+    assert record["status"] == "finished" and record["final"]["eval_loss"] == found["eval_loss"]
+    assert record["template"]["text"] == TEMPLATE
+    printed = capsys.readouterr().out
+    assert f"evaluation at step 0: loss {found['eval_loss']:.4f}, perplexity" in printed and "warning" not in printed
+    assert "optimizer steps" not in printed and "training:" not in printed
+    assert {path.name: path.read_bytes() for path in watched.folder.iterdir() if path.is_file()} == before
+    assert {path.name for path in (tmp_path / "out").iterdir()} <= {"run_report.json", "loss.png", ".run", ".run.lock"}
+    with pytest.raises(UserError, match="it holds a finished model"):  # whatever else is given
+        more = ["--output_dir", str(watched.folder), "--overwrite_output_dir", "True"]
+        utils.train(load_llama_tokenizer, [*words, *more])
