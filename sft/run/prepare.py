@@ -5,6 +5,7 @@ The recipe knows none of it. Here the record is kept, checkpoints and the export
 
 import contextlib
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -233,6 +234,10 @@ class Run:
         newest = next(iter(checkpoint.newest_first(self.args.output_dir)), None)
         if newest is not None and checkpoint.step_of(newest) == step:
             say(f"stopped at step {step:,} of {steps:,}. To continue:\n  {command_to_continue()}")
+            if "TORCHELASTIC_RUN_ID" in os.environ:
+                say(
+                    "(torchrun, if it got the signal too, prints a traceback now and exits with code 1. The checkpoint is complete.)"
+                )
             return
         there = f"{newest.name} is the newest checkpoint" if newest else "there is no checkpoint"
         if rank() == 0:
