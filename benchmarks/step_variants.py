@@ -147,10 +147,10 @@ class RandomRows(Dataset):
 # ------------------------------------------------------------------------------------------------------------ trainers
 
 
-def make_model(shape: str, device: torch.device, kernel: str | None) -> LlamaForCausalLM:
+def make_model(shape: str, device: torch.device, kernel: str | None, **other: int) -> LlamaForCausalLM:
     """Random float32 weights, the same ones each time."""
     config = LlamaConfig(
-        **{"num_attention_heads": 32, "vocab_size": 32000, "max_position_embeddings": 2048} | SHAPES[shape]
+        **{"num_attention_heads": 32, "vocab_size": 32000, "max_position_embeddings": 2048} | SHAPES[shape] | other
     )
     config.use_cache, config.pad_token_id = False, 0
     config._attn_implementation = kernel or "sdpa"
@@ -164,8 +164,9 @@ def our_trainer(
 ) -> tuple[SupervisedTrainer, Settled]:
     """The Trainer of a run with the original command's flags, by the calls of `utils.train`, and what was settled for it."""
     folder = tempfile.mkdtemp()
-    shape = make_model(scenario.shape, torch.device("meta"), None).config
-    shape.save_pretrained(folder)
+    # what the proof reads of a checkpoint: its config and its first layers
+    make_model(scenario.shape, torch.device("cpu"), None, num_hidden_layers=2).save_pretrained(folder)
+    make_model(scenario.shape, torch.device("meta"), None).config.save_pretrained(folder)
     flags = (
         f"--model_name_or_path {folder} --data_path random --learning_rate 2e-5 --weight_decay 0. --warmup_ratio 0.05 "
     )
