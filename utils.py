@@ -7,6 +7,7 @@ import sys
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from sft import IGNORE_INDEX, job
-from sft.data import audit, csv_rows, encode, token_cache
-from sft.data.template import load_template
+from sft.data import audit, encode, files, mixture, token_cache
+from sft.data.segments import Rows
 from sft.flags import DataArguments, ModelArguments, TrainingArguments, parse
 from sft.model import loading, lora
 from sft.plan import settle
@@ -29,65 +30,69 @@ from sft.run import prepare
 # ----------------------------------------------------------------------------------------------- tokens and labels
 
 
-def tokenize(batch, tokenizer, template: str, allow_control_tokens: bool, max_length: int) -> token_cache.Batch:
-    """Encode prompts, and responses as their continuation; drop rows without text or room, cut rows that are too long.
+def tokenize(rows, tokenizer, allow_control_tokens: bool, max_length: int, **rendered: bool) -> token_cache.Batch:
+    """Encode rows of segments, each as the continuation of those before it, and drop or shorten what is too long.
 
-        input_ids  prompt, response, EOS
-        labels     IGNORE_INDEX over the prompt; response, EOS
+        segments   read        trained         read           trained
+        input_ids  prompt,     answer, EOS,    next prompt,   answer, EOS
+        labels     IGNORE_INDEX over what is read; the trained ids as they are
 
-    Labels follow from the prompt's length, which is kept in their place. A cut row loses its EOS: it does not end there.
+    A prompt and its response are the row of one segment of each. Labels follow from where the segments end, which is kept in
+    their place. A row that is too long loses whole turns from its end; if the first is too long by itself, it is cut and loses
+    its EOS, because it does not end there.
+
+    Args:
+        rows: the texts of each row's segments, or in their place what became of a row without any (`token_cache.EMPTY`).
+        rendered: what `encode_segments` must know of a template's rendering.
     """
-    outcomes = np.full(len(batch), token_cache.EMPTY, np.uint8)
-    filled = [index for index, (source, target) in enumerate(batch) if source.strip() and target.strip()]
-    texts = [template.replace("{instruction}", batch[index][0]) for index in filled]
-    prompts = encode.encode_prompts(tokenizer, texts, allow_control_tokens=allow_control_tokens)
-    texts = [batch[index][1] for index in filled]
-    responses = encode.encode_responses(tokenizer, texts, allow_control_tokens=allow_control_tokens)
-    tokens, lengths, prompt_lengths = (array("i") for _ in range(3))
-    for index, prompt_ids, response_ids in zip(filled, prompts, responses, strict=True):
-        room = max_length - len(prompt_ids)
-        if room < 1:
+    outcomes = np.array([token_cache.KEPT if isinstance(row, list) else row for row in rows], np.uint8)
+    filled = [index for index, row in enumerate(rows) if isinstance(row, list)]
+    encoded = encode.encode_segments(tokenizer, [rows[index] for index in filled], allow_control_tokens, **rendered)
+    tokens, lengths, prompt_lengths, switches = (array(kind) for kind in "iiiq")
+    for index, segments in zip(filled, encoded, strict=True):
+        if segments is None:
+            outcomes[index] = token_cache.DISAGREED
+            continue
+        ends = list(accumulate(map(len, segments)))
+        if ends[0] >= max_length:
             outcomes[index] = token_cache.NO_ROOM
             continue
-        response_ids.append(tokenizer.eos_token_id)
-        outcomes[index] = token_cache.KEPT if len(response_ids) <= room else token_cache.CUT
-        trained_ids = response_ids[:room]
-        tokens += prompt_ids + trained_ids
-        lengths.append(len(prompt_ids) + len(trained_ids))
-        prompt_lengths.append(len(prompt_ids))
-    return token_cache.Batch(np.array(tokens), np.array(lengths), np.array(prompt_lengths), outcomes)
+        if ends[-1] > max_length:
+            whole = [end for end in ends[1::2] if end <= max_length]
+            outcomes[index] = token_cache.SHORTENED if whole else token_cache.CUT
+            ends = ends[: 2 * len(whole)] or [ends[0], max_length]
+        switches.extend(len(tokens) + end for end in ends[1:-1])
+        tokens += sum(segments[1:], segments[0])[: ends[-1]]
+        lengths.append(ends[-1])
+        prompt_lengths.append(ends[0])
+    return token_cache.Batch(*map(np.array, (tokens, lengths, prompt_lengths, outcomes, switches)))
 
 
-def tokenize_csv(path: str, tokenizer, data_args: DataArguments, max_length: int) -> token_cache.TokenizedRows:
-    """Tokenize a CSV once for each machine, or open what an earlier run left."""
-    template = load_template(data_args.prompt_template)
+def tokenize_file(path: str, tokenizer, data_args: DataArguments, max_length: int) -> token_cache.TokenizedRows:
+    """Tokenize a file once for each machine, or open what an earlier run left."""
+    rows = Rows(data_args, tokenizer)
     reference = getattr(tokenizer, "reference", None)  # what its ids must equal
-    decides: dict[str, Any] = {
-        "template": template,
-        "max_length": max_length,
-        "allow_control_tokens": data_args.allow_control_tokens,
-    }
+    decides: dict[str, Any] = {"max_length": max_length, "allow_control_tokens": data_args.allow_control_tokens}
     key = {
         **decides,
+        **rows.key(),
         "version": token_cache.VERSION,
-        "csv": token_cache.file_digest(path),
-        "columns": [data_args.source, data_args.target],
+        "file": token_cache.file_digest(path),
+        "kind": files.kind_of(path),
+        "first_row": files.first_row(path),
         "tokenizer": token_cache.tokenizer_digest(tokenizer),
         "reference": reference and token_cache.file_digest(reference.file),
         "libraries": [transformers.__version__, tokenizers.__version__],
     }
 
-    def tokenize_batch(numbered_batch: tuple[int, list[tuple[str, str]]]) -> token_cache.Batch:
-        number, batch = numbered_batch
-        if reference and number * csv_rows.ROWS_PER_BATCH < reference.rows:
-            prompts = [template.replace("{instruction}", source) for source, _ in batch]
-            encode.compare_with_reference(tokenizer, prompts + [target for _, target in batch])
-        return tokenize(batch, tokenizer, **decides)
+    def tokenize_batch(batch: list[tuple[int, tuple]]) -> token_cache.Batch:
+        found = rows.segments(path, batch)
+        if reference and batch and batch[0][0] - files.first_row(path) < reference.rows:
+            encode.compare_with_reference(tokenizer, rows.plain_texts(found))
+        return tokenize(found, tokenizer, **decides, **rows.rendered)
 
     def build() -> Iterator[token_cache.Batch]:
-        return token_cache.map_ahead(
-            tokenize_batch, enumerate(csv_rows.read_batches(path, data_args.source, data_args.target))
-        )
+        return token_cache.map_ahead(tokenize_batch, files.read_batches(path, *rows.how))
 
     return token_cache.load_or_build(Path(data_args.data_cache_dir or token_cache.default_cache_dir()), key, build)
 
@@ -98,32 +103,53 @@ def tokenize_csv(path: str, tokenizer, data_args: DataArguments, max_length: int
 class SupervisedDataset(Dataset):
     """Examples over memory-mapped tokens.
 
-    [i] -> {"input_ids": (tokens,) int64, "labels": (tokens,) int64, the prompt's masked with IGNORE_INDEX}
+    [i] -> {"input_ids": (tokens,) int64, "labels": (tokens,) int64, what is read masked with IGNORE_INDEX}
 
     Args:
-        rows: a tokenized CSV.
-        kept: which of its kept rows, as positions among them; all when None.
+        parts: tokenized files, each with those of its rows that are examples.
+        train_on_prompt: train on what is read too.
     """
 
-    def __init__(self, rows: token_cache.TokenizedRows, kept: np.ndarray | None = None):
-        kept = np.arange(len(rows.lengths)) if kept is None else kept
-        self.rows = rows
-        self.offsets = rows.offsets[kept]
-        self.lengths = rows.lengths[kept]  # (examples,) int32, tokens
-        self.prompt_lengths = rows.prompt_lengths[kept]  # (examples,) int32, tokens
-        self.row_numbers = rows.row_numbers[kept]  # (examples,) as a spreadsheet shows them: the header is row 1
-        tokens, prompt_tokens = int(self.lengths.sum(dtype=np.int64)), int(self.prompt_lengths.sum(dtype=np.int64))
-        self.counts = rows.counts() | {"kept": len(kept), "tokens": tokens, "trained_tokens": tokens - prompt_tokens}
+    def __init__(self, parts: list[mixture.Part], train_on_prompt: bool = False):
+        def of_examples(name: str) -> np.ndarray:
+            return np.concatenate([getattr(part.rows, name)[part.kept] for part in parts])
+
+        self.parts, self.train_on_prompt = parts, train_on_prompt
+        self.part_of = np.repeat(np.arange(len(parts)), [len(part.kept) for part in parts])
+        self.offsets = of_examples("offsets")
+        self.lengths = of_examples("lengths")  # (examples,) int32, tokens
+        self.prompt_lengths = of_examples("prompt_lengths")  # (examples,) int32, tokens before the first answer
+        self.row_numbers = of_examples("row_numbers")  # (examples,) as a spreadsheet shows them
+        trained = self.lengths - 1 if train_on_prompt else of_examples("trained")
+        tokens = {"tokens": int(self.lengths.sum(dtype=np.int64)), "trained_tokens": int(trained.sum(dtype=np.int64))}
+        self.counts = mixture.counts(parts) | {"kept": len(self), **tokens}
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        start = self.offsets[index]
-        input_ids = torch.from_numpy(self.rows.tokens[start : start + self.lengths[index]].astype(np.int64))
+        rows, start, length = self.parts[self.part_of[index]].rows, self.offsets[index], self.lengths[index]
+        input_ids = torch.from_numpy(rows.tokens[start : start + length].astype(np.int64))
         labels = input_ids.clone()
-        labels[: self.prompt_lengths[index]] = IGNORE_INDEX
+        labels[: 1 if self.train_on_prompt else self.prompt_lengths[index]] = IGNORE_INDEX
+        if len(rows.switches) and not self.train_on_prompt:
+            for stop, begin in self.switches(index).reshape(-1, 2).tolist():
+                labels[stop:begin] = IGNORE_INDEX
         return {"input_ids": input_ids, "labels": labels}
+
+    def switches(self, index: int) -> np.ndarray:
+        """Where, after its first answer, an example's training stops and begins again."""
+        switches, start = self.parts[self.part_of[index]].rows.switches, self.offsets[index]
+        return switches[slice(*np.searchsorted(switches, [start, start + self.lengths[index]]))] - start
+
+    def first_answer(self, index: int) -> tuple[int, int]:
+        """Where an example's first answer begins and ends."""
+        return int(self.prompt_lengths[index]), int([*self.switches(index), self.lengths[index]][0])
+
+    def where(self, index: int) -> str:
+        """The row that an example is, with its file if there are several: "row 7", "b.csv, row 7"."""
+        path = f"{self.parts[self.part_of[index]].path}, " if len(self.parts) > 1 else ""
+        return f"{path}row {self.row_numbers[index]}"
 
 
 @dataclass
@@ -148,24 +174,35 @@ class DataCollatorForSupervisedDataset:
         }
 
 
+def tokenize_files(paths, use: str, tokenizer, data_args: DataArguments, args: TrainingArguments) -> list[mixture.Part]:
+    """Tokenize each file, say what became of its rows, and take as many of them as FILE*3 or FILE*0.5 asks for."""
+    parts = []
+    for file in map(files.DataFile.of, paths or ()):
+        rows = tokenize_file(file.path, tokenizer, data_args, args.model_max_length)
+        parts.append(mixture.Part.of(file, rows))
+        became = audit.describe_part(parts[-1])
+        if not len(parts[-1].kept):
+            raise job.UserError(f"{became}. Nothing is left to {use}: {parts[-1].cures()}.")
+        job.say(became)
+    return parts
+
+
 def make_supervised_data_module(tokenizer, data_args: DataArguments, training_args: TrainingArguments) -> dict:
     """Make the Trainer's train_dataset, eval_dataset (or None) and data_collator, and say what became of the rows."""
-    datasets = {}
-    for path in dict.fromkeys(filter(None, (data_args.data_path, data_args.eval_data_path))):
-        rows = tokenize_csv(path, tokenizer, data_args, training_args.model_max_length)
-        became = audit.describe_rows(path, rows.counts())
-        if not len(rows.lengths):
-            use = "train on" if path == data_args.data_path else "evaluate"
-            raise job.UserError(f"{became}. Nothing is left to {use}: raise --model_max_length or mend the rows.")
-        job.say(became)
-        datasets[path] = SupervisedDataset(rows)
-    train_dataset, eval_dataset = datasets[data_args.data_path], datasets.get(data_args.eval_data_path)
+    trains, evaluates = data_args.data_path, data_args.eval_data_path
+    train_parts, eval_parts = (
+        tokenize_files(paths, use, tokenizer, data_args, training_args)
+        for paths, use in ((trains if trains != evaluates else None, "train on"), (evaluates, "evaluate"))
+    )
+    train_parts = train_parts or eval_parts  # --do_train False names the evaluation's files twice
     if data_args.eval_split:
-        rows = train_dataset.rows
-        train_dataset, eval_dataset = (SupervisedDataset(rows, kept) for kept in rows.hold_out(data_args.eval_split))
-    elif eval_dataset and training_args.do_train and job.rank() == 0:
-        for leak in audit.leaks(train_dataset.rows, eval_dataset.rows):
+        train_parts, eval_parts = mixture.hold_out(train_parts, data_args.eval_split)
+    elif eval_parts and training_args.do_train and job.rank() == 0:
+        for leak in audit.leaks(train_parts, eval_parts):
             job.say(f"warning: {leak}")
+    whole = data_args.train_on_prompt
+    train_dataset = SupervisedDataset([part.repeated() for part in train_parts], whole)
+    eval_dataset = SupervisedDataset(eval_parts, whole) if eval_parts else None
     if not training_args.do_train:
         train_dataset = eval_dataset
     job.say(audit.describe_datasets(train_dataset if training_args.do_train else None, eval_dataset))
@@ -176,9 +213,15 @@ def make_supervised_data_module(tokenizer, data_args: DataArguments, training_ar
 
 def check_data(tokenizer, data_args: DataArguments, args: TrainingArguments, config: PreTrainedConfig) -> int:
     """Audit the data in place of training; the exit code, 1 when a run would be useless."""
-    paths = filter(None, (data_args.data_path, data_args.eval_data_path))
-    datasets = (SupervisedDataset(tokenize_csv(path, tokenizer, data_args, args.model_max_length)) for path in paths)
-    return audit.check_data(tokenizer, data_args, args, config, *datasets)
+    train_parts, eval_parts = (
+        [
+            mixture.Part.of(file, tokenize_file(file.path, tokenizer, data_args, args.model_max_length))
+            for file in listed
+        ]
+        for listed in (map(files.DataFile.of, paths or ()) for paths in (data_args.data_path, data_args.eval_data_path))
+    )
+    dataset = SupervisedDataset([part.repeated() for part in train_parts], data_args.train_on_prompt)
+    return audit.check_data(tokenizer, data_args, args, config, dataset, eval_parts)
 
 
 # ------------------------------------------------------------------------------------------------------------ model

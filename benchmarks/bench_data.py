@@ -1,4 +1,4 @@
-"""How fast a CSV becomes tokenized rows: beside the ancestor's way, and beside the bare call of the tokenizer.
+"""How fast a file becomes tokenized rows: beside the ancestor's way, and beside the bare call of the tokenizer.
 
     python benchmarks/bench_data.py --data_path open_instruct_v1.csv --tokenizer MODEL_FOLDER
     python benchmarks/bench_data.py --data_path open_instruct_v1.csv --tokenizer MODEL_FOLDER --rows 1000000
@@ -27,14 +27,17 @@ from itertools import count, islice
 from pathlib import Path
 
 import psutil
+import pyarrow
 import torch
+from pyarrow import parquet
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import utils
-from sft.data.csv_rows import read_csv
 from sft.data.encode import words_of
+from sft.data.files import DataFile, read_rows
 from sft.data.llama_tokenizer import load_llama_tokenizer
+from sft.data.mixture import Part
 from sft.flags import DataArguments, ModelArguments
 
 ROWS_COMPARED = 10_000  # by the ancestor, the bare call and us in turn
@@ -62,7 +65,7 @@ def seconds(function: Callable[[], object]) -> float:
 
 def ancestor() -> float:
     """The ancestor's method: one text at a time, each prompt twice, a tensor at once, lengths counted by the pad id."""
-    rows, tokenizer = read_rows(own.args, own.path), own.tokenizer
+    rows, tokenizer = pairs_of(own.args, own.path), own.tokenizer
 
     def encode(text: str) -> tuple[torch.Tensor, int]:
         input_ids = tokenizer(
@@ -84,7 +87,7 @@ def ancestor() -> float:
 
 def bare_call() -> float:
     """Nothing but the tokenizer's fastest call, on all prompts and on all responses; the ids are not even looked at."""
-    prompts, responses = zip(*read_rows(own.args, own.path))
+    prompts, responses = zip(*pairs_of(own.args, own.path))
     encode = own.tokenizer.backend_tokenizer.encode_batch_fast
     return seconds(lambda: (encode(prompts), encode(responses, add_special_tokens=False)))
 
@@ -99,7 +102,8 @@ def ours() -> float:
 def dataset(cache_dir: str) -> utils.SupervisedDataset:
     args = own.args
     data_args = DataArguments(data_path=own.path, source=args.source, target=args.target, data_cache_dir=cache_dir)
-    return utils.SupervisedDataset(utils.tokenize_csv(own.path, own.tokenizer, data_args, args.model_max_length))
+    rows = utils.tokenize_file(own.path, own.tokenizer, data_args, args.model_max_length)
+    return utils.SupervisedDataset([Part.of(DataFile(own.path), rows)])
 
 
 def one_start(cache_dir: str) -> dict[str, float]:
@@ -141,11 +145,22 @@ def process_of_its_own(args: argparse.Namespace, path: str) -> ProcessPoolExecut
     return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), begin, (args, path))
 
 
-def read_rows(args: argparse.Namespace, path: str) -> list[tuple[str, str]]:
-    return [(source, target) for _, source, target in read_csv(path, args.source, args.target)]
+def pairs_of(args: argparse.Namespace, path: str) -> list[tuple[str, str]]:
+    return [cells for _, cells in read_rows(path, {args.source: "--source", args.target: "--target"})]
 
 
 def write_rows(path: Path, rows, count: int, args: argparse.Namespace) -> str:
+    path = path.with_suffix(args.format)
+    if args.format == ".parquet":
+        columns = dict(zip((args.source, args.target), map(list, zip(*islice(rows, count)))))
+        parquet.write_table(pyarrow.table(columns), path)
+        return str(path)
+    if args.format == ".jsonl":
+        with open(path, "w", encoding="utf-8") as file:
+            for source, target in islice(rows, count):
+                json.dump({args.source: source, args.target: target}, file, ensure_ascii=False)
+                file.write("\n")
+        return str(path)
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow([args.source, args.target])
@@ -169,7 +184,7 @@ def again_and_again(rows: list[tuple[str, str]]) -> Iterator[tuple[str, str]]:
 
 
 def measure(args: argparse.Namespace) -> dict[str, float]:
-    rows = read_rows(args, args.data_path)
+    rows = pairs_of(args, args.data_path)
     asked = args.rows or len(rows)
     compared = min(asked, len(rows), ROWS_COMPARED)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as processes:
@@ -193,7 +208,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
         return {
             "rows": asked,
             "tokens": first["tokens"],
-            "csv_gib": os.path.getsize(path) / GIB,
+            "file_gib": os.path.getsize(path) / GIB,
             "rows_per_s": rate,
             "tokens_per_s": first["tokens"] * rate / asked,
             "ancestor_rows_per_s": rates[ancestor],
@@ -213,6 +228,7 @@ def main() -> None:
     parser.add_argument("--data_path", required=True, help="CSV file of real rows")
     parser.add_argument("--tokenizer", required=True, help="folder or hub repository of a LLaMA tokenizer")
     parser.add_argument("--rows", type=int, help="default: the file's; more repeat them")
+    parser.add_argument("--format", default=".csv", choices=[".csv", ".jsonl", ".parquet"], help="of the file measured")
     parser.add_argument("--source", default="prompt")
     parser.add_argument("--target", default="response")
     parser.add_argument("--model_max_length", type=int, default=1024)

@@ -81,16 +81,33 @@ class DataArguments:
 
     _argument_group_name = "data"
 
-    data_path: str | None = flag(None, "CSV file with one training example in each row.")
+    data_path: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "One or several files of training examples: .csv, .tsv, .json, .jsonl or .parquet. 'FILE*3' takes its rows "
+            "three times, 'FILE*0.5' half of them."
+        },
+    )
     source: str = flag("prompt", "Column that holds the prompts.")
     target: str = flag("response", "Column that holds the responses.")
+    messages: str | None = flag(
+        None,
+        "Column that holds whole conversations, lists of {role, content} or {from, value} (in a CSV as JSON), in place of "
+        "--source and --target.",
+    )
+    train_on: str = flag("all", "With --messages: train on all answers of a conversation, or on the last one.")
+    train_on_prompt: bool = flag(False, "Train on what is read too, in place of the answers alone.")
     prompt_template: str = flag(
         "none",
-        "'none': the source column is the whole prompt. 'alpaca': wrap it in the Alpaca prompt. Else a "
-        "text file with one {instruction} in it.",
+        "'none': the source column is the whole prompt. 'alpaca': Alpaca's prompt, with {input} where a row has one. 'chat': "
+        "the tokenizer's own chat template. 'turns': one in plain text. Else a text file with {instruction} (the source column) "
+        "or other {columns} in it, or a .jinja file. With --messages 'none' is 'chat' where there is one, else 'turns'.",
     )
-    eval_data_path: str | None = flag(
-        None, "CSV file with the evaluation rows, in the same columns. Prompts that are also trained on are counted."
+    eval_data_path: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "The same for evaluation, in the same columns. Prompts that are also trained on are counted."
+        },
     )
     eval_split: float = flag(
         0.0,
@@ -104,11 +121,19 @@ class DataArguments:
     allow_control_tokens: bool = flag(
         False, "Let a literal </s> or <|endoftext|> in a cell become the control token. Off: it is text like any other."
     )
+    allow_numbers: bool = flag(
+        False, "Take numbers of JSON and parquet as they are written. Off: a number in place of a text is an error."
+    )
     check_data: bool = flag(
         False,
         "Audit the data instead of training: prints the findings, writes data_report.json and a picture of the "
         "lengths to --output_dir. Costs about as much as tokenizing; exit code 1 when the run would be useless.",
     )
+
+    def __post_init__(self) -> None:
+        for name in ("data_path", "eval_data_path"):
+            value = getattr(self, name)
+            setattr(self, name, [value] if isinstance(value, str) else value)
 
 
 @dataclass
@@ -331,7 +356,7 @@ def _contradictions(flags) -> list[str]:
     plans, fsdp_recomputes = flags.plan_only, (flags.fsdp_config or {}).get("activation_checkpointing")
     refused_when: dict[str, Any] = {
         "--model_name_or_path is missing: the model to tune, a folder or a hub repository.": not flags.model_name_or_path,
-        "--data_path is missing: the CSV file to train on.": not flags.data_path and flags.do_train and not plans,
+        "--data_path is missing: the file to train on.": not flags.data_path and flags.do_train and not plans,
         "--output_dir is missing: the folder for the tuned model.": not flags.output_dir and not plans,
         "--plan_gpu_gib and --plan_world_size plan for another machine. Add --plan_only True.": not plans
         and (flags.plan_gpu_gib or flags.plan_world_size),

@@ -1,7 +1,7 @@
 """Ask a tuned model, with the prompt template it was trained with.
 
     python -m sft.generate --model DIR --instruction "What is the capital of France?"
-    python -m sft.generate --model DIR                                           # a chat of single turns
+    python -m sft.generate --model DIR                                           # a chat
     python -m sft.generate --model DIR --base MODEL --instruction "..."          # the base model's answer next to it
     python -m sft.generate --model DIR --data_path in.csv --output_path out.csv  # one answer for each row
 
@@ -27,10 +27,12 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedToken
 from transformers.utils import logging
 
 from sft.data.checks import check_vocabulary
-from sft.data.csv_rows import header_problems, read_csv
+from sft.data.conversations import Message, prompt_ids
+from sft.data.csv_rows import read_csv
 from sft.data.encode import encode_prompts
+from sft.data.files import header_problems, kind_of
 from sft.data.llama_tokenizer import load_llama_tokenizer
-from sft.data.template import TEMPLATE_FILE, load_template
+from sft.data.template import TEMPLATE_FILES, Template, load_template
 from sft.data.tokenizer_files import find_file
 from sft.job import UserError, one_message_for_user_errors, printable
 from sft.model.answer import greedy_answers
@@ -38,12 +40,12 @@ from sft.model.find import not_found
 
 FLAGS: list[tuple[str, Any, str]] = [  # name, default, help
     ("model", "", "The tuned model: its folder, or a hub repository."),
-    ("instruction", None, "One instruction. Without it and without --data_path: a chat of single turns."),
+    ("instruction", None, "One instruction. Without it and without --data_path: a chat."),
     ("base", None, "A model whose answer to the same prompt is shown next to it. Both are held in memory."),
-    ("prompt_template", None, "'none', 'alpaca' or a text file with {instruction}. Default: the model folder's own."),
+    ("prompt_template", None, "As in training. Default: the model folder's own."),
     ("max_new_tokens", 512, "Longest answer in tokens. Answers that are cut are counted."),
     ("data_path", "", "CSV file with an instruction in each row."),
-    ("source", "prompt", "Column that holds the instructions."),
+    ("source", "prompt", "Column that holds the instructions; other columns that the template names are read too."),
     ("output_path", "", "CSV file to write: the same rows with a column `answer`, and `base_answer` with --base."),
     ("batch_size", 16, "With --data_path: answers made at once. More is faster and takes more memory."),
 ]
@@ -51,43 +53,54 @@ FLAGS: list[tuple[str, Any, str]] = [  # name, default, help
 
 @dataclass
 class TunedModel:
-    """A model with its tokenizer and the template that turns an instruction into its prompt."""
+    """A model with its tokenizer and the template that turns an instruction, or a conversation, into its prompt."""
 
     model: Any  # a PreTrainedModel, or peft's wrapper of one
     tokenizer: PreTrainedTokenizerBase
-    template: str
+    template: Template
 
-    def answers(self, texts: list[str], longest: int, size: int = 1, streamer=None) -> Iterator[tuple[int, str, bool]]:
-        """Yield (index, answer, cut) for each instruction, the longest prompts first: what does not fit fails at once."""
-        prompts = encode_prompts(self.tokenizer, [self.template.replace("{instruction}", text) for text in texts])
+    def prompts(self, rows: list[dict[str, str]]) -> list[list[int]]:
+        """The ids of each row's prompt, as training met them; a row has an `instruction` and what else the template names."""
+        if self.template.forms:
+            return [ids.tolist() for ids in encode_prompts(self.tokenizer, [self.template.fill(row) for row in rows])]
+        return prompt_ids(self.tokenizer, self.template, [[_message("user", row["instruction"])] for row in rows])
+
+    def answers(
+        self, prompts: list[list[int]], longest: int, size: int = 1, streamer=None
+    ) -> Iterator[tuple[int, str, bool]]:
+        """Yield (index, answer, cut) for each prompt, the longest first: what does not fit fails at once."""
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
         for start in range(0, len(order), size):
             batch = order[start : start + size]
-            asked = [prompts[index].tolist() for index in batch]  # the ids of training
+            asked = [prompts[index] for index in batch]
             made = greedy_answers(self.model, self.tokenizer, asked, self.model.device, longest, streamer)
             for index, (ids, cut) in zip(batch, made, strict=True):
                 yield index, str(self.tokenizer.decode(ids)), cut
+
+
+def _message(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
 
 
 def load(name: str, prompt_template: str | None = None) -> TunedModel:
     """Load a tuned model, or a LoRA adapter on its base, with `prompt_template` or the template saved with it."""
     # not sft.flags: its TrainingArguments imports peft, and peft bitsandbytes, which warns on some CPUs
     source = SimpleNamespace(model_name_or_path=name, cache_dir=None, trust_remote_code=False)
-    if missing := not_found(name, file=TEMPLATE_FILE):
+    if missing := not_found(name, file=TEMPLATE_FILES[0]):
         raise UserError(f"--model {missing}")
-    config, adapter, saved = (find_file(source, f) for f in ("config.json", "adapter_config.json", TEMPLATE_FILE))
+    config, adapter, *saved = (find_file(source, f) for f in ("config.json", "adapter_config.json", *TEMPLATE_FILES))
     if not config and not adapter:
         checkpoints = sorted(path.name for path in Path(name).glob("checkpoint-*"))
         inside = f" It holds {', '.join(checkpoints)}: the run did not finish; resume it." if checkpoints else ""
         raise UserError(f"--model {name}: no model there (config.json or adapter_config.json).{inside}")
-    if not prompt_template and not saved:
+    if not prompt_template and not any(saved):
         raise UserError(
-            f"--model {name}: no {TEMPLATE_FILE} there, so the prompts that it was trained with are not known. Give "
-            "--prompt_template: 'none' (the instruction is the whole prompt), 'alpaca', or a text file with one {instruction}."
+            f"--model {name}: no {TEMPLATE_FILES[0]} there, so the prompts that it was trained with are not known. Give "
+            "--prompt_template: 'none' (the instruction is the whole prompt), 'alpaca', 'chat', or a text file with {instruction}."
         )
-    template = load_template(prompt_template or saved)
     with contextlib.redirect_stdout(sys.stderr):  # what the loaders print is no answer
         tokenizer = load_llama_tokenizer(source)
+        template = load_template(prompt_template or next(filter(None, saved)), tokenizer)
         return TunedModel(load_weights(name, adapter), tokenizer, template)
 
 
@@ -124,38 +137,99 @@ def note(text: str) -> None:
     print(printable(text), file=sys.stderr, flush=True)
 
 
-def answer(models: dict[str, TunedModel], instruction: str, max_new_tokens: int) -> None:
-    """Answer with each model; two models' answers are named."""
+def answer(
+    models: dict[str, TunedModel], conversations: dict[str, list[Message]], max_new_tokens: int
+) -> dict[str, str]:
+    """Print and return each model's answer to its own conversation; two models' answers are named."""
+    made = {}
     for name, tuned in models.items():
         if len(models) > 1:
             print(f"{name}:", flush=True)
         streamer = Stream(tuned.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        ((_, _, cut),) = tuned.answers([instruction], max_new_tokens, streamer=streamer)
+        messages = conversations[name]
+        if tuned.template.holds_turns():
+            prompts = prompt_ids(tuned.tokenizer, tuned.template, [messages])
+        else:
+            prompts = tuned.prompts(
+                [dict.fromkeys(tuned.template.columns, "") | {"instruction": messages[-1]["content"]}]
+            )
+        ((_, made[name], cut),) = tuned.answers(prompts, max_new_tokens, streamer=streamer)
         if cut:
             note(f"(cut after {max_new_tokens} tokens, --max_new_tokens)")
+    return made
+
+
+def read_instruction() -> str:
+    """One line, or the lines between two of three quotes. Raises EOFError where the input ends."""
+    line = input("> " if sys.stdin.isatty() else "").strip()
+    if line != '"""':
+        return line
+    lines: list[str] = []
+    while (line := input("… " if sys.stdin.isatty() else "")).strip() != '"""':
+        lines.append(line)
+    return "\n".join(lines)
 
 
 def chat(models: dict[str, TunedModel], max_new_tokens: int) -> None:
-    note("One instruction a line; each is answered by itself, without the ones before it. Ctrl-D ends.")
-    with contextlib.suppress(EOFError, KeyboardInterrupt):
-        while True:
-            if instruction := input("> " if sys.stdin.isatty() else "").strip():
-                answer(models, instruction, max_new_tokens)
+    """Answer what is typed, with what was said before where the template can hold it; Ctrl-C ends an answer, not the chat."""
+    holds_turns = models["tuned"].template.holds_turns()
+    history: dict[str, list[Message]] = {name: [] for name in models}
+    before = (
+        "each sees what was said before; /new begins anew"
+        if holds_turns
+        else ("the template holds one question, so each is answered by itself, without the ones before it")
+    )
+    note(f'One instruction a line, or several lines between two lines of """; {before}. Ctrl-D ends.')
+    while True:
+        try:
+            instruction = read_instruction()
+        except (EOFError, KeyboardInterrupt):
+            return
+        if instruction == "/new" or not holds_turns:
+            history = {name: [] for name in models}
+        if instruction in ("", "/new"):
+            continue
+        asked = {name: [*messages, _message("user", instruction)] for name, messages in history.items()}
+        try:
+            made = answer(models, asked, max_new_tokens)
+        except KeyboardInterrupt:
+            note("\n(interrupted; the question is forgotten)")
+            continue
+        history = {name: [*asked[name], _message("assistant", text)] for name, text in made.items()}
+
+
+def asked_columns(source: str, template: Template) -> dict[str, str | None]:
+    """The columns that make a prompt, each with what names it; None for one that may be missing."""
+    columns: dict[str, str | None] = (
+        {source: "--source"} if "instruction" in template.columns or not template.forms else {}
+    )
+    return columns | {
+        name: f"{{{name}}} in the model's template" if needed else None
+        for name, needed in template.columns.items()
+        if name != "instruction"
+    }
 
 
 def answer_csv(models: dict[str, TunedModel], args: argparse.Namespace) -> None:
     """Write the input's rows with one more column for each model: `answer`, and `base_answer` with --base."""
-    instructions = [cell for _, cell, _ in read_csv(args.data_path, args.source, None)]
+    names = asked_columns(args.source, models["tuned"].template)
+    if missing := header_problems(args.data_path, names):
+        raise UserError(missing)
+    questions = [dict(zip(names, cells)) for _, cells in read_csv(args.data_path, names)]
+    questions = [cells | {"instruction": cells.get(args.source, "")} for cells in questions]
     with open(args.data_path, encoding="utf-8-sig", newline="") as file:
         header, *rows = csv.reader(file, strict=True)
     columns = {"base": "base_answer", "tuned": "answer"}
     if taken := [columns[name] for name in models if columns[name] in header]:
         raise UserError(f"{args.data_path}: it has a column {taken[0]!r} already. Rename or remove it.")
-    asked = [index for index, text in enumerate(instructions) if text.strip()]
-    empty = len(instructions) - len(asked)
-    note(f"{args.data_path}: {empty} of {len(instructions)} rows have an empty {args.source!r} and get no answer")
+    asked = [
+        index for index, cells in enumerate(questions) if any(cells[name].strip() for name in names if names[name])
+    ]
+    empty = len(questions) - len(asked)
+    note(f"{args.data_path}: {empty} of {len(questions)} rows have an empty {args.source!r} and get no answer")
     for name, tuned in models.items():
-        made = tuned.answers([instructions[index] for index in asked], args.max_new_tokens, args.batch_size)
+        prompts = tuned.prompts([questions[index] for index in asked])
+        made = tuned.answers(prompts, args.max_new_tokens, args.batch_size)
         done = list(tqdm(made, total=len(asked), desc=f"{name}: answers", disable=None))
         answers, cut = {asked[position]: text for position, text, _ in done}, sum(cut for _, _, cut in done)
         note(f"{name}: {cut} of {len(asked)} answers are cut after {args.max_new_tokens} tokens, --max_new_tokens")
@@ -191,7 +265,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         (flags.batch_size < 1, f"--batch_size {flags.batch_size}: it must be at least 1."),
     ]
     problems += [message for wrong, message in mistakes if wrong]
-    problems += header_problems(flags.data_path, flags.source, None) if flags.data_path else []
+    if flags.data_path and kind_of(flags.data_path) != "csv":
+        problems.append(f"--data_path {flags.data_path}: give a CSV; the same rows are written with their answers.")
+    elif flags.data_path:
+        problems += header_problems(flags.data_path, {flags.source: "--source"})
     if problems:
         raise UserError(problems)
     return flags
@@ -210,7 +287,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.data_path:
         answer_csv(models, args)
     elif args.instruction is not None:
-        answer(models, args.instruction, args.max_new_tokens)
+        answer(models, {name: [_message("user", args.instruction)] for name in models}, args.max_new_tokens)
     else:
         chat(models, args.max_new_tokens)
 

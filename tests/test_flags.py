@@ -87,7 +87,7 @@ def test_unknown_flags_are_all_named_with_the_nearest_known_one():
 def test_contradictions_and_checks_are_raised_together():
     found = problems_of(
         "--bf16", "True", "--fp16", "True", "--save_safetensors", "False", "--warmup_ratio", "3", "--save_dtype", "int8",
-        checks=(lambda flags: [f"{flags.data_path}: no such file."],),
+        checks=(lambda flags: [f"{flags.data_path[0]}: no such file."],),
     )  # fmt: skip
     assert [problem.split(" ")[0] for problem in found] == [
         "`--save_safetensors", "`--warmup_ratio", "--bf16", "--save_dtype", "d.csv:",

@@ -16,6 +16,7 @@ from scripts import ROOT
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from sft import generate, job
+from sft.data.template import TURNS_TEMPLATE, load_template
 from sft.job import UserError
 
 ALPHABET = "abcdefghijklm nopqrstuvwxyz"
@@ -129,6 +130,47 @@ def test_a_chat_is_of_single_turns(tuned, prompts, capsys, monkeypatch):
     assert "each is answered by itself" in printed.err
 
 
+def test_a_chat_of_several_turns_sees_what_was_said_before(base, tmp_path, prompts, capsys, monkeypatch):
+    folder = tmp_path / "tuned"
+    shutil.copytree(base, folder)
+    (folder / "prompt_template.jinja").write_text(TURNS_TEMPLATE)
+    monkeypatch.setattr(sys, "stdin", io.StringIO('w\n"""\nx\n y\n"""\n/new\nz\n'))
+    ask("--model", folder, "--max_new_tokens", "2")
+    assert capsys.readouterr().err.count("(cut after 2 tokens") == 3
+    first = b"### User:\nw\n\n### Assistant:\n"
+    answer = prompts[1][0][len(first) + 1 :][:2]
+    assert prompts[0] == [[BOS, *first]]
+    assert prompts[1] == [[BOS, *first, *answer, EOS, *b"\n\n### User:\nx\n y\n\n### Assistant:\n"]]
+    assert prompts[2] == [[BOS, *b"### User:\nz\n\n### Assistant:\n"]]  # /new begins anew
+
+
+def test_an_interrupt_ends_an_answer_and_not_the_chat(tuned, capsys, monkeypatch):
+    real, calls = generate.greedy_answers, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(generate, "greedy_answers", interrupted)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("w\nx\n"))
+    ask("--model", tuned)
+    printed = capsys.readouterr()
+    assert printed.out == "yz\n" and "(interrupted; the question is forgotten)" in printed.err
+
+
+def test_the_columns_of_the_template_are_read_from_the_csv(base, tmp_path, prompts):
+    (tmp_path / "in.csv").write_text("prompt,input\nw,x\nw,\n")
+    ask(
+        "--model", base, "--prompt_template", "alpaca", "--data_path", tmp_path / "in.csv", "--output_path",
+        tmp_path / "out.csv", "--max_new_tokens", "1", "--batch_size", "1",
+    )  # fmt: skip
+    texts = sorted(bytes(ids[1:]).decode().split("\n\n", 1)[1] for (ids,) in prompts)
+    assert texts == ["### Instruction:\nw\n\n### Input:\nx\n\n### Response:", "### Instruction:\nw\n\n### Response:"]
+    assert len(rows_of(tmp_path / "out.csv")) == 3
+
+
 # ------------------------------------------------------------------------------------------------------------- CSV
 
 
@@ -160,8 +202,9 @@ def test_a_csv_comes_back_with_answers(tuned, base, tmp_path, capsys):
 def test_a_byte_order_mark_is_no_part_of_a_columns_name(tmp_path):
     (tmp_path / "in.csv").write_bytes(b"\xef\xbb\xbfprompt,id\na,1\n")
     args = {"data_path": str(tmp_path / "in.csv"), "output_path": str(tmp_path / "out.csv"), "source": "prompt"}
-    generate.answer_csv({}, SimpleNamespace(**args, max_new_tokens=1, batch_size=1))
-    assert (tmp_path / "out.csv").read_bytes() == b"prompt,id\na,1\n"
+    silent = SimpleNamespace(template=load_template("none"), prompts=lambda rows: [], answers=lambda *asked: [])
+    generate.answer_csv({"tuned": silent}, SimpleNamespace(**args, max_new_tokens=1, batch_size=1))
+    assert (tmp_path / "out.csv").read_bytes() == b"prompt,id,answer\na,1,\n"
 
 
 def test_batches_are_sorted_by_length_and_change_no_answer(tiny_llama):
@@ -177,7 +220,7 @@ def test_batches_are_sorted_by_length_and_change_no_answer(tiny_llama):
         expected[index] = (text, not ended)
     assert len({text for text, _ in expected.values()}) > 1
     for batch_size in (1, 2, 5):
-        answers = list(loaded.answers(questions, 8, batch_size))
+        answers = list(loaded.answers(loaded.prompts([{"instruction": q} for q in questions]), 8, batch_size))
         assert {index: (text, cut) for index, text, cut in answers} == expected
     assert [index for index, _, _ in answers] == sorted(range(5), key=lambda index: len(prompts[index]), reverse=True)
 
@@ -237,7 +280,7 @@ def test_settings_that_a_model_came_with_change_no_answer(tuned, tmp_path):
 def test_a_model_without_a_template(base):
     assert problems("--model", base, "--instruction", "w") == [
         f"--model {base}: no prompt_template.txt there, so the prompts that it was trained with are not known. Give "
-        "--prompt_template: 'none' (the instruction is the whole prompt), 'alpaca', or a text file with one {instruction}."
+        "--prompt_template: 'none' (the instruction is the whole prompt), 'alpaca', 'chat', or a text file with {instruction}."
     ]
 
 

@@ -53,7 +53,8 @@ def test_rows_without_text_or_room_are_dropped_and_long_ones_cut(write, make):
     assert dataset.row_numbers.tolist() == [2, 3, 4, 10]
     assert dataset.lengths.tolist() == [6, 6, 6, 5] and dataset.prompt_lengths.tolist() == [2, 2, 5, 3]
     assert dataset.counts == {
-        "rows_read": 9, "rows_empty": 4, "rows_no_room": 1, "rows_cut": 2, "kept": 4, "tokens": 23, "trained_tokens": 11,
+        "rows_read": 9, "rows_empty": 4, "rows_no_room": 1, "rows_cut": 2, "rows_shortened": 0, "rows_disagreed": 0,
+        "kept": 4, "tokens": 23, "trained_tokens": 11,
         "largest_id": EOS,
     }  # fmt: skip
 
@@ -62,7 +63,7 @@ def test_nothing_left_is_an_error_with_the_counts(write, make):
     path = write([("abc", "d"), ("", "b")])
     assert problems_of(make, path, max_length=4) == [
         f"{path}: 2 rows read; 1 dropped as empty, 1 dropped because the prompt leaves no room, 0 kept, of which 0 are cut "
-        "and lost their EOS. Nothing is left to train on: raise --model_max_length or mend the rows."
+        "and lost their EOS. Nothing is left to train on: raise --model_max_length; fill in the empty prompts and responses, or name other columns."
     ]
 
 
@@ -84,7 +85,9 @@ def test_prompt_and_response_do_not_merge(write, make):
 @MANY
 @given(cells=st.lists(st.tuples(CELLS, CELLS), min_size=1, max_size=6), max_length=st.integers(4, 80))
 def test_trained_tokens_are_the_response_and_eos(tmp_path_factory, characters, cells, max_length):
-    batch = utils.tokenize(cells, characters, "{instruction}", False, max_length)
+    batch = utils.tokenize(
+        [list(row) if all(map(str.strip, row)) else token_cache.EMPTY for row in cells], characters, False, max_length
+    )
     outcomes = {row: token_cache.OUTCOMES[outcome] for row, outcome in zip(cells, batch.outcomes)}
     starts = np.cumsum(batch.lengths) - batch.lengths
     kept = [row for row, outcome in zip(cells, batch.outcomes) if token_cache.OUTCOMES[outcome] in ("kept", "cut")]
@@ -134,8 +137,10 @@ def test_a_tokenizer_written_in_python_gives_the_same_rows(write, make):
     slow, fast = (
         make(path, tokenizer=tokenizer)["train_dataset"] for tokenizer in (SlowCharacters(), character_tokenizer())
     )
-    assert slow.rows.folder != fast.rows.folder
-    assert np.array_equal(slow.rows.tokens, fast.rows.tokens) and np.array_equal(slow.lengths, fast.lengths)
+    assert slow.parts[0].rows.folder != fast.parts[0].rows.folder
+    assert np.array_equal(slow.parts[0].rows.tokens, fast.parts[0].rows.tokens) and np.array_equal(
+        slow.lengths, fast.lengths
+    )
 
 
 def test_prompts_and_responses_are_compared_with_the_reference(write, make, characters, monkeypatch):
@@ -152,11 +157,12 @@ def test_prompts_and_responses_are_compared_with_the_reference(write, make, char
 
 def test_the_dataset_maps_the_file_and_never_copies_it(write, make):
     dataset = make(write([(f"prompt {n}", "r" * (n % 7 + 1)) for n in range(500)]))["train_dataset"]
-    assert isinstance(dataset.rows.tokens.base, np.memmap) and not dataset.rows.tokens.flags.writeable
+    rows = dataset.parts[0].rows
+    assert isinstance(rows.tokens.base, np.memmap) and not rows.tokens.flags.writeable
     before = examples_of(dataset)
     dataset[3]["input_ids"][:] = 0  # an example is the caller's own
-    pickled = pickle.dumps(dataset.rows)  # what a data loader's worker is sent
-    assert len(pickled) < 1000 < dataset.rows.tokens.nbytes
+    pickled = pickle.dumps(rows)  # what a data loader's worker is sent
+    assert len(pickled) < 1000 < rows.tokens.nbytes
     assert isinstance(pickle.loads(pickled).tokens.base, np.memmap)
     assert examples_of(pickle.loads(pickle.dumps(dataset))) == before == examples_of(dataset)
 

@@ -1,23 +1,28 @@
 """Describe the rows before a run trains on them: a few lines in every run, everything with --check_data True.
 
-The audit costs less than tokenizing: it reads the CSV once more and counts in the tokenized rows.
+The audit costs less than tokenizing: it reads the files once more and counts in the tokenized rows.
 """
 
 import json
 import re
 import sys
 from collections import Counter
-from itertools import chain, islice
+from collections.abc import Iterator
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from sft import IGNORE_INDEX
 from sft.arithmetic import Arithmetic
 from sft.data.checks import check_vocabulary, too_many_positions
-from sft.data.csv_rows import read_csv
-from sft.data.template import load_template
-from sft.data.token_cache import CUT, KEPT, TokenizedRows
+from sft.data.encode import control_tokens
+from sft.data.files import read_rows
+from sft.data.mixture import Part
+from sft.data.segments import Rows
+from sft.data.template import PLACE
+from sft.data.token_cache import CUT, KEPT, SHORTENED, TokenizedRows
 from sft.flags import DataArguments, TrainingArguments
 from sft.job import printable, rank
 
@@ -27,13 +32,28 @@ SAMPLE = 1000  # rows from which the prompts' common ending is learned
 LONGEST_ENDING = 32  # characters
 
 
-def describe_rows(path: str, counts: dict[str, int]) -> str:
-    """What became of a CSV's rows, in one line."""
-    return (
-        f"{path}: {counts['rows_read']:,} rows read; {counts['rows_empty']:,} dropped as empty, "
-        f"{counts['rows_no_room']:,} dropped because the prompt leaves no room, {counts['kept']:,} kept, "
-        f"of which {counts['rows_cut']:,} are cut and lost their EOS"
-    )
+def describe_part(part: Part) -> str:
+    """What became of a file's rows, in one line."""
+    counts = part.rows.counts()
+    lost = [
+        f"{counts['rows_empty']:,} dropped as empty",
+        f"{counts['rows_no_room']:,} dropped because the prompt leaves no room",
+    ]
+    if counts["rows_disagreed"]:
+        rows = ", ".join(map(str, part.rows.rows_with("disagreed")[:ROWS_SHOWN])) + ", …" * (
+            counts["rows_disagreed"] > ROWS_SHOWN
+        )
+        lost.append(
+            f"{counts['rows_disagreed']:,} dropped because the template shows an earlier turn otherwise later (rows {rows})"
+        )
+    kept = f"{counts['kept']:,} kept, of which {counts['rows_cut']:,} are cut and lost their EOS"
+    if counts["rows_shortened"]:
+        kept += f" and {counts['rows_shortened']:,} lost whole turns at their end"
+    if part.times < 1:
+        kept += f"; {len(part.kept):,} of them are taken (*{part.times:g})"
+    elif part.times > 1:
+        kept += f"; each is taken {part.times:g} times"
+    return f"{part.path}: {counts['rows_read']:,} rows read; {', '.join(lost)}, {kept}"
 
 
 def describe_datasets(train_dataset: Any, eval_dataset: Any | None) -> str:
@@ -43,8 +63,10 @@ def describe_datasets(train_dataset: Any, eval_dataset: Any | None) -> str:
         if dataset is not None:
             counts, lengths = dataset.counts, dataset.lengths
             median, high = np.percentile(lengths, (50, 99))
+            answers = np.concatenate([part.answers() for part in dataset.parts])
+            turns = f" with {answers.sum():,} answers (up to {answers.max()})" if answers.max() > 1 else ""
             lines.append(
-                f"{name}: {counts['kept']:,} examples, {counts['tokens']:,} tokens, {counts['trained_tokens']:,} of them "
+                f"{name}: {counts['kept']:,} examples{turns}, {counts['tokens']:,} tokens, {counts['trained_tokens']:,} of them "
                 f"trained ({counts['trained_tokens'] / counts['tokens']:.0%}); tokens per example: mean {lengths.mean():.0f}, "
                 f"median {median:.0f}, 99 % {high:.0f}, longest {lengths.max()}"
             )
@@ -53,19 +75,22 @@ def describe_datasets(train_dataset: Any, eval_dataset: Any | None) -> str:
 
 def describe_example(tokenizer: Any, dataset: Any, index: int, colour: bool) -> str:
     """One example as the model sees it, its trained tokens green on a terminal and in [...] elsewhere."""
-    ids = dataset[index]["input_ids"].tolist()
-    whole = tokenizer.decode(ids)
-    trained_from = len(tokenizer.decode(ids[: dataset.prompt_lengths[index]]))
+    example = dataset[index]
+    ids, trained = example["input_ids"].tolist(), (example["labels"] != IGNORE_INDEX).tolist()
     before, after = ("\033[32m", "\033[0m") if colour else ("[", "]")
-    text = f"{printable(whole[:trained_from])}{before}{printable(whole[trained_from:])}{after}"
-    return f"row {dataset.row_numbers[index]}, its trained tokens {'in green' if colour else 'in [...]'}:\n{text}"
+    whole, text, at = tokenizer.decode(ids), "", 0
+    for start, end in pairwise([0, *(i for i in range(1, len(ids)) if trained[i] != trained[i - 1]), len(ids)]):
+        ends = len(tokenizer.decode(ids[:end]))
+        piece = printable(whole[at:ends])
+        text, at = text + (f"{before}{piece}{after}" if trained[start] else piece), ends
+    return f"{dataset.where(index)}, its trained tokens {'in green' if colour else 'in [...]'}:\n{text}"
 
 
 class Finding(NamedTuple):
     """Something to know about the data, and the rows where it is."""
 
     what: str
-    rows: list[int]  # the header is row 1
+    rows: list[int] | list[str]  # by number; of several files FILE:NUMBER
     useless: bool = False  # a run on these data is not worth its time
 
     def __str__(self) -> str:
@@ -75,32 +100,39 @@ class Finding(NamedTuple):
         return f"{self.what}: {len(self.rows):,} (row{'s' if len(self.rows) > 1 else ''} {shown})"
 
 
-def check_data(tokenizer, data_args: DataArguments, args: TrainingArguments, config, dataset, evaluation=None) -> int:
+def check_data(
+    tokenizer, data_args: DataArguments, args: TrainingArguments, config, dataset, evaluation: list[Part]
+) -> int:
     """Audit the training data in place of training; the exit code, 1 when a run would be useless.
 
-    Each dataset is a SupervisedDataset over all kept rows: of --data_path, and of --eval_data_path if given.
+    Args:
+        dataset: a SupervisedDataset over all kept rows.
+        evaluation: the files of --eval_data_path.
     """
     if rank() != 0:
         return 0
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    parts = dataset.parts
     findings = [Finding(problem, [], useless=True) for problem in check_vocabulary(tokenizer, config)]
-    findings += token_findings(dataset.rows, tokenizer, config.vocab_size)
-    findings += leaks(dataset.rows, evaluation.rows) if evaluation else []
+    findings += token_findings(parts, tokenizer, config.vocab_size) + leaks(parts, evaluation)
     planned: dict[str, Any] = {}
     percentiles: dict[str, dict[str, int]] = {}
-    text, examples = [describe_rows(data_args.data_path, dataset.counts), ""], []
+    text, examples = [*map(describe_part, parts), ""], []
     if len(dataset):
+        if max(part.answers().max(initial=0) for part in parts) > 1:
+            text[-1:] = [describe_datasets(dataset, None), ""]
         prompts, totals = dataset.prompt_lengths, dataset.lengths
         lengths = {"prompt": prompts, "response": totals - prompts, "total": totals}
-        title = f"{len(dataset):,} examples of {Path(data_args.data_path).name}"
+        title = f"{len(dataset):,} examples of {', '.join(Path(part.path).name for part in parts)}"
         draw_lengths(folder / "data_lengths.png", title, lengths, args.model_max_length)
         planned, never_reached = plan(totals, args)
         positions, refused = too_many_positions(config, totals)
         if positions:
-            rows = dataset.row_numbers[totals > config.max_position_embeddings]
-            findings.append(Finding(positions, rows.tolist(), refused))
-        findings += text_findings(dataset.rows, tokenizer, data_args) + never_reached
+            too_long = np.flatnonzero(totals > config.max_position_embeddings).tolist()
+            numbers = dataset.row_numbers[too_long].tolist() if len(parts) == 1 else map(dataset.where, too_long)
+            findings.append(Finding(positions, [*dict.fromkeys(numbers)], refused))
+        findings += text_findings(parts, Rows(data_args, tokenizer)) + never_reached
         text.append(f"{'tokens':10}" + "".join(f"{f'{p} %':>8}" for p in PERCENTILES))
         for name, part in lengths.items():
             values = np.percentile(part, PERCENTILES, method="higher").tolist()
@@ -117,7 +149,12 @@ def check_data(tokenizer, data_args: DataArguments, args: TrainingArguments, con
     verdict = f"useless: {useless}" if useless else "ready to train"
     if findings and not useless:
         verdict += f"; {len(findings)} finding{'s' if len(findings) > 1 else ''} to look at first"
-    report = {"data_path": data_args.data_path, "verdict": verdict, "useless": bool(useless), "counts": dataset.counts}
+    report = {
+        "data_path": ", ".join(data_args.data_path),
+        "verdict": verdict,
+        "useless": bool(useless),
+        "counts": dataset.counts,
+    }
     report |= {"percentiles": percentiles, "plan": planned, "findings": [finding._asdict() for finding in findings]}
     (folder / "data_report.json").write_text(json.dumps(report, indent=1) + "\n")
     print("\n".join([*text, *(f"- {finding}" for finding in findings), *examples, "", f"verdict: {verdict}"]))
@@ -125,80 +162,115 @@ def check_data(tokenizer, data_args: DataArguments, args: TrainingArguments, con
     return int(bool(useless))
 
 
-def _found(row_numbers: dict[str, np.ndarray]) -> list[Finding]:
-    return [Finding(what, rows.tolist()) for what, rows in row_numbers.items() if len(rows)]
+def _found(parts: list[Part], masks: dict[str, list[np.ndarray]]) -> list[Finding]:
+    """What each file's rows, by number, have shown."""
+    found = []
+    for what, rows_of_parts in masks.items():
+        rows: Any = [row for rows in rows_of_parts for row in rows.tolist()]
+        if len(parts) > 1:
+            rows = [f"{part.path}:{row}" for part, rows in zip(parts, rows_of_parts) for row in rows.tolist()]
+        if rows:
+            found.append(Finding(what, rows))
+    return found
 
 
-def text_findings(rows: TokenizedRows, tokenizer: Any, data_args: DataArguments) -> list[Finding]:
-    """What the cells of the kept rows show, in one pass over the CSV."""
-    template = load_template(data_args.prompt_template)
-    bare = template == "{instruction}"
-    frame = [line.strip() for line in template.replace("{instruction}", "\n").split("\n") if len(line.strip()) > 7]
+def _texts(part: Part, rows: Rows) -> Iterator[tuple[str, str, str]]:
+    """(all that is read before the first answer, the questions, the answers) of each kept row of a file."""
+    kept = np.isin(part.rows.outcomes, (KEPT, CUT, SHORTENED))
+    first = part.rows.first_row
+    for number, cells in read_rows(part.path, *rows.how):
+        if kept[number - first]:
+            yield rows.texts(f"{part.path}, row {number}", cells)
+
+
+def text_findings(parts: list[Part], rows: Rows) -> list[Finding]:
+    """What the cells of the kept rows show, in one pass over the files."""
+    template, tokenizer = rows.template, rows.tokenizer
+    bare = template.text == "{instruction}" and not rows.rendered
+    lines = [line.strip() for form in template.forms for line in PLACE.sub("\n", form).split("\n")]
+    frame = [line for line in lines if len(line) > 7]
     control_texts = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    control = re.compile("|".join(map(re.escape, control_texts)) or r"(?!)")
-    kept = np.isin(rows.outcomes, (KEPT, CUT))
-    cells = (row for row in read_csv(data_args.data_path, data_args.source, data_args.target) if kept[row[0] - 2])
-    head = list(islice(cells, SAMPLE))
+    control = control_tokens(tokenizer)
+    texts = chain.from_iterable(_texts(part, rows) for part in parts)
+    head = list(islice(texts, SAMPLE))
     endings = Counter(source.rsplit("\n", 1)[-1][-LONGEST_ENDING:] for _, source, _ in head)
     ending, times = endings.most_common(1)[0]
     if not (bare and ending.strip() and times > max(1, len(head) / 2)):
         ending = ""  # most prompts share none
     facts = (
         (
-            hash(source),
-            hash((source, target)),
+            hash(prompt),
+            hash((prompt, target)),
             control.search(source) or control.search(target),
-            template.replace("{instruction}", source).endswith(" "),
+            prompt.endswith(" "),
             (ending and source.count(ending) > 1) or any(line in source for line in frame),
             bare and not (ending and source.endswith(ending)),
         )
-        for _, source, target in chain(head, cells)
+        for prompt, source, target in chain(head, texts)
     )
     table = np.fromiter(facts, "i8, i8, ?, ?, ?, ?")
-    prompts, pairs, control_tokens, spaces, templated, untemplated = (table[name] for name in table.dtype.names)
+    prompts, pairs, control_tokens_spelt, spaces, templated, untemplated = (table[name] for name in table.dtype.names)
     places = np.arange(len(table))
     again, pair_again = (~np.isin(places, np.unique(keys, return_index=True)[1]) for keys in (prompts, pairs))
     common = "prompts do not end as most do" if ending else "prompts look untemplated: they have no common ending"
     masks = {
         "rows repeat an earlier one, prompt and response": pair_again,
         "rows have an earlier row's prompt and another response": again & ~pair_again,
-        f"rows spell a control token ({', '.join(control_texts[:4])}); it is encoded as text": control_tokens,
+        f"rows spell a control token ({', '.join(control_texts[:4])}); it is encoded as text": control_tokens_spelt,
         "prompts end in a space: most responses then tokenize differently from what generation sees": spaces,
         "prompts were put into the template before": templated,
         f"{common}; --prompt_template alpaca wraps bare instructions": untemplated,
     }
-    return _found({what: rows.row_numbers[mask] for what, mask in masks.items()})
+    edges = np.cumsum([len(part.rows.lengths) for part in parts])[:-1]
+    return _found(
+        parts,
+        {
+            what: [part.rows.row_numbers[part_mask] for part, part_mask in zip(parts, np.split(mask, edges))]
+            for what, mask in masks.items()
+        },
+    )
 
 
-def leaks(train_rows: TokenizedRows, eval_rows: TokenizedRows) -> list[Finding]:
+def leaks(train_parts: list[Part], eval_parts: list[Part]) -> list[Finding]:
     """Evaluation rows whose prompt is also trained on; an --eval_split has none (`hold_out`)."""
-    evaluated, trained = (np.fromiter(rows.prompt_digests(), np.int64) for rows in (eval_rows, train_rows))
+    trained = np.concatenate([part.digests() for part in train_parts])
     what = "rows of --eval_data_path have a prompt that is also trained on; they say little about new prompts"
-    return _found({what: eval_rows.row_numbers[np.isin(evaluated, trained)]})
+    return _found(eval_parts, {what: [p.rows.row_numbers[p.kept[np.isin(p.digests(), trained)]] for p in eval_parts]})
 
 
-def token_findings(rows: TokenizedRows, tokenizer: Any, vocabulary_size: int) -> list[Finding]:
+def token_findings(parts: list[Part], tokenizer: Any, vocabulary_size: int) -> list[Finding]:
     """What the outcomes and the tokens show."""
+    every = [part.rows for part in parts]
     byte_ids = [i for token, i in tokenizer.get_vocab().items() if re.fullmatch(r"<0x(?!0[9AD])[0-9A-F]{2}>", token)]
     # GPT-2's family names its EOS as unk too: there every byte is in the vocabulary and nothing is unknown.
     unk_ids = [] if tokenizer.unk_token_id in (None, tokenizer.eos_token_id) else [tokenizer.unk_token_id]
-    (with_bytes, _), (with_unk, unk_tokens) = _rows_with_ids(rows, byte_ids), _rows_with_ids(rows, unk_ids)
-    cut = rows.rows_with("cut")
+    with_bytes = [_rows_with_ids(rows, byte_ids)[0] for rows in every]
+    with_unk = [_rows_with_ids(rows, unk_ids) for rows in every]
     found = {
-        "rows dropped: an empty prompt or response": rows.rows_with("empty"),
-        "rows dropped: the prompt leaves no room in --model_max_length": rows.rows_with("no_room"),
-        "rows cut at --model_max_length; they lose their EOS": cut,
+        "rows dropped: an empty prompt or response": [rows.rows_with("empty") for rows in every],
+        "rows dropped: the prompt leaves no room in --model_max_length": [rows.rows_with("no_room") for rows in every],
+        "rows dropped: the template shows an earlier turn otherwise later": [
+            rows.rows_with("disagreed") for rows in every
+        ],
+        "rows cut at --model_max_length; they lose their EOS": [rows.rows_with("cut") for rows in every],
+        "rows shortened to --model_max_length; they lose their last turns": [
+            rows.rows_with("shortened") for rows in every
+        ],
         "rows with characters that are not in the vocabulary and became single bytes": with_bytes,
-        "rows with characters that the tokenizer does not know and replaced by unk": with_unk,
+        "rows with characters that the tokenizer does not know and replaced by unk": [
+            numbers for numbers, _ in with_unk
+        ],
     }
-    outside = f"token id {rows.largest_id} is outside the model's embedding of {vocabulary_size}"
+    kept, cut = (sum(map(len, values)) for values in ([r.lengths for r in every], [r.rows_with("cut") for r in every]))
+    largest_id, tokens = max(rows.largest_id for rows in every), sum(len(rows.tokens) for rows in every)
     useless = {
-        "no row is left to train on": not len(rows.lengths),
-        "every row is cut, so no EOS is trained and the model never learns to stop": 0 < len(rows.lengths) == len(cut),
-        "most tokens are unk: this is not a tokenizer for these texts": unk_tokens * 2 > len(rows.tokens),
-        outside: rows.largest_id >= vocabulary_size,
+        "no row is left to train on": not kept,
+        "every row is cut, so no EOS is trained and the model never learns to stop": 0 < kept == cut,
+        "most tokens are unk: this is not a tokenizer for these texts": sum(times for _, times in with_unk) * 2
+        > tokens,
+        f"token id {largest_id} is outside the model's embedding of {vocabulary_size}": largest_id >= vocabulary_size,
     }
-    return _found(found) + [Finding(what, [], useless=True) for what, is_so in useless.items() if is_so]
+    return _found(parts, found) + [Finding(what, [], useless=True) for what, is_so in useless.items() if is_so]
 
 
 def plan(lengths: np.ndarray, args: TrainingArguments) -> tuple[dict[str, Any], list[Finding]]:

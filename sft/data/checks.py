@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from sft.data.csv_rows import header_problems
+from sft.data.files import DataFile, header_problems
+from sft.data.segments import columns_of
 from sft.data.template import load_template
 from sft.data.tokenizer_files import added_around
 from sft.job import UserError
@@ -20,16 +21,24 @@ if TYPE_CHECKING:  # the commands read tokenizers without the Trainer's argument
 def data_problems(data_args: "DataArguments") -> list[str]:
     """Problems that are known before a row is tokenized: template, files, columns."""
     problems = []
+    template = None
     try:
-        load_template(data_args.prompt_template)
+        template = load_template(data_args.prompt_template, conversations=bool(data_args.messages))
     except UserError as error:
         problems += error.problems
     if data_args.eval_data_path and data_args.eval_split:
         problems.append("--eval_data_path and --eval_split both name the evaluation data. Give one of them.")
     if not 0 <= data_args.eval_split < 1:
         problems.append(f"--eval_split {data_args.eval_split:g}: give a share from 0 up to 1, such as 0.02.")
-    for path in filter(None, (data_args.data_path, data_args.eval_data_path)):
-        problems += header_problems(path, data_args.source, data_args.target)
+    if data_args.train_on not in ("all", "last"):
+        problems.append(f"--train_on {data_args.train_on}: choose all (every answer) or last.")
+    if data_args.source == data_args.target and not data_args.messages:
+        problems.append(f"--source and --target are both {data_args.source!r}. Name two columns.")
+    for file in map(DataFile.of, [*(data_args.data_path or []), *(data_args.eval_data_path or [])]):
+        columns = columns_of(data_args, template or load_template("none"))
+        problems += file.problems() + header_problems(
+            file.path, columns, not data_args.messages, data_args.allow_numbers
+        )
     return problems
 
 

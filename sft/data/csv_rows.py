@@ -8,40 +8,43 @@ Rows are numbered as a spreadsheet shows them: the header is row 1, the first re
 import csv
 import os
 import re
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-
-from tqdm import tqdm
 
 from sft.job import UserError
 
 LARGEST_CELL = 64 * 2**20  # characters; beyond it a quote was never closed, and the rest of the file would be one cell
 PROBLEMS_SHOWN = 10
 NUL, BAD_BYTE = "\0", re.compile("[\0\udc80-\udcff]")
-ROWS_PER_BATCH, CHARACTERS_PER_BATCH = 256, 2**20  # small, so that all cores end together; bounded in memory
 
 
 def read_csv(
-    path: str, source: str, target: str | None, progress: Callable[[int], object] = lambda bytes_read: None
-) -> Iterator[tuple[int, str, str]]:
-    """Yield (row number, source cell, target cell) of every record; both cells are empty for a blank line.
+    path: str,
+    columns: Mapping[str, str | None],
+    progress: Callable[[int], object] = lambda bytes_read: None,
+    delimiter: str = ",",
+) -> Iterator[tuple[int, tuple[str, ...]]]:
+    """Yield (row number, its cells in these columns) of every record; all cells are empty for a blank line.
 
-    Without a target (questions, no answers) every target cell is empty. After the first faulty row nothing more is
-    yielded, and the rest is read for further faults: a UserError names the first ten, each with its row.
+    After the first faulty row nothing more is yielded, and the rest is read for further faults: a UserError names the first
+    ten, each with its row.
+
+    Args:
+        columns: each column with the flag that names it; None for one that may be missing, whose cells are then empty.
+        progress: called with the number of bytes read.
     """
     csv.field_size_limit(LARGEST_CELL)
     problems = []
     row_number = 0  # of the last row that was read whole
     try:
         with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            reader = csv.reader(file, strict=True)
+            reader = csv.reader(file, strict=True, delimiter=delimiter)
             header = next(reader, [])
             row_number = 1
-            problems = _bad_bytes(f"{path}, row 1", [], header) or _header_problems(path, header, source, target)
+            problems = _bad_bytes(f"{path}, row 1", [], header) or _header_problems(path, header, columns, delimiter)
             if problems:
                 raise UserError(problems)
-            at_source, at_target = header.index(source), None if target is None else header.index(target)
+            places = [header.index(name) if name in header else len(header) for name in columns]
             for row_number, row in enumerate(reader, 2):
                 where = f"{path}, row {row_number}"
                 if row and len(row) != len(header):
@@ -53,15 +56,16 @@ def read_csv(
                     problems += bad
                     break  # the whole file may be of another encoding
                 elif not problems:
-                    row = row or [""] * len(header)
-                    yield row_number, row[at_source], "" if at_target is None else row[at_target]
+                    row = [*row, ""] if row else [""] * (len(header) + 1)
+                    yield row_number, tuple([row[place] for place in places])
                     progress(file.buffer.tell())  # type: ignore[attr-defined]  # a file has it
                 if len(problems) == PROBLEMS_SHOWN:
                     break
     except OSError as error:
-        problems.append(f"{path}: {error.strerror}. Give a CSV file that can be read.")
+        problems.append(f"{path}: {error.strerror}. Give a file that can be read.")
     except csv.Error as error:
-        problems.append(f"{path}, row {row_number + 1}: {_CURES.get(str(error).split(' (')[0], str(error))}")
+        said = str(error).split(" (")[0].replace(f"'{delimiter}'", "','")
+        problems.append(f"{path}, row {row_number + 1}: {_CURES.get(said, str(error))}")
     if problems:
         raise UserError(problems)
     if row_number == 1:
@@ -77,54 +81,32 @@ _CURES = {  # what csv.reader says -> what to do
 }
 
 
-def read_batches(path: str, source: str, target: str) -> Iterator[list[tuple[str, str]]]:
-    """Yield the rows in batches of (source cell, target cell), with a progress bar over the file's bytes."""
-    seconds = 0.1 if sys.stderr.isatty() else 60  # a log file needs no animation
-    size, title = os.path.getsize(path), f"tokenizing {path}"
-    with tqdm(total=size, unit="B", unit_scale=True, desc=title, mininterval=seconds) as bar:
-        batch: list[tuple[str, str]] = []
-        characters = 0
-        for _, prompt, response in read_csv(path, source, target, lambda at: bar.update(at - bar.n)):
-            batch.append((prompt, response))
-            characters += len(prompt) + len(response)
-            if len(batch) == ROWS_PER_BATCH or characters > CHARACTERS_PER_BATCH:
-                yield batch
-                batch, characters = [], 0
-        yield batch
-
-
-def header_problems(path: str, source: str, target: str | None) -> list[str]:
-    """Problems that a CSV's first rows show: the file, and its columns."""
-    try:
-        next(read_csv(path, source, target))
-    except UserError as error:
-        return error.problems
-    return []
-
-
 def quoted(text: str, longest: int = 60) -> str:
     """The text in quotes for a message: one line, control characters and escape sequences spelt out, shortened."""
     return repr(text if len(text) <= longest else text[: longest - 1] + "…")
 
 
-def _header_problems(path: str, header: list[str], source: str, target: str | None) -> list[str]:
+def column_problems(path: str, there: list[str], columns: Mapping[str, str | None]) -> list[str]:
+    """The columns that a file lacks."""
+    named = f"Its columns are {', '.join(quoted(name) for name in there[:50])}"
+    missing = [(name, flag) for name, flag in columns.items() if flag and name not in there]
+    return [f"{path}: no column {quoted(name)}. {named}. Name the right one with {flag}." for name, flag in missing]
+
+
+def _header_problems(path: str, header: list[str], columns: Mapping[str, str | None], delimiter: str) -> list[str]:
     if not header:
         empty = os.path.getsize(path) == 0
         return [f"{path}: {'the file is empty' if empty else 'row 1 is blank'}. Its first row must name the columns."]
-    columns = f"Its columns are {', '.join(quoted(name) for name in header[:50])}"
-    problems = [
-        f"{path}: no column {quoted(name)}. {columns}. Name the right one with {flag}."
-        for name, flag in ((source, "--source"), (target, "--target"))
-        if name is not None and name not in header
-    ]
-    problems += [
+    needed, line = {name for name, flag in columns.items() if flag}, delimiter.join(header)
+    for other, name in {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}.items():
+        if not needed <= set(header) and needed <= {cell.strip('" ') for cell in line.split(other)}:
+            named = "Name it .tsv" if other == "\t" else "Name it .csv" if other == "," else "Save it with commas"
+            return [f"{path}: its columns are separated by {name} ({quoted(other)}). {named}."]
+    return column_problems(path, header, columns) + [
         f"{path}: {header.count(name)} columns are named {quoted(name)}. Rename or remove one."
         for name in dict.fromkeys(header)
         if name and header.count(name) > 1  # unnamed columns are what spreadsheets add
     ]
-    if source == target:
-        problems.append(f"{path}: --source and --target are both {quoted(source)}. Name two columns.")
-    return problems
 
 
 def _bad_bytes(where: str, header: list[str], row: list[str]) -> list[str]:

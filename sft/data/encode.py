@@ -3,6 +3,7 @@
 import copy
 import functools
 import json
+import re
 from array import array
 
 from tokenizers import Tokenizer
@@ -50,6 +51,68 @@ def encode_responses(tokenizer, texts: list[str], *, allow_control_tokens: bool 
     if not tokenizer.is_fast:
         return [_slow_continuation(tokenizer, text, allow_control_tokens) for text in texts]
     return encode(tokenizer, "response", texts, False, allow_control_tokens)
+
+
+GUARD = "\ufdd0"  # a noncharacter of Unicode, never in a text: it marks the texts of control tokens that are text
+
+
+def guard(tokenizer, text: str) -> str:
+    """Mark what spells a control token in a message, so that it stays text in a template's rendering."""
+    return control_tokens(tokenizer).sub(lambda token: token[0][0] + GUARD + token[0][1:], text.replace(GUARD, ""))
+
+
+@functools.cache
+def control_tokens(tokenizer) -> re.Pattern:
+    """Finds the texts of control tokens."""
+    texts = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or r"(?!)")
+
+
+def encode_rendered(tokenizer, use: str, texts: list[str], bos: bool) -> list[array]:
+    """Ids of what a template has rendered: its control tokens are tokens, and those that are guarded are text."""
+    encoded = encode(tokenizer, use, [text.replace(GUARD, "") for text in texts], bos, True)
+    for place, text in enumerate(texts):
+        if GUARD in text:
+            ids, at = array("i"), 0
+            for token in [*control_tokens(tokenizer).finditer(text), None]:
+                piece = text[at : token.start() if token else None].replace(GUARD, "")
+                first = use if at == 0 else "response"
+                ids += encode(tokenizer, first, [piece], bos and at == 0)[0]
+                if token:
+                    ids.append(tokenizer.convert_tokens_to_ids(token[0]))
+                    at = token.end()
+            encoded[place] = ids
+    return encoded
+
+
+def encode_segments(
+    tokenizer, rows: list[list[str]], allow_control_tokens: bool, rendered: bool = False, bos: bool = True
+) -> list[list[array] | None]:
+    """Ids of each row's segments, the first as generation begins, the others as continuations, an EOS behind each that is trained.
+
+    None for a row of several turns whose text, encoded at once as generation will at its last turn, has other ids.
+
+    Args:
+        rendered: the segments are pieces of a template's rendering, which wrote the control tokens itself.
+        bos: a rendering gets its BOS from the tokenizer.
+    """
+    firsts, others = [row[0] for row in rows], [text for row in rows for text in row[1:]]
+    if rendered:
+        first_ids = encode_rendered(tokenizer, "prompt", firsts, bos)
+        other_ids = iter(encode_rendered(tokenizer, "response", others, False))
+    else:
+        first_ids = encode_prompts(tokenizer, firsts, allow_control_tokens=allow_control_tokens)
+        other_ids = iter(encode_responses(tokenizer, others, allow_control_tokens=allow_control_tokens))
+    encoded: list = [[ids, *(next(other_ids) for _ in row[1:])] for row, ids in zip(rows, first_ids, strict=True)]
+    for segments in encoded:
+        for trained in segments[1::2]:
+            trained.append(tokenizer.eos_token_id)
+    long = [place for place, row in enumerate(rows) if len(row) > 2]
+    texts = ["".join(text + tokenizer.eos_token * (at % 2) for at, text in enumerate(rows[place])) for place in long]
+    for place, ids in zip(long, encode_rendered(tokenizer, "prompt", texts, bos) if long else []):
+        if ids != sum(encoded[place], array("i")):
+            encoded[place] = None
+    return encoded
 
 
 def encode(tokenizer, use: str, texts: list[str], bos: bool, allow_control_tokens: bool = False) -> list[array]:

@@ -3,11 +3,12 @@
 An entry is a folder named by its key, a digest of everything that decides its content:
 
     tokens.bin           int32, the input_ids of all kept rows end to end
-    lengths.npy          int32, tokens of each kept row; prompt_lengths.npy: how many of them are the prompt's
-    outcomes.npy         uint8, what became of each row of the CSV: KEPT, CUT, EMPTY or NO_ROOM
+    lengths.npy          int32, tokens of each kept row; prompt_lengths.npy: how many of them come before the first trained one
+    switches.npy         int64, places in tokens.bin where, later in a row, training stops and begins again; none of prompt and response
+    outcomes.npy         uint8, what became of each row of the file: its place in OUTCOMES
     meta.json            the key's parts, size and CRC-32 of each file, the largest id
 
-Labels follow from tokens and prompt lengths. An entry is built next to its place, under a file lock that the kernel
+Labels follow from tokens, prompt lengths and switches. An entry is built next to its place, under a file lock that the kernel
 releases when its holder dies, and then renamed. Sizes and checksums reveal what was damaged later.
 """
 
@@ -36,20 +37,30 @@ from filelock import FileLock, Timeout
 from sft.job import UserError, say
 
 VERSION = 2  # raise it when the same parts of a key come to mean other tokens, or the files another form
-OUTCOMES = ("kept", "cut", "empty", "no_room")  # of a row of the CSV
-KEPT, CUT, EMPTY, NO_ROOM = range(4)
-HOLD_OUT_SEED = 0  # the training seed does not decide which rows are held out
+OUTCOMES = (
+    "kept",
+    "cut",
+    "empty",
+    "no_room",
+    "shortened",
+    "disagreed",
+)  # of a row: cut and shortened ones are kept too
+KEPT, CUT, EMPTY, NO_ROOM, SHORTENED, DISAGREED = range(6)
 QUIET_WAIT_S = 2.0  # ranks of one machine ask at the same moment; shorter waits are not printed
 MOST_PROCESSES = 16  # one process reads and writes for about as many that tokenize
 
 
+NO_SWITCHES = np.empty(0, np.int64)
+
+
 class Batch(NamedTuple):
-    """Some rows of a CSV, tokenized; its arrays are those of `TokenizedRows`."""
+    """Some rows of a file, tokenized; its arrays are those of `TokenizedRows`."""
 
     tokens: np.ndarray
     lengths: np.ndarray
     prompt_lengths: np.ndarray
     outcomes: np.ndarray
+    switches: np.ndarray = NO_SWITCHES
 
 
 INDEX = Batch._fields[1:]  # each is a file of its own
@@ -64,14 +75,22 @@ class TokenizedRows:
     tokens: np.ndarray  # (all tokens,) int32
     lengths: np.ndarray  # (kept rows,) int32
     prompt_lengths: np.ndarray  # (kept rows,) int32
-    outcomes: np.ndarray  # (rows of the CSV,) uint8
+    outcomes: np.ndarray  # (rows of the file,) uint8
     largest_id: int
+    switches: np.ndarray = field(
+        default_factory=lambda: NO_SWITCHES
+    )  # int64, where training stops and begins again, as places in `tokens`
+    first_row: int = 2  # the number of the file's first row
     offsets: np.ndarray = field(init=False)  # (kept rows,) int64, where each row starts in `tokens`
-    row_numbers: np.ndarray = field(init=False)  # (kept rows,) int64, the header is row 1
+    trained: np.ndarray = field(init=False)  # (kept rows,) int64, trained tokens
+    row_numbers: np.ndarray = field(init=False)  # (kept rows,) int64
 
     def __post_init__(self):
         self.offsets = np.cumsum(self.lengths, dtype=np.int64) - self.lengths
-        self.row_numbers = self.rows_with("kept", "cut")
+        self.trained = self.lengths.astype(np.int64) - self.prompt_lengths
+        stops, begins = self.switches[::2], self.switches[1::2]
+        np.subtract.at(self.trained, np.searchsorted(self.offsets, stops, side="right") - 1, begins - stops)
+        self.row_numbers = self.rows_with("kept", "cut", "shortened")
 
     def __reduce__(self):
         return _open, (Path(self.folder),)
@@ -81,41 +100,19 @@ class TokenizedRows:
         return json.loads((Path(self.folder) / "meta.json").read_text())["key"]
 
     def rows_with(self, *outcomes: str) -> np.ndarray:
-        """Numbers of the CSV's rows that met one of these of OUTCOMES; the header is row 1."""
-        return np.flatnonzero(np.isin(self.outcomes, [OUTCOMES.index(outcome) for outcome in outcomes])) + 2
+        """Numbers of the file's rows that met one of these of OUTCOMES."""
+        return np.flatnonzero(np.isin(self.outcomes, list(map(OUTCOMES.index, outcomes)))) + self.first_row
 
     def prompt_digests(self) -> Iterator[int]:
         """A hash of each kept row's prompt; it differs between processes."""
         for start, length in zip(self.offsets.tolist(), self.prompt_lengths.tolist()):
             yield hash(self.tokens[start : start + length].tobytes())
 
-    def hold_out(self, share: float) -> tuple[np.ndarray, np.ndarray]:
-        """Split the kept rows at random into those to train on and those to evaluate, as positions in order.
-
-        Rows with the same prompt stay together: instruction data repeats prompts, and an evaluation that was trained on
-        says nothing. So the held-out share is at most the one asked for, and at least one prompt's rows.
-        """
-        digests = list(self.prompt_digests())
-        _, first, group = np.unique(digests, return_index=True, return_inverse=True)
-        group = np.argsort(np.argsort(first))[group]  # numbered by their first rows: the same in each process
-        order = np.random.default_rng(HOLD_OUT_SEED).permutation(len(first))
-        sizes = np.cumsum(np.bincount(group)[order])
-        wanted = max(1, round(len(digests) * share))
-        held_out = np.isin(group, order[: max(1, np.searchsorted(sizes, wanted, side="right"))])
-        if held_out.all():
-            raise UserError(
-                f"--eval_split {share:g} leaves none of {len(digests)} examples to train on; they have {len(first)} different "
-                "prompts. Give a smaller share, or evaluation rows of their own with --eval_data_path."
-            )
-        return np.flatnonzero(~held_out), np.flatnonzero(held_out)
-
     def counts(self) -> dict[str, int]:
-        """How many rows were read, kept, cut and dropped, and how many tokens they have."""
-        kept, cut, empty, no_room = np.bincount(self.outcomes, minlength=4).tolist()
-        trained = len(self.tokens) - int(self.prompt_lengths.sum(dtype=np.int64))
-        rows = {"rows_read": len(self.outcomes), "rows_empty": empty, "rows_no_room": no_room, "rows_cut": cut}
-        tokens = {"tokens": len(self.tokens), "trained_tokens": trained, "largest_id": self.largest_id}
-        return rows | {"kept": kept + cut} | tokens
+        """How many rows were read and kept, and what became of the others."""
+        found = np.bincount(self.outcomes, minlength=len(OUTCOMES)).tolist()
+        rows = {f"rows_{outcome}": found[place] for place, outcome in enumerate(OUTCOMES) if outcome != "kept"}
+        return {"rows_read": len(self.outcomes), **rows, "largest_id": self.largest_id, "kept": len(self.lengths)}
 
 
 def default_cache_dir() -> Path:
@@ -229,12 +226,13 @@ def _build(entry: Path, key: dict[str, Any], batches: Iterable[Batch]) -> None:
         shutil.rmtree(left, ignore_errors=True)
     building.mkdir()
     try:
-        index, largest_id = [], 0
+        index, largest_id, at = [], 0, 0
         with open(building / "tokens.bin", "wb") as tokens:
             for batch in batches:
                 tokens.write(batch.tokens)
                 largest_id = max(largest_id, int(batch.tokens.max(initial=0)))
-                index.append(batch[1:])
+                index.append(batch._replace(switches=batch.switches + at)[1:])
+                at += len(batch.tokens)
         for name, parts in zip(INDEX, zip(*index)):
             np.save(building / f"{name}.npy", np.concatenate(parts))
         files = {path.name: _size_and_crc(path) for path in sorted(building.iterdir())}
@@ -254,7 +252,8 @@ def _open(entry: Path, check: bool = False) -> TokenizedRows:
     tokens = np.empty(0, np.int32)  # an empty file cannot be mapped
     if len(index["lengths"]):
         tokens = np.asarray(np.memmap(entry / "tokens.bin", np.int32, "r"))
-    return TokenizedRows(str(entry), tokens, largest_id=meta["largest_id"], **index)
+    first_row = meta["key"].get("first_row", 2)
+    return TokenizedRows(str(entry), tokens, largest_id=meta["largest_id"], first_row=first_row, **index)
 
 
 def _size_and_crc(path: Path) -> list[int]:

@@ -62,16 +62,18 @@ class Report:
         """Note what is known before the first step.
 
         Args:
-            datasets: "train" and "eval", which may be None; each knows its `counts` and its `rows.key()`.
+            datasets: "train" and "eval", which may be None; each knows its `counts` and its `parts`.
             settled: whole sections by their names, such as batch, precision, attention and throughput.
         """
-        flags, rows = self.data_args, datasets["train"].rows
-        paths = {"train": flags.data_path, "eval": flags.eval_data_path or flags.data_path}
+        flags = self.data_args
+        columns = {"messages": flags.messages} if flags.messages else {"source": flags.source, "target": flags.target}
         for name, dataset in datasets.items():
             if dataset is not None:
-                origin = {"path": paths[name], "blake2b": dataset.rows.key()["csv"], "source": flags.source}
-                self.note("data", **{name: origin | {"target": flags.target} | dataset.counts})
-        digest, name = rows.key()["tokenizer"], self.model_args.model_name_or_path
+                origin = {"path": ", ".join(f"{part.path}*{part.times:g}".removesuffix("*1") for part in dataset.parts)}
+                origin["blake2b"] = ", ".join(part.rows.key()["file"] for part in dataset.parts)
+                self.note("data", **{name: origin | columns | dataset.counts})
+        digest = datasets["train"].parts[0].rows.key()["tokenizer"]
+        name = self.model_args.model_name_or_path
         sizes = {
             "parameters": model.num_parameters(),
             "trainable_parameters": model.num_parameters(only_trainable=True),

@@ -15,7 +15,7 @@ import transformers
 from torch.utils.data import DataLoader, Sampler
 from transformers.trainer_utils import EvalLoopOutput
 
-from sft.data.template import TEMPLATE_FILE
+from sft.data.template import TEMPLATE_FILES
 from sft.job import say
 from sft.model.answer import greedy_answers
 
@@ -59,9 +59,9 @@ def without_training(flags: Any) -> list[str]:
     if flags.do_train:
         return []
     flags.data_path = flags.data_path or flags.eval_data_path
-    saved = Path(flags.model_name_or_path, TEMPLATE_FILE)
-    if flags.prompt_template == "none" and saved.is_file():
-        flags.prompt_template = str(saved)
+    for saved in (Path(flags.model_name_or_path, name) for name in TEMPLATE_FILES):
+        if flags.prompt_template == "none" and saved.is_file():
+            flags.prompt_template = str(saved)
     wrong = {
         "--do_train False evaluates a model without training it. Add --do_eval True and --eval_data_path FILE.": not flags.do_eval
         or not (flags.eval_data_path or flags.eval_split),
@@ -178,7 +178,7 @@ class AnswersCallback(transformers.TrainerCallback):
     gathered by all; rank 0 keeps the text.
 
     Args:
-        dataset: the evaluation rows; has `prompt_lengths`.
+        dataset: the evaluation rows; has `first_answer`.
         count: how many prompts, taken evenly from the first row to the last.
         keep: called by rank 0 with each {"step", "prompt", "reference", "answer", "cut"}.
         generating: (model) -> a context in which it can generate: packed training has attention of its own.
@@ -187,8 +187,8 @@ class AnswersCallback(transformers.TrainerCallback):
     def __init__(self, dataset: Any, count: int, keep: Callable[[dict], None], generating: Callable = nullcontext):
         self.keep, self.generating = keep, generating
         rows = [index * len(dataset) // count for index in range(min(count, len(dataset)))]
-        cuts = [(dataset[row]["input_ids"].tolist(), int(dataset.prompt_lengths[row])) for row in rows]
-        self.prompts, self.references = [ids[:end] for ids, end in cuts], [ids[end:] for ids, end in cuts]
+        cuts = [(dataset[row]["input_ids"].tolist(), *dataset.first_answer(row)) for row in rows]
+        self.prompts, self.references = [ids[:a] for ids, a, _ in cuts], [ids[a:b] for ids, a, b in cuts]
 
     def on_evaluate(self, args, state, control, model=None, processing_class=None, **kwargs):
         # layers compiled for training would be compiled again for each length of the cache

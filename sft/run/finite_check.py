@@ -36,9 +36,7 @@ def explain_non_finite(trainer, micro_batches: list[tuple[dict, torch.Tensor]], 
         what = f"the loss is {guilty[0][2]}"
     else:
         what = f"every loss is finite but the gradient norm is {grad_norm}; any of these micro-batches can be the cause"
-    where = "\n".join(
-        f"  rank {r}, micro-batch {n}: CSV rows {', '.join(map(str, rows))}" for r, n, _, rows in guilty or every
-    )
+    where = "\n".join(f"  rank {r}, micro-batch {n}: {', '.join(rows)}" for r, n, _, rows in guilty or every)
     return (
         f"step {step + 1}: {what}\n{where}\n"
         f"The update was not applied: the weights are those of step {step}. {saved}.\n"
@@ -47,12 +45,12 @@ def explain_non_finite(trainer, micro_batches: list[tuple[dict, torch.Tensor]], 
     )
 
 
-def rows_of(inputs: dict, dataset) -> list[int]:
-    """CSV rows (the header is row 1) of a micro-batch, found by its tokens (all rows with them, if several are equal).
+def rows_of(inputs: dict, dataset) -> list[str]:
+    """The rows of a micro-batch, found by its tokens (all rows with them, if several are equal).
 
     Args:
         inputs: a micro-batch of `PackedCollator`, or a padded one (`attention_mask`).
-        dataset: with `lengths`, `row_numbers` and `[i]["input_ids"]`.
+        dataset: with `lengths`, `where(i)` and `[i]["input_ids"]`.
     """
     ids = inputs["input_ids"].cpu()
     if inputs.get("attention_mask") is not None:
@@ -63,14 +61,13 @@ def rows_of(inputs: dict, dataset) -> list[int]:
         prefixes = ("prefix_starts", "prefix_lengths")
         starts, shared = (inputs[name].tolist() if name in inputs else [0] * len(parts) for name in prefixes)
         examples = [torch.cat([ids[0, a : a + n], part]) for a, n, part in zip(starts, shared, parts)]
-    return sorted(
-        {
-            int(dataset.row_numbers[index])
-            for example in examples
-            for index in (dataset.lengths == len(example)).nonzero()[0].tolist()
-            if torch.equal(dataset[index]["input_ids"], example)
-        }
-    )
+    found = {
+        index
+        for example in examples
+        for index in (dataset.lengths == len(example)).nonzero()[0].tolist()
+        if torch.equal(dataset[index]["input_ids"], example)
+    }
+    return list(dict.fromkeys(map(dataset.where, sorted(found))))
 
 
 class LossSpikes(TrainerCallback):

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from sft.arithmetic import compute_dtype, export_dtype
 from sft.data.checks import check_vocabulary, data_problems, too_many_positions
-from sft.data.template import load_template
+from sft.data.template import Template, load_template
 from sft.data.token_cache import tokenizer_digest
 from sft.flags import DataArguments, ModelArguments, TrainingArguments
 from sft.job import UserError, all_ranks_or_none, differences_from_rank_0, rank, say
@@ -77,7 +77,7 @@ class Run:
         if rank() != 0 or not sys.stderr.isatty():
             transformers.utils.logging.disable_progress_bar()
         self.report = Report(model_args, data_args, args)
-        self.template = load_template(data_args.prompt_template)
+        self.template: Template
         self.memory_plan: memory.Plan | None = None
         self.identity: dict[str, str] = {}
         self.before: dict[str, str] = {}  # the identity of the run that wrote the checkpoint
@@ -98,6 +98,7 @@ class Run:
         """
         self.report.enter("plan")
         tokenizer = data_module["data_collator"].tokenizer
+        self.template = load_template(self.data_args.prompt_template, tokenizer, bool(self.data_args.messages))
         with all_ranks_or_none():
             config = loading.load_config(self.model_args)
             problems = check_vocabulary(tokenizer, config)
@@ -122,7 +123,9 @@ class Run:
         self.memory_plan = settled.memory_plan
         flags, tokenizer = (self.args, self.model_args, self.data_args), data_module["data_collator"].tokenizer
         dataset, digest = data_module["train_dataset"], tokenizer_digest(tokenizer)
-        self.identity = resume.run_identity(*flags, dataset, settled.config, engine(self.args), self.template, digest)
+        self.identity = resume.run_identity(
+            *flags, dataset, settled.config, engine(self.args), self.template.text, digest
+        )
         if settled.attention.value:  # chosen by the machine, unless the user did
             self.identity["--attn_implementation"] = json.dumps(settled.attention.value)
         with all_ranks_or_none():
@@ -187,7 +190,7 @@ class Run:
         """The phase in which the model is trained: what a checkpoint holds is loaded without running code."""
         datasets = {"train": trainer.train_dataset, "eval": trainer.eval_dataset}
         sections = settled.record() | {"throughput": trainer.meter.facts()}
-        self.report.note_facts(trainer.model, trainer.processing_class, datasets, self.template, **sections)
+        self.report.note_facts(trainer.model, trainer.processing_class, datasets, self.template.text, **sections)
         stack = contextlib.ExitStack()
         stack.enter_context(self.phase("train"))
         stack.enter_context(safe_loads.safe_loads(self.resume, bool(self.args.deepspeed)))

@@ -12,9 +12,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from sft import IGNORE_INDEX
 from sft.data.llama_tokenizer import MADE_FROM_MERGES
+from sft.data.template import Template
 from sft.saving.export_files import CHAT_TEMPLATE_FILE, SENTENCEPIECE_FILE, control_tokens_in
 
 ROWS = 200
+MARK = "\ue000"  # stands for a message's text
 
 
 class Asked(NamedTuple):
@@ -25,18 +27,24 @@ class Asked(NamedTuple):
     limits: list[str]
 
 
-def trained_prompts(dataset, tokenizer: PreTrainedTokenizerBase, template: str) -> list[tuple[str, list[int]]]:
+def trained_prompts(dataset, tokenizer: PreTrainedTokenizerBase, template: Template) -> list[tuple[str, list[int]]]:
     """(instruction, ids of its prompt) of the first rows, without those that no client can ask.
 
     Not every text can be had back from its ids, and a control token that a cell spells is text in training and a token in a client.
     """
-    before, after = template.split("{instruction}")
+    if not template.jinja:
+        return []
+    asked = [{"role": "user", "content": MARK}]
+    options = {"chat_template": template.jinja, "add_generation_prompt": True, "tokenize": False}
+    before, after = str(tokenizer.apply_chat_template(asked, **options)).split(MARK)
     found = []
     for example in islice(dataset, ROWS):
-        ids = example["input_ids"][: int((example["labels"] == IGNORE_INDEX).sum())].tolist()
-        without_bos = ids[1:] if ids[:1] == [tokenizer.bos_token_id] else ids
+        ids = example["input_ids"][: int((example["labels"] != IGNORE_INDEX).int().argmax())].tolist()
+        begins = not template.begins_with_bos and ids[:1] == [tokenizer.bos_token_id]
+        without_bos = ids[1:] if begins else ids
         text = str(tokenizer.decode(without_bos, clean_up_tokenization_spaces=False))
-        if tokenizer(text, verbose=False).input_ids == ids and text.startswith(before) and text.endswith(after):
+        again = tokenizer(text, add_special_tokens=not template.begins_with_bos, verbose=False).input_ids
+        if again == ids and text.startswith(before) and text.endswith(after):
             instruction = text[len(before) : len(text) - len(after)]
             found += [] if control_tokens_in(tokenizer, instruction) else [(instruction, ids)]
     return found
@@ -64,8 +72,8 @@ def ask_as_clients(folder: Path, prompts: list[tuple[str, list[int]]], texts: li
         asked.proved.append(f"the chat template gives the trained ids to {len(prompts)} prompts")
     else:
         asked.limits.append(
-            "There is no chat template: the trained prompt spells a control token, which was text in training and would be the token "
-            "in a chat. Send whole prompts, as completions."
+            "There is no chat template: the trained prompt has columns that a chat has no place for, or spells a control token, which "
+            "was text in training and would be the token in a chat. Send whole prompts, as completions."
         )
     texts = [text for text in texts if not control_tokens_in(tokenizer, text)]
     ids = [tokenizer(text, add_special_tokens=False, verbose=False).input_ids for text in texts]

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.core_model_loading import revert_weight_conversion
 
 from sft.data import tokenizer_files
+from sft.data.template import Template
 from sft.job import UserError, say
 from sft.model import lora
 from sft.model.loading import numel
@@ -115,10 +116,10 @@ class Exporter:
 
     Args:
         dtype: the type of the exported weights; an adapter keeps its own.
-        template: the prompt's text with one {instruction} in it.
+        template: what training put its rows into.
     """
 
-    def __init__(self, trainer, model_args, dtype: torch.dtype, template: str):
+    def __init__(self, trainer, model_args, dtype: torch.dtype, template: Template):
         self.trainer, self.model_args, self.dtype, self.template = trainer, model_args, dtype, template
         self.folder = Path(trainer.args.output_dir)
         # the trained weights are in the output folder, or in `adapter` inside it where the merged model takes that

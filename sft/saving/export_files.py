@@ -14,7 +14,7 @@ from sentencepiece import sentencepiece_model_pb2
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sft.data.llama_tokenizer import MADE_FROM_MERGES
-from sft.data.template import TEMPLATE_FILE, chat_template
+from sft.data.template import TEMPLATE_FILES, Template, split_form
 
 CHAT_TEMPLATE_FILE, SENTENCEPIECE_FILE, MODELFILE = "chat_template.jinja", "tokenizer.model", "Modelfile"
 # of the machine or the moment, not of the tokenizer: transformers 5.23 writes the first two, older ones wrote the others
@@ -24,18 +24,25 @@ COPIED = re.compile(
 )
 
 
-def write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, template: str, positions: int | None) -> None:
+def write_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, folder: Path, template: Template, positions: int | None
+) -> None:
     """Save the tokenizer, the prompt template, and the chat template that renders the trained ids.
 
     Args:
-        template: the prompt's text with one {instruction} in it.
+        template: what training put its rows into.
         positions: how many the model has: the longest text that a client may send.
     """
     tokenizer.save_pretrained(folder)
-    for name in (CHAT_TEMPLATE_FILE, SENTENCEPIECE_FILE, MODELFILE):  # the base's template was not trained
+    for name in (
+        CHAT_TEMPLATE_FILE,
+        SENTENCEPIECE_FILE,
+        MODELFILE,
+        *TEMPLATE_FILES,
+    ):  # the base's template was not trained
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / "additional_chat_templates", ignore_errors=True)
-    (folder / TEMPLATE_FILE).write_text(template, encoding="utf-8", newline="")
+    (folder / template.file_name).write_text(template.text, encoding="utf-8", newline="")
     config = read_json(folder / "tokenizer_config.json")
     config = {
         key: value for key, value in config.items() if value is not None and key not in (*PASSING, "chat_template")
@@ -46,15 +53,21 @@ def write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, template: 
         # two names of one list: transformers 4 fails on the new one
         config |= {"additional_special_tokens": extra} if (extra := config.pop("extra_special_tokens", None)) else {}
         backend = read_json(folder / "tokenizer.json") | {"truncation": None, "padding": None}
-        backend["pre_tokenizer"] = _prefix_after_bos(backend["pre_tokenizer"])
+        if template.forms:  # a later turn follows an EOS, behind which training put no prefix
+            backend["pre_tokenizer"] = _prefix_after_bos(backend["pre_tokenizer"])
         write_json(folder / "tokenizer.json", backend)
         if model := _sentencepiece_model(tokenizer, backend):
             (folder / SENTENCEPIECE_FILE).write_bytes(model)
     write_json(folder / "tokenizer_config.json", config)
-    if not control_tokens_in(tokenizer, template):
-        bos = "{{- bos_token -}}\n" if tokenizer("").input_ids == [tokenizer.bos_token_id] else ""
-        (folder / CHAT_TEMPLATE_FILE).write_text(bos + chat_template(template), encoding="utf-8", newline="")
-        (folder / MODELFILE).write_text(ollama_modelfile(template), encoding="utf-8", newline="")
+    if template.jinja and not any(control_tokens_in(tokenizer, form) for form in template.forms):
+        bos = ""
+        if not template.begins_with_bos and tokenizer("").input_ids == [tokenizer.bos_token_id]:
+            bos = "{{- bos_token -}}\n" if template.forms or not _puts_space(tokenizer) else '{{- bos_token + " " -}}\n'
+        (folder / CHAT_TEMPLATE_FILE).write_text(bos + template.jinja, encoding="utf-8", newline="")
+        for before, *asked, after in map(split_form, template.forms[-1:]):
+            if asked == ["instruction"]:
+                modelfile = ollama_modelfile(f"{before}{{instruction}}{after}")
+                (folder / MODELFILE).write_text(modelfile, encoding="utf-8", newline="")
 
 
 def ollama_modelfile(template: str) -> str:

@@ -9,6 +9,7 @@ import yaml
 from huggingface_hub import ModelCardData, try_to_load_from_cache
 from huggingface_hub.repocard import metadata_load
 
+from sft.data.template import TEMPLATE_FILES
 from sft.saving.export_files import CHAT_TEMPLATE_FILE, MODELFILE
 
 SNIPPET = """\
@@ -20,9 +21,9 @@ instruction = "Name three primary colours."
 
 tokenizer = AutoTokenizer.from_pretrained(model_id)
 model = AutoModelForCausalLM.from_pretrained(model_id){adapter}
-with open(cached_file(model_id, "prompt_template.txt"), encoding="utf-8", newline="") as file:
-    prompt = file.read().replace("{{instruction}}", instruction)
-inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+with open(cached_file(model_id, "{file}"), encoding="utf-8", newline="") as file:
+    template = file.read()
+{inputs}.to(model.device)
 output = model.generate(**inputs, max_new_tokens=256, do_sample=False)
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 """
@@ -40,10 +41,23 @@ of the training data had.
 """
 
 
-def snippet(model_id: str, what: str, adapter: bool) -> str:
+FILLED = """\
+prompt = template.replace("{instruction}", instruction)
+inputs = tokenizer(prompt, return_tensors="pt")"""
+RENDERED = """\
+messages = [{"role": "user", "content": instruction}]
+inputs = tokenizer.apply_chat_template(messages, chat_template=template, add_generation_prompt=True, return_dict=True, return_tensors="pt")"""
+
+
+def snippet(model_id: str, what: str, adapter: bool, chats: bool) -> str:
     """Python that loads the model and asks it, with the template it was trained with."""
+    file, inputs = TEMPLATE_FILES[0], FILLED
+    if chats:
+        file, inputs = CHAT_TEMPLATE_FILE, RENDERED
     note = "  # the base model and the adapter: needs `pip install peft`" if adapter else ""
-    return SNIPPET.format(model_id=json.dumps(model_id, ensure_ascii=False), what=what, adapter=note)
+    return SNIPPET.format(
+        model_id=json.dumps(model_id, ensure_ascii=False), what=what, adapter=note, file=file, inputs=inputs
+    )
 
 
 def serve(folder: Path, model_id: str) -> str:
@@ -86,11 +100,12 @@ def write_card(
         limits: sentences about what other programs cannot do with this model.
     """
     adapter = (folder / "adapter_config.json").is_file()
-    base, template = record["model"]["name"], record["template"]["text"]
+    base, text = record["model"]["name"], record["template"]["text"]
+    chats = (folder / TEMPLATE_FILES[1]).is_file()
     on_the_hub = base.count("/") == 1 and not Path(base).exists()
     what = "its name on the hub" if model_id else "seen from the folder that holds it"
     model_id = model_id or f"./{folder.resolve().name}"
-    whole_prompts = WHOLE_PROMPTS if template == "{instruction}" else ""
+    whole_prompts = WHOLE_PROMPTS if text == "{instruction}" else ""
     others = "".join(f"\n{limit}\n" for limit in limits)
     metadata = ModelCardData(
         library_name="peft" if adapter else "transformers",
@@ -103,10 +118,11 @@ def write_card(
     final, training = record["final"], record["flags"]["training"]
     name = model_id.rstrip("/").split("/")[-1]
     optimizer = f"{training['optim']}, weight decay {training['weight_decay']:g}"
+    paths = ", ".join(Path(path).name for path in data["path"].split(", "))
     rows = {
         "base model": f"[{base}](https://huggingface.co/{base})" if on_the_hub else f"`{Path(base).name}`",
-        "training rows": f"{data['kept']:,} of {data['rows_read']:,} in `{Path(data['path']).name}` (blake2b `{data['blake2b']}`)",
-        "prompt template": f"`{Path(record['template']['name']).name}`, saved as `prompt_template.txt`",
+        "training rows": f"{data['kept']:,} of {data['rows_read']:,} in `{paths}` (blake2b `{data['blake2b']}`)",
+        "prompt template": f"`{Path(record['template']['name']).name}`, saved as `{TEMPLATE_FILES[chats]}`",
         "examples per optimizer step": f"{batch['examples_per_step']:,}",
         "optimizer steps": f"{final['steps']:,} of {batch['steps']:,} ({training['num_train_epochs']:g} epochs)",
         "longest example": f"{training['model_max_length']:,} tokens",
@@ -120,25 +136,28 @@ def write_card(
     rows["versions"] = ", ".join(f"{package} {version}" for package, version in record["versions"].items())
     table = "\n".join(f"| {left} | {right} |" for left, right in rows.items())
     picture = "![loss, learning rate and speed](loss.png)\n\n" if (folder / "loss.png").is_file() else ""
+    flags = record["flags"]["data"]
+    trained_on = "conversations" if flags["messages"] else "pairs of instruction and response"
+    trained_on += ", the prompts included" if flags["train_on_prompt"] else ". The answers alone were trained on"
     kind = "A LoRA adapter for" if adapter else "A full fine-tune of"
-    text = f"""\
+    card = f"""\
 ---
 {metadata.to_yaml()}
 ---
 
 # {name}
 
-{kind} {rows["base model"]} on pairs of instruction and response. The response alone was trained on.
+{kind} {rows["base model"]} on {trained_on}.
 
 ## Ask it
 
 ```python
-{snippet(model_id, what, adapter)}```
+{snippet(model_id, what, adapter, chats)}```
 
 The prompt is what the model was trained on, letter by letter:
 
 ````text
-{template}
+{text}
 ````
 {whole_prompts}
 ## In other programs
@@ -152,4 +171,4 @@ The prompt is what the model was trained on, letter by letter:
 
 {picture}Everything else, each logged number included, is in `run_report.json`.
 """
-    (folder / "README.md").write_text(text, encoding="utf-8")
+    (folder / "README.md").write_text(card, encoding="utf-8")

@@ -132,7 +132,7 @@ EFFECT_OF_CHANGE = {
 # Every other flag that differs from its default is shared as well, but for those that the values above hold and those that
 # cannot change the weights: where and what is written, logged and uploaded, on which device, what happens at the end.
 HELD = re.compile(
-    "data_path|source|target|prompt_template|eval_split|allow_control_tokens|gpt2_files|model_name_or_path|use_lora|lora_.*|fsdp|"
+    "data_path|source|target|messages|train_on|allow_numbers|prompt_template|eval_split|allow_control_tokens|gpt2_files|model_name_or_path|use_lora|lora_.*|fsdp|"
     "load_in_4bit|attn_implementation|per_device_train_batch_size|gradient_accumulation_steps|data_seed|lr_scheduler_type|warmup_steps|max_steps|"
     "num_train_epochs|optim|adam_.*|weight_decay|bf16|fp16|activation_checkpointing(_kwargs)?|"  # the last: 5.23's other names
     "(log|logging|hub|trackio|save|plan|resume|do)_.*|cache_dir|data_cache_dir|trust_remote_code|merge_lora|check_data|output_dir|"
@@ -160,7 +160,10 @@ def run_identity(
     args, model_args, data_args, dataset, config, engine: str, template: str, tokenizer_digest: str
 ) -> dict[str, str]:
     """What a continued run must share with the one that it continues: readable values, and every other flag that counts."""
-    tokens = hashlib.sha256(dataset.rows.tokens.data)
+    tokens = hashlib.sha256()
+    for part in dataset.parts:
+        tokens.update(part.rows.tokens.data)
+        tokens.update(part.rows.switches.data)
     for numbers in (dataset.offsets, dataset.lengths, dataset.prompt_lengths):
         tokens.update(numpy.ascontiguousarray(numbers).data)
     unshared = ("transformers_version", "_name_or_path", "dtype", "use_cache", "pad_token_id")

@@ -13,6 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 import utils
 from sft.data import audit, token_cache
+from sft.data.files import DataFile
+from sft.data.mixture import Part
 from sft.flags import DataArguments, TrainingArguments
 
 ROWS = [  # the header is row 1; BOS and EOS are a token each
@@ -49,12 +51,8 @@ def check(tmp_path, capsys):
         )
         training_args = TrainingArguments(output_dir=str(folder), model_max_length=max_length, use_cpu=True, **flags)
         tokenizer = tokenizer or character_tokenizer()
-        datasets = [
-            utils.SupervisedDataset(utils.tokenize_csv(path, tokenizer, data_args, max_length))
-            for path in filter(None, (data_args.data_path, eval_data_path))
-        ]
         config = SimpleNamespace(vocab_size=vocabulary_size, eos_token_id=EOS, bos_token_id=BOS)
-        code = audit.check_data(tokenizer, data_args, training_args, config, *datasets)
+        code = utils.check_data(tokenizer, data_args, training_args, config)
         return code, capsys.readouterr().out, json.loads((folder / "data_report.json").read_text())
 
     return check
@@ -66,8 +64,8 @@ def test_one_of_each_fault(check, tmp_path):
     )
     assert code == 0 and not report["useless"]
     assert report["counts"] == {
-        "rows_read": 12, "rows_empty": 2, "rows_no_room": 1, "rows_cut": 1, "kept": 9, "tokens": 109, "trained_tokens": 43,
-        "largest_id": EOS,
+        "rows_read": 12, "rows_empty": 2, "rows_no_room": 1, "rows_cut": 1, "rows_shortened": 0, "rows_disagreed": 0, "kept": 9,
+        "tokens": 109, "trained_tokens": 43, "largest_id": EOS,
     }  # fmt: skip
     assert [(finding["what"].split(":")[0].split(";")[0], finding["rows"]) for finding in report["findings"]] == [
         ("rows dropped", [10, 11]),
@@ -198,7 +196,10 @@ def test_bytes_and_unk():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>")
 
     def found(*tokens):
-        return [(f.what.split(" that")[0], f.rows) for f in audit.token_findings(rows_of(tokens), tokenizer, 6)]
+        return [
+            (f.what.split(" that")[0], f.rows)
+            for f in audit.token_findings([Part.of(DataFile("data.csv"), rows_of(tokens))], tokenizer, 6)
+        ]
 
     assert found([2, 1], [2, 3, 1]) == []  # a line feed is a byte in every LLaMA vocabulary
     assert found([2, 1], [4, 5, 1], [2, 2, 1], [2, 0, 1]) == [

@@ -10,12 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rows_at_hand import CELLS, MANY, problems_of
 
-from sft.data import csv_rows
-from sft.data.csv_rows import read_csv
+from sft.data import csv_rows, files
+from sft.data.files import read_rows
+
+PAIR = {"prompt": "--source", "response": "--target"}
+
+
+def read(path) -> list[tuple]:
+    return [(number, *cells) for number, cells in read_rows(path, PAIR)]
 
 
 def faults(path) -> list[str]:
-    return problems_of(lambda: list(read_csv(path, "prompt", "response")))
+    return problems_of(read, path)
 
 
 @MANY
@@ -34,12 +40,12 @@ def test_every_cell_is_read_byte_for_byte(write, cells, line_end, bom):
     with open(path, encoding="utf-8-sig", newline="") as file:
         expected = [(number, row[2], row[0]) for number, row in enumerate(csv.reader(file), 1)][1:]
     assert [row[::-1] for row in cells] == [(p, other, r) for (_, p, r), (_, other, _) in zip(expected, cells)]
-    assert list(read_csv(path, "prompt", "response")) == expected
+    assert read(path) == expected
 
 
 def test_text_that_other_readers_change_stays_text(write):
     path = write('prompt,response\r\nNA,18\r\n" a ","1\r\n2\r"\r\n"say ""hi""",nan\r\n')
-    assert list(read_csv(path, "prompt", "response")) == [
+    assert read(path) == [
         (2, "NA", "18"),
         (3, " a ", "1\r\n2\r"),
         (4, 'say "hi"', "nan"),
@@ -47,7 +53,7 @@ def test_text_that_other_readers_change_stays_text(write):
 
 
 def test_a_blank_line_is_a_row_with_nothing_in_it(write):
-    assert list(read_csv(write("prompt,response\na,b\n\nc,d\n"), "prompt", "response")) == [
+    assert read(write("prompt,response\na,b\n\nc,d\n")) == [
         (2, "a", "b"),
         (3, "", ""),
         (4, "c", "d"),
@@ -55,16 +61,16 @@ def test_a_blank_line_is_a_row_with_nothing_in_it(write):
 
 
 def test_batches_are_bounded_in_rows_and_in_characters(write, monkeypatch):
-    monkeypatch.setattr(csv_rows, "ROWS_PER_BATCH", 3)
-    monkeypatch.setattr(csv_rows, "CHARACTERS_PER_BATCH", 10)
+    monkeypatch.setattr(files, "ROWS_PER_BATCH", 3)
+    monkeypatch.setattr(files, "CHARACTERS_PER_BATCH", 10)
     path = write([("a", "b")] * 4 + [("c" * 5, "d" * 5), ("e", "f"), ("g", "h")])
-    sizes = [len(batch) for batch in csv_rows.read_batches(path, "prompt", "response")]
+    sizes = [len(batch) for batch in files.read_batches(path, PAIR, True, False)]
     assert sizes == [3, 2, 2]  # three rows; 12 characters are above 10; what is left
 
 
 def test_a_very_long_cell(write):
     cell = "word, \n" * 300_000  # 2.1 million characters; csv's own limit is 131,072
-    assert list(read_csv(write([(cell, "b")]), "prompt", "response")) == [(2, cell, "b")]
+    assert read(write([(cell, "b")])) == [(2, cell, "b")]
 
 
 NUL_COLUMN = ", column 'response'" if sys.version_info >= (3, 11) else ""  # csv.reader itself refuses it in Python 3.10
@@ -84,10 +90,9 @@ NUL_COLUMN = ", column 'response'" if sys.version_info >= (3, 11) else ""  # csv
         (b"prompt,response\n\xff,b\n", ", row 2, column 'prompt': byte 0xff is not UTF-8. Save the file as UTF-8."),
         (b'\xef\xbb\xbfprompt,response\n"\xc3\xa9\n\n",b\nc,d\xc3\n', ", row 3, column 'response': byte 0xc3 is not UTF-8. Save the file as UTF-8."),
         (b"prompt,response\na,b\xe2\x82", ", row 2, column 'response': byte 0xe2 is not UTF-8. Save the file as UTF-8."),
-        ("prompt,response\na,b\n".encode("utf-16"), ", row 1: byte 0xff is not UTF-8. Save the file as UTF-8."),
+        ("prompt,response\na,b\n".encode("utf-16"), ": text in UTF-16. Save it as UTF-8: iconv -f UTF-16 -t UTF-8."),
         ("prompt,respond\na,b\n", ": no column 'response'. Its columns are 'prompt', 'respond'. Name the right one with --target."),
-        ("prompt;response\na;b\n", [": no column 'prompt'. Its columns are 'prompt;response'. Name the right one with --source.",
-                                    ": no column 'response'. Its columns are 'prompt;response'. Name the right one with --target."]),
+        ("prompt;response\na;b\n", ": its columns are separated by semicolons (';'). Save it with commas."),
         ("prompt,response,prompt\na,b,c\n", ": 2 columns are named 'prompt'. Rename or remove one."),
     ],
 )  # fmt: skip
@@ -98,9 +103,9 @@ def test_each_fault_is_one_message_with_its_row(write, content, said):
 
 def test_faults_of_many_rows_are_said_together_and_no_row_follows_the_first(write):
     path = write("prompt,response\na,b\nc\nd,e\n" + "f,g,h\n" * 20)
-    read = []
-    said = problems_of(lambda: read.extend(read_csv(path, "prompt", "response")))
-    assert read == [(2, "a", "b")]
+    found = []
+    said = problems_of(lambda: found.extend(read_rows(path, PAIR)))
+    assert found == [(2, ("a", "b"))]
     assert [line.split(":")[0] for line in said] == [f"{path}, row {row}" for row in (3, 5, 6, 7, 8, 9, 10, 11, 12, 13)]
 
 
@@ -112,18 +117,18 @@ def test_a_cell_without_end_does_not_fill_the_memory(write, monkeypatch):
 
 def test_files_that_cannot_be_read(tmp_path):
     assert faults(str(tmp_path / "no.csv")) == [
-        f"{tmp_path}/no.csv: No such file or directory. Give a CSV file that can be read."
+        f"{tmp_path}/no.csv: No such file or directory. Give a file that can be read."
     ]
-    assert faults(str(tmp_path)) == [f"{tmp_path}: Is a directory. Give a CSV file that can be read."]
+    assert faults(str(tmp_path)) == [f"{tmp_path}: Is a directory. Give a file that can be read."]
     if os.path.exists("/proc/self/mem"):  # opens, and fails when it is read
-        assert faults("/proc/self/mem") == ["/proc/self/mem: Input/output error. Give a CSV file that can be read."]
+        assert faults("/proc/self/mem") == ["/proc/self/mem: Input/output error. Give a file that can be read."]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
 def test_a_file_without_permission(write):
     path = write("prompt,response\na,b\n")
     os.chmod(path, 0)
-    assert faults(path) == [f"{path}: Permission denied. Give a CSV file that can be read."]
+    assert faults(path) == [f"{path}: Permission denied. Give a file that can be read."]
 
 
 def test_a_message_never_sends_a_cell_to_the_terminal(write):

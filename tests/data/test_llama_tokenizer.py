@@ -24,7 +24,7 @@ from transformers import (
 )
 
 import utils
-from sft.data import csv_rows, tokenizer_files
+from sft.data import files, tokenizer_files
 from sft.data.checks import check_vocabulary
 from sft.data.encode import PROBES, compare_with_reference
 from sft.data.llama_tokenizer import _read_sentencepiece, _reference
@@ -252,10 +252,10 @@ def test_a_token_that_added_tokens_json_alone_declares_is_text(folders, tmp_path
 @pytest.mark.parametrize("name", ["nmt_nfkc", "llama"])
 def test_all_rows_are_compared_where_sentencepiece_changes_texts(folders, tmp_path, monkeypatch, name):
     monkeypatch.setitem(tokenizer_files.ROWS_COMPARED, "SentencePiece", 1)
-    monkeypatch.setattr(csv_rows, "ROWS_PER_BATCH", 1)
+    monkeypatch.setattr(files, "ROWS_PER_BATCH", 1)
     (tmp_path / "rows.csv").write_text("prompt,response\na,b\na,½\u0304\n", encoding="utf-8")
     tokenizer = load_llama(folders / name)
     differs = pytest.raises(UserError, match="1 of 2 texts get other ids than SentencePiece")
     with differs if name == "nmt_nfkc" else contextlib.nullcontext():
         data_args = DataArguments(data_path=str(tmp_path / "rows.csv"), data_cache_dir=str(tmp_path / "cache"))
-        utils.tokenize_csv(data_args.data_path, tokenizer, data_args, 64)
+        utils.tokenize_file(data_args.data_path[0], tokenizer, data_args, 64)

@@ -37,7 +37,7 @@ def test_what_training_never_saw_is_refused(messages):
 
 def test_template(write, make, tmp_path, characters):
     template = tmp_path / "template.txt"
-    template.write_bytes(b"Q: {instruction}\r\n{x}\n")
+    template.write_bytes(b"Q: {instruction}\r\n{{x}}\n")
     path = write([("{instruction} 1+1?", "2")])
     dataset = make(path, prompt_template=str(template))["train_dataset"]
     assert characters.decode(dataset[0]["input_ids"]) == "<s>Q: {instruction} 1+1?\r\n{x}\n2</s>"
@@ -47,5 +47,5 @@ def test_template(write, make, tmp_path, characters):
         "\n\n### Instruction:\n{instruction} 1+1?\n\n### Response:2</s>"
     )
     assert problems_of(make, path, prompt_template=str(tmp_path)) == [
-        f"--prompt_template {tmp_path}: Is a directory. Give 'none', 'alpaca', or a text file."
+        f"--prompt_template {tmp_path}: Is a directory. Give 'none', 'alpaca', 'turns', 'chat', a text file, or a .jinja file."
     ]

@@ -21,7 +21,7 @@ from rows_at_hand import problems_of
 from scripts import ROOT
 
 import utils
-from sft.data import csv_rows, token_cache
+from sft.data import files, token_cache
 from sft.flags import DataArguments
 from sft.job import UserError
 
@@ -93,13 +93,13 @@ def in_processes(count, function) -> list:
 def tokenized(tmp_path, monkeypatch):
     """Make the rows of a CSV and tell how often that read them to tokenize them."""
     calls = []
-    read_batches = csv_rows.read_batches
-    monkeypatch.setattr(csv_rows, "read_batches", lambda *args: calls.append(args) or read_batches(*args))
+    read_batches = files.read_batches
+    monkeypatch.setattr(files, "read_batches", lambda *args: calls.append(args) or read_batches(*args))
 
     def tokenized(path, tokenizer=None, max_length=64, **flags) -> int:
         calls.clear()
         data_args = DataArguments(data_path=str(path), data_cache_dir=str(tmp_path / "cache"), **flags)
-        utils.tokenize_csv(str(path), tokenizer or character_tokenizer(), data_args, max_length)
+        utils.tokenize_file(str(path), tokenizer or character_tokenizer(), data_args, max_length)
         return len(calls)
 
     return tokenized
@@ -350,10 +350,13 @@ import sys
 sys.path[:0] = sys.argv[1:3]
 import utils
 from characters import character_tokenizer
+from sft.data.files import DataFile
+from sft.data.mixture import Part
 from sft.flags import DataArguments
 def peak(path):
-    rows = utils.tokenize_csv(path, character_tokenizer(), DataArguments(data_path=path, data_cache_dir=sys.argv[5]), 4096)
-    sum(len(utils.SupervisedDataset(rows)[i]["input_ids"]) for i in range(100))
+    rows = utils.tokenize_file(path, character_tokenizer(), DataArguments(data_path=path, data_cache_dir=sys.argv[5]), 4096)
+    dataset = utils.SupervisedDataset([Part.of(DataFile(path), rows)])
+    sum(len(dataset[i]["input_ids"]) for i in range(100))
     high = open("/proc/self/status").read().split("VmHWM:")[1].split()[0]  # ru_maxrss would begin with the parent's
     print(int(high) // 1024, rows.tokens.nbytes // 2**20)
 peak(sys.argv[3])

@@ -261,7 +261,7 @@ def test_the_row_becomes_the_tokens_shown(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(make_tiny_llama.train_tokenizer(texts, vocab_size=1024))
     (tmp_path / "config.json").write_text('{"model_type": "llama", "eos_token_id": 2}')
     tokenizer = load_llama_tokenizer(ModelArguments(model_name_or_path=str(tmp_path)))
-    batch = utils.tokenize([tuple(rows[0])], tokenizer, "{instruction}", False, 128)
+    batch = utils.tokenize([rows[0]], tokenizer, False, 128)
     ids, prompt = batch.tokens.tolist(), int(batch.prompt_lengths[0])
     shown: dict[str, list[str]] = {"token": [], "input_ids": [], "labels": []}
     for line in re.search(r"```text\n(token .*?)```", README, re.S)[1].splitlines():

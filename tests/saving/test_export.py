@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from saved_runs import choose
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from sft.data.template import load_template
 from sft.job import UserError
 from sft.saving import checkpoint, export
 
@@ -184,7 +185,7 @@ def exporter(whole_run, tmp_path, monkeypatch) -> export.Exporter:
     rows = [{"input_ids": ids, "labels": torch.full_like(ids, -100)} for ids in ids_of_rows]
     trainer = SimpleNamespace(model=model, args=args, train_dataset=rows, processing_class=tokenizer)
     flags = SimpleNamespace(merge_lora=False, use_lora=False, load_in_4bit=False)
-    made = export.Exporter(trainer, flags, torch.float32, "{instruction}")
+    made = export.Exporter(trainer, flags, torch.float32, load_template("none"))
     made.written = export.describe_weights(load_file(folder / "model.safetensors"))
     return made
 

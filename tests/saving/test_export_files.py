@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 from sft.data.llama_tokenizer import load_llama_tokenizer
-from sft.data.template import ALPACA_TEMPLATE
+from sft.data.template import ALPACA_TEMPLATE, filled, load_template
 from sft.saving import client_proof, export_files
 
 PREFIXED = "Q: {instruction}\nA:"
@@ -50,7 +50,7 @@ def byte_level() -> PreTrainedTokenizerFast:
 
 @pytest.fixture
 def of_bytes(byte_level, tmp_path) -> Path:
-    export_files.write_tokenizer(byte_level, tmp_path, ALPACA_TEMPLATE, 4096)
+    export_files.write_tokenizer(byte_level, tmp_path, load_template("alpaca"), 4096)
     return tmp_path
 
 
@@ -74,7 +74,7 @@ def test_a_run_leaves_what_each_reader_takes(whole_run, tiny_llama):
 
 def test_a_chat_asks_with_the_trained_ids_behind_bos_and_in_an_answer(whole_run, tiny_llama, tmp_path):
     trained = load(tiny_llama)
-    export_files.write_tokenizer(trained, tmp_path, PREFIXED, 256)
+    export_files.write_tokenizer(trained, tmp_path, filled("", PREFIXED), 256)
     exported = AutoTokenizer.from_pretrained(tmp_path)
     prompt = trained("Q: 1 plus 2?\nA:").input_ids
     assert prompt[0] == 1 and chat(exported, "1 plus 2?") == prompt
@@ -106,10 +106,10 @@ def test_the_tokenizers_settings_are_those_of_transformers_4_too_and_of_no_machi
 
 def test_a_template_that_spells_a_control_token_has_no_chat_template(byte_level, tmp_path):
     template = "<|im_start|>user\n{instruction}<|im_end|>\n"
-    export_files.write_tokenizer(byte_level, tmp_path, template, 4096)
+    export_files.write_tokenizer(byte_level, tmp_path, filled("", template), 4096)
     assert not (tmp_path / "chat_template.jinja").exists() and not (tmp_path / "Modelfile").exists()
     (limit,) = client_proof.ask_as_clients(tmp_path, [], []).limits
-    assert limit.startswith("There is no chat template: the trained prompt spells a control token")
+    assert limit.startswith("There is no chat template: ")
 
 
 def test_ollama_gets_the_template_in_its_language():
@@ -130,7 +130,7 @@ def merges_alone(tmp_path):
 
 
 def test_a_tokenizer_model_is_made_from_merges_and_is_no_second_opinion(merges_alone, tmp_path):
-    export_files.write_tokenizer(merges_alone, tmp_path, PREFIXED, 256)
+    export_files.write_tokenizer(merges_alone, tmp_path, filled("", PREFIXED), 256)
     made = (tmp_path / "tokenizer.model").read_bytes()
     texts = make_texts(30)
     expected = merges_alone(texts, add_special_tokens=False).input_ids
@@ -147,7 +147,7 @@ def test_rows_whose_ids_a_gguf_cannot_have_are_counted(tiny_llama, tmp_path):
     spec = {"normalization_rule_name": "nmt_nfkc", "remove_extra_whitespaces": True}
     train_sentencepiece(tmp_path / "base", **spec)
     shutil.copy(tiny_llama / "config.json", tmp_path / "base")
-    export_files.write_tokenizer(load(tmp_path / "base"), tmp_path, "{instruction}", 256)
+    export_files.write_tokenizer(load(tmp_path / "base"), tmp_path, load_template("none"), 256)
     asked = client_proof.ask_as_clients(tmp_path, [], ["one two", "one  two", "ﬁne"])
     assert asked.problems == [] and asked.proved[-1] == "tokenizer.model gives tokenizer.json's ids to 3 rows"
     assert asked.limits[0].startswith("llama.cpp and what builds on it (Ollama) give other ids to 2 of 3 training rows")
@@ -168,7 +168,7 @@ def test_the_proof_asks_as_a_client(exported, tiny_llama):
     tokenizer = load(tiny_llama)
     ids = [tokenizer(text).input_ids for text in ("What is 1 plus 2?", "</s> is text here", "a  b ")]
     rows = [{"input_ids": torch.tensor([*i, 5, 2]), "labels": torch.tensor([-100] * len(i) + [5, 2])} for i in ids]
-    prompts = client_proof.trained_prompts(rows, tokenizer, "{instruction}")
+    prompts = client_proof.trained_prompts(rows, tokenizer, load_template("none"))
     # this SentencePiece drops spaces at the end, and one of two
     assert prompts == [("What is 1 plus 2?", ids[0]), ("a b", ids[2])]
     assert client_proof.ask_as_clients(exported, prompts, ["What is 1?"]) == ([], [

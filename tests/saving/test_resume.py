@@ -15,8 +15,10 @@ class Rows:
 
     def __init__(self, **changes):
         values = {"tokens": [5, 6, 7, 8, 9], "offsets": [0, 2], "lengths": [2, 3], "prompt_lengths": [1, 1]}
+        values |= {"switches": [3, 4]}
         arrays = {name: np.array(value) for name, value in (values | changes).items()}
-        self.rows = SimpleNamespace(tokens=arrays.pop("tokens"))
+        rows = SimpleNamespace(tokens=arrays.pop("tokens"), switches=arrays.pop("switches"))
+        self.parts = [SimpleNamespace(rows=rows)]
         vars(self).update(arrays)
 
     def __len__(self) -> int:
@@ -31,7 +33,14 @@ def identity(rows: Rows, *flags: str, **config) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    "change", [{"tokens": [5, 6, 7, 8, 4]}, {"offsets": [0, 1]}, {"lengths": [3, 2]}, {"prompt_lengths": [1, 2]}]
+    "change",
+    [
+        {"tokens": [5, 6, 7, 8, 4]},
+        {"offsets": [0, 1]},
+        {"lengths": [3, 2]},
+        {"prompt_lengths": [1, 2]},
+        {"switches": [3, 3]},
+    ],
 )
 def test_other_rows_are_other_data(change):
     before, now = identity(Rows()), identity(Rows(**change))
