@@ -78,6 +78,7 @@ def translate(argv: list[str]) -> tuple[list[str], list[str], list[str]]:
                 notices += [f"`{old}` {notice}"] * bool(notice)
         except ValueError as error:
             problems.append(f"`{old}`: {error}" if name not in GONE else str(error))
+    notices += _given_twice(out)
     if fsdp_old:
         given = [values[-1] for name, values in _split_into_flags(out) if name == "fsdp_config" and values]
         try:
@@ -90,6 +91,18 @@ def translate(argv: list[str]) -> tuple[list[str], list[str], list[str]]:
         out += ["--fsdp", "true", "--fsdp_config", json.dumps(fsdp_config)]
         notices.append(f"`{' '.join(fsdp_old)}` is now `--fsdp true --fsdp_config '{json.dumps(fsdp_config)}'`")
     return out, notices, problems
+
+
+def _given_twice(argv: list[str]) -> list[str]:
+    """["--seed", "1", "--seed", "2"] -> ["--seed is given 2 times: the last one counts, `--seed 2`"]"""
+    given: dict[str, list[list[str]]] = {}
+    for name, values in _split_into_flags(argv):
+        given.setdefault(name, []).append(values)
+    return [
+        f"--{name} is given {len(values)} times: the last one counts, `{_quoted(name, values[-1])}`"
+        for name, values in given.items()
+        if name and any(value != values[-1] for value in values)
+    ]
 
 
 def _today(name: str, values: list[str]) -> tuple[list[str], str]:

@@ -20,6 +20,15 @@ def problems_of(*flags: str, checks=()) -> list[str]:
     return raised.value.problems
 
 
+def test_a_flag_that_is_given_twice_is_told():
+    words = "--seed 1 --save_steps 3 --evaluation_strategy no --seed=2 --eval_strategy epoch --save_steps 3".split()
+    _, notices, problems = translate(words)
+    assert problems == [] and notices[1:] == [
+        "--seed is given 2 times: the last one counts, `--seed 2`",
+        "--eval_strategy is given 2 times: the last one counts, `--eval_strategy epoch`",
+    ]
+
+
 def test_json_on_the_command_line_may_be_long():
     config = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"] * 300}
     seen = (lambda flags: [str(flags.fsdp_config == config)],)

@@ -14,7 +14,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from transformers.trainer_utils import EvalLoopOutput
 
 from sft.flags import TrainingArguments
-from sft.job import UserError
+from sft.job import UserError, say
 from sft.run.evaluation import EvalBatchSampler, token_weighted_loop
 from sft.run.finite_check import explain_non_finite
 from sft.run.step_message import StepMessage
@@ -59,7 +59,7 @@ class SupervisedTrainer(Trainer):
         self.ahead: tuple[Any, Any] = (None, None)  # an epoch's iterator, and the next step's micro-batches from it
         if sampler:
             set_accumulation(args, sampler)
-        every = [*callbacks, self.stops]
+        every = [*callbacks, self.stops, Intervals()]
         if before_first_step:
             every.append(BeforeFirstStep(partial(before_first_step, self)))
         super().__init__(args=args, data_collator=CountingCollator(data_collator), callbacks=every, **stock)
@@ -218,6 +218,18 @@ class SupervisedTrainer(Trainer):
     def _save_checkpoint(self, model, trial) -> None:
         stock = partial(super()._save_checkpoint, model, trial)
         self.write_checkpoint(self, stock) if self.write_checkpoint else stock()
+
+
+class Intervals(TrainerCallback):
+    """A resumed run logs, evaluates and saves as its own command says; transformers (5.23) goes on as the checkpoint's did."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        names = ("logging_steps", "eval_steps", "save_steps")
+        before = {name: getattr(state, name) for name in names}
+        state.compute_steps(args, state.max_steps)
+        for name, old in before.items():
+            if getattr(state, name) != old:
+                say(f"resume: --{name} {getattr(state, name)} from here on; it was {old}")
 
 
 class BeforeFirstStep(TrainerCallback):

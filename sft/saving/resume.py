@@ -15,7 +15,7 @@ import numpy
 
 from sft.job import UserError, rank, say
 from sft.model import lora
-from sft.saving.checkpoint import INCOMPLETE, MANIFEST, gather, newest_first, step_of, why_not_whole
+from sft.saving.checkpoint import INCOMPLETE, MANIFEST, gather, missing_parts, newest_first, step_of, why_not_whole
 from sft.saving.export import COMPLETE
 
 
@@ -38,8 +38,18 @@ def choose_checkpoint(training_args) -> str | None:
     chosen = (
         _newest_whole(candidates) if wanted.lower() == "true" else _named(Path(os.path.normpath(wanted)), candidates)
     )
+    if chosen and _is_only_a_model(chosen):
+        raise UserError(
+            f"{chosen} cannot be continued: it was saved with --save_only_model True, without an optimizer. To train on from its weights, "
+            f"start a new run with --model_name_or_path {chosen} and another --output_dir."
+        )
     say(f"resume: {chosen or f'{output_dir} holds no checkpoint yet: starting from the beginning'}")
     return str(chosen) if chosen else None
+
+
+def _is_only_a_model(checkpoint: Path) -> bool:
+    manifest = json.loads((checkpoint / MANIFEST).read_text("utf-8"))
+    return bool(missing_parts(list(manifest["files"]), manifest["world_size"]))
 
 
 def _newest_whole(candidates: list[Path]) -> Path | None:

@@ -10,10 +10,11 @@ import jobs
 import pytest
 from safetensors.torch import load_file, save_file
 from saved_runs import ZERO_2, choose, flags_for, losses, same_weights, signal_at, train
+from transformers import TrainerState
 
 from sft.job import UserError
 from sft.run import prepare
-from sft.run.trainer import SupervisedTrainer
+from sft.run.trainer import Intervals, SupervisedTrainer
 from sft.saving import resume
 
 # ---- exact resume
@@ -95,6 +96,30 @@ def test_two_ranks_continue_bit_for_bit(tiny_llama, questions_csv, tmp_path, how
     assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
     assert len(losses(tmp_path / "whole")) == 16
     assert same_weights(tmp_path / "stopped", tmp_path / "whole")
+
+
+def test_a_checkpoint_without_an_optimizer_is_not_continued(two_checkpoints):
+    """As --save_only_model True leaves it: the learning rate would begin anew."""
+    newest = two_checkpoints / "checkpoint-16"
+    manifest = json.loads((newest / "manifest.json").read_text())
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        (newest / name).unlink()
+        del manifest["files"][name]
+    (newest / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError) as refused:
+        choose(two_checkpoints)
+    assert refused.value.problems == [
+        f"{newest} cannot be continued: it was saved with --save_only_model True, without an optimizer. To train on from its weights, "
+        f"start a new run with --model_name_or_path {newest} and another --output_dir."
+    ]
+
+
+def test_a_resumed_run_saves_and_logs_as_its_own_command_says(capsys):
+    state = TrainerState(logging_steps=1, save_steps=500, eval_steps=500, max_steps=100)
+    args = SimpleNamespace(logging_steps=1, save_steps=0.2, eval_steps=None)
+    Intervals().on_train_begin(args, state, None)
+    assert (state.logging_steps, state.save_steps, state.eval_steps) == (1, 20, 500)
+    assert capsys.readouterr().out == "resume: --save_steps 20 from here on; it was 500\n"
 
 
 def test_a_run_that_is_resumed_at_its_end_takes_no_step_more(tiny_llama, questions_csv, tmp_path, monkeypatch):
