@@ -11,6 +11,7 @@ from typing import Any
 import huggingface_hub
 import torch
 import transformers
+from accelerate.utils import DynamoBackend
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
 from sft.flags_2023 import read_json
@@ -97,6 +98,8 @@ OPTIMIZERS = {  # the module that --optim needs, and in which of its names; bits
     "torch_npu": "npu", "bitsandbytes": "ademamix|lion|bnb|8bit|paged",
 }  # fmt: skip
 BATCHES = ("split_batches", "dispatch_batches", "even_batches", "use_seedable_sampler")  # keys of --accelerator_config
+BACKENDS = [backend.value.lower() for backend in DynamoBackend if backend.value != "NO"]
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")  # torch.compile's (2.13)
 JSON_FLAGS = ("accelerator_config", "gradient_checkpointing_kwargs", "lr_scheduler_kwargs")
 
 
@@ -142,10 +145,15 @@ def trainer_problems(flags: Any, given: set[str]) -> list[str]:
         and not flags.bf16,
     }
     liger = flags.use_liger_kernel and not flags.plan_only
+    backend, mode = flags.torch_compile_backend, flags.torch_compile_mode
     wrong |= {
         "--use_liger_kernel needs a GPU: its kernels are written in Triton. Remove the flag.": liger and flags.use_cpu,
         "--use_liger_kernel needs the package liger-kernel. Run: pip install liger-kernel": liger
         and importlib.util.find_spec("liger_kernel") is None,
+        f"--optim_args {flags.optim_args}: write name=value, several with commas.": flags.optim_args
+        and not all("=" in part for part in flags.optim_args.split(",")),
+        f"--torch_compile_backend {backend}: choose one of {', '.join(BACKENDS)}.": backend not in (None, *BACKENDS),
+        f"--torch_compile_mode {mode}: choose one of {', '.join(COMPILE_MODES)}.": mode not in (None, *COMPILE_MODES),
         "--save_steps 0 saves nothing. Use --save_strategy no.": text(flags.save_strategy) == "steps"
         and flags.save_steps == 0,
     }

@@ -11,22 +11,24 @@ from transformers.training_args import OptimizerNames
 from sft import flags, trainer_flags
 from sft.flags import parse
 from sft.job import UserError
-from sft.run.evaluation import without_training
+from sft.plan.deepspeed_file import check_deepspeed
+from sft.report.progress import tracker_problems
+from sft.run.evaluation import evaluation_problems, without_training
 from sft.trainer_flags import FIELDS, HONOURED, RANGES, REFUSED, TRANSLATED, UNDER_PACKING
 
+REQUIRED = ["--model_name_or_path", "m", "--data_path", "d.csv", "--output_dir", "o", "--use_cpu", "True"]
 NEWER = {"activation_checkpointing", "activation_checkpointing_kwargs"}  # unknown to transformers 5.17
 
 
 def problems_of(words: str, *more: str) -> list[str]:
     """What is wrong with flags on a CPU, besides a model and data that are not there."""
-    required = ["--model_name_or_path", "m", "--data_path", "d.csv", "--output_dir", "o", "--use_cpu", "True"]
     seen: list[str] = []
 
     def stop(flags) -> list[str]:
         return [*without_training(flags), "stop here"]
 
     with pytest.raises(UserError) as raised:
-        parse([*required, *words.split(), *more], (stop,))
+        parse([*REQUIRED, *words.split(), *more], (stop,))
     seen += raised.value.problems
     return [problem for problem in seen if problem != "stop here"]
 
@@ -99,6 +101,11 @@ def test_values_out_of_range_are_refused_on_both_sides(name):
         ("--per_device_train_batch_size 0", "--per_device_train_batch_size 0: it must be at least 1."),
         ("--seed -1", "--seed -1: it must be at least 0 and at most 4294967295."),
         ("--fp16 True", "--fp16 True: a CPU computes float32 then. Remove the flag, or use --bf16 True."),
+        ("--optim_args betas", "--optim_args betas: write name=value, several with commas."),
+        (
+            "--torch_compile_mode fast",
+            "--torch_compile_mode fast: choose one of default, reduce-overhead, max-autotune, max-autotune-no-cudagraphs.",
+        ),
         (
             "--do_train False --do_eval True",
             "--do_train False evaluates a model without training it. Add --do_eval True and --eval_data_path FILE.",
@@ -148,6 +155,29 @@ def test_values_out_of_range_are_refused_on_both_sides(name):
 )
 def test_each_mistake_is_one_sentence(words, said):
     assert problems_of(words) == [said]
+
+
+def of_other_kinds(name: str) -> list[str]:
+    """Values for a flag: below and above what it can have, and of another kind."""
+    (action,) = [a for a in flags.parser()._actions if f"--{name}" in a.option_strings]
+    if action.type is int:
+        return ["-1", "many", "1.5"]
+    return ["-1", "nan", "many"] if action.type is float else ["no-such-value", "-1", "{"]
+
+
+TEXTS = set("output_dir run_name project hub_token hub_model_id hub_revision resume_from_checkpoint local_rank".split())
+TEXTS |= {"trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "optim_target_modules"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(FIELDS.keys() - NEWER - TEXTS))
+def test_a_value_of_another_kind_is_one_sentence(name):
+    for value in of_other_kinds(name):
+        if (name, value) == ("max_steps", "-1"):  # its default: --num_train_epochs decides
+            continue
+        with pytest.raises(UserError) as refused:
+            parse([*REQUIRED, f"--{name}={value}"], (tracker_problems, evaluation_problems, check_deepspeed))
+        assert "Traceback" not in str(refused.value)
 
 
 def test_values_that_work_are_left_alone():
