@@ -48,7 +48,7 @@ def tokenize(rows, tokenizer, allow_control_tokens: bool, max_length: int, **ren
     outcomes = np.array([token_cache.KEPT if isinstance(row, list) else row for row in rows], np.uint8)
     filled = [index for index, row in enumerate(rows) if isinstance(row, list)]
     encoded = encode.encode_segments(tokenizer, [rows[index] for index in filled], allow_control_tokens, **rendered)
-    tokens, lengths, prompt_lengths, switches = (array(kind) for kind in "iiiq")
+    tokens, lengths, prompt_lengths, switches, repeats = (array(kind) for kind in "iiiqB")
     for index, segments in zip(filled, encoded, strict=True):
         if segments is None:
             outcomes[index] = token_cache.DISAGREED
@@ -65,7 +65,11 @@ def tokenize(rows, tokenizer, allow_control_tokens: bool, max_length: int, **ren
         tokens += sum(segments[1:], segments[0])[: ends[-1]]
         lengths.append(ends[-1])
         prompt_lengths.append(ends[0])
-    return token_cache.Batch(*map(np.array, (tokens, lengths, prompt_lengths, outcomes, switches)))
+        spelt = not rendered.get("rendered") and encode.repeats(
+            tokenizer, rows[index], segments[0], allow_control_tokens
+        )
+        repeats.append(spelt)
+    return token_cache.Batch(*map(np.array, (tokens, lengths, prompt_lengths, outcomes, switches, repeats)))
 
 
 def tokenize_file(path: str, tokenizer, data_args: DataArguments, max_length: int) -> token_cache.TokenizedRows:
@@ -184,6 +188,8 @@ def tokenize_files(paths, use: str, tokenizer, data_args: DataArguments, args: T
         if not len(parts[-1].kept):
             raise job.UserError(f"{became}. Nothing is left to {use}: {parts[-1].cures()}.")
         job.say(became)
+        for finding in audit.repeats(parts[-1:], tokenizer, data_args.allow_control_tokens):
+            job.say(f"warning: {file.path}: {finding}")
     return parts
 
 

@@ -58,11 +58,13 @@ class TunedModel:
     model: Any  # a PreTrainedModel, or peft's wrapper of one
     tokenizer: PreTrainedTokenizerBase
     template: Template
+    allow_control_tokens: bool = False  # as in the training
 
     def prompts(self, rows: list[dict[str, str]]) -> list[list[int]]:
         """The ids of each row's prompt, as training met them; a row has an `instruction` and what else the template names."""
         if self.template.forms:
-            return [ids.tolist() for ids in encode_prompts(self.tokenizer, [self.template.fill(row) for row in rows])]
+            texts, allowed = [self.template.fill(row) for row in rows], self.allow_control_tokens
+            return [ids.tolist() for ids in encode_prompts(self.tokenizer, texts, allow_control_tokens=allowed)]
         return prompt_ids(self.tokenizer, self.template, [[_message("user", row["instruction"])] for row in rows])
 
     def answers(
@@ -101,7 +103,19 @@ def load(name: str, prompt_template: str | None = None) -> TunedModel:
     with contextlib.redirect_stdout(sys.stderr):  # what the loaders print is no answer
         tokenizer = load_llama_tokenizer(source)
         template = load_template(prompt_template or next(filter(None, saved)), tokenizer)
-        return TunedModel(load_weights(name, adapter), tokenizer, template)
+        allowed = allowed_control_tokens(find_file(source, "run_report.json"))
+        return TunedModel(load_weights(name, adapter), tokenizer, template, allowed)
+
+
+def allowed_control_tokens(record: str | None) -> bool:
+    """Whether the training read control tokens in cells as such (--allow_control_tokens), as the record next to the model has it."""
+    try:
+        return bool(record) and bool(
+            json.loads(Path(record).read_text("utf-8"))["flags"]["data"]["allow_control_tokens"]
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        note(f"{record}: it cannot be read, so control tokens in an instruction are text")
+        return False
 
 
 def load_weights(name: str, adapter: str | None = None) -> Any:
@@ -283,7 +297,7 @@ def main(argv: list[str] | None = None) -> None:
         base = load_weights(args.base)
         if problems := check_vocabulary(tuned.tokenizer, base.config):
             raise UserError([f"--base {args.base}: {problem}" for problem in problems])
-        models = {"base": TunedModel(base, tuned.tokenizer, tuned.template), **models}
+        models = {"base": TunedModel(base, tuned.tokenizer, tuned.template, tuned.allow_control_tokens), **models}
     if args.data_path:
         answer_csv(models, args)
     elif args.instruction is not None:

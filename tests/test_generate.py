@@ -70,6 +70,18 @@ def problems(*argv):
     return error.value.problems
 
 
+def test_it_asks_with_control_tokens_as_the_training_had_them(tuned, tmp_path, capsys):
+    shutil.copytree(tuned, tmp_path / "tuned")
+    question = [{"instruction": "</s>"}]
+    assert generate.load(str(tmp_path / "tuned")).prompts(question)[0][-4:] == [*b"</s>"]
+    record = tmp_path / "tuned" / "run_report.json"
+    record.write_text(json.dumps({"flags": {"data": {"allow_control_tokens": True}}}))
+    assert generate.load(str(tmp_path / "tuned")).prompts(question)[0][-2:] == [ord(" "), EOS]
+    record.write_text("[")
+    assert not generate.load(str(tmp_path / "tuned")).allow_control_tokens
+    assert "run_report.json: it cannot be read, so control tokens in an instruction are text" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------------------------------------------- one instruction
 
 

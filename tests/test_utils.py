@@ -4,6 +4,7 @@ import pickle
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 from characters import BOS, EOS, PAD, character_tokenizer
 from hypothesis import given
@@ -246,6 +247,25 @@ def test_the_trained_tokens_are_green_on_a_terminal(write, make, characters):
     dataset = make(write([("ab", "cd")]))["train_dataset"]
     said = audit.describe_example(characters, dataset, 0, colour=True)
     assert said == "row 2, its trained tokens in green:\n<s>ab\x1b[32mcd</s>\x1b[0m"
+
+
+@pytest.mark.parametrize("allow", [False, True])
+def test_a_token_and_text_that_spells_it_look_different(write, make, characters, allow, capsys):
+    path = write([("<s>a</s>", "b</s>")])
+    dataset = make(path, allow_control_tokens=allow)["train_dataset"]
+    spelt = "<s>a</s>[b</s></s>]" if allow else "\\<s>a\\</s>[b\\</s></s>]"
+    assert audit.describe_example(characters, dataset, 0, colour=False).endswith(f"\n<s>{spelt}")
+    then = "the token stands there twice" if allow else "it is text there, beside the token itself"
+    assert (
+        f"warning: {path}: responses end with </s>, which is put there anyway: {then}: 1 (row 2)\n"
+        in capsys.readouterr().out
+    )
+
+
+def test_a_share_that_whole_prompts_cannot_give_is_said(write, make, capsys):
+    make(write([("a", str(n)) for n in range(20)] + [("b", str(n)) for n in range(20)]), eval_split=0.1)
+    said = "--eval_split 0.1 asks for 4 of 40 examples, and 20 are held out: rows with the same prompt stay together, and the largest group has 20"
+    assert f"warning: {said}\n" in capsys.readouterr().out
 
 
 def test_only_rank_0_speaks(write, make, capsys, monkeypatch):

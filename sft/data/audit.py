@@ -74,15 +74,24 @@ def describe_datasets(train_dataset: Any, eval_dataset: Any | None) -> str:
 
 
 def describe_example(tokenizer: Any, dataset: Any, index: int, colour: bool) -> str:
-    """One example as the model sees it, its trained tokens green on a terminal and in [...] elsewhere."""
+    """One example as the model sees it, its trained tokens green on a terminal and in [...] elsewhere.
+
+    Text that spells a control token has a backslash before it: \\</s> is text, </s> the token.
+    """
     example = dataset[index]
     ids, trained = example["input_ids"].tolist(), (example["labels"] != IGNORE_INDEX).tolist()
     before, after = ("\033[32m", "\033[0m") if colour else ("[", "]")
+    control = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
+    kinds = list(zip(trained, np.isin(ids, control).tolist()))
     whole, text, at = tokenizer.decode(ids), "", 0
-    for start, end in pairwise([0, *(i for i in range(1, len(ids)) if trained[i] != trained[i - 1]), len(ids)]):
+    for start, end in pairwise([0, *(i for i in range(1, len(ids)) if kinds[i] != kinds[i - 1]), len(ids)]):
         ends = len(tokenizer.decode(ids[:end]))
         piece = printable(whole[at:ends])
-        text, at = text + (f"{before}{piece}{after}" if trained[start] else piece), ends
+        if not kinds[start][1]:
+            piece = control_tokens(tokenizer).sub(r"\\\g<0>", piece)
+        begins = trained[start] and not (start and trained[start - 1])
+        stops = trained[start] and not (end < len(ids) and trained[end])
+        text, at = text + before * begins + piece + after * stops, ends
     return f"{dataset.where(index)}, its trained tokens {'in green' if colour else 'in [...]'}:\n{text}"
 
 
@@ -132,6 +141,7 @@ def check_data(
             too_long = np.flatnonzero(totals > config.max_position_embeddings).tolist()
             numbers = dataset.row_numbers[too_long].tolist() if len(parts) == 1 else map(dataset.where, too_long)
             findings.append(Finding(positions, [*dict.fromkeys(numbers)], refused))
+        findings += repeats(parts, tokenizer, data_args.allow_control_tokens)
         findings += text_findings(parts, Rows(data_args, tokenizer)) + never_reached
         text.append(f"{'tokens':10}" + "".join(f"{f'{p} %':>8}" for p in PERCENTILES))
         for name, part in lengths.items():
@@ -193,7 +203,8 @@ def text_findings(parts: list[Part], rows: Rows) -> list[Finding]:
     control = control_tokens(tokenizer)
     texts = chain.from_iterable(_texts(part, rows) for part in parts)
     head = list(islice(texts, SAMPLE))
-    endings = Counter(source.rsplit("\n", 1)[-1][-LONGEST_ENDING:] for _, source, _ in head)
+    # a line end behind "### Response:" is no other ending
+    endings = Counter(source.rstrip("\r\n").rsplit("\n", 1)[-1][-LONGEST_ENDING:] for _, source, _ in head)
     ending, times = endings.most_common(1)[0]
     if not (bare and ending.strip() and times > max(1, len(head) / 2)):
         ending = ""  # most prompts share none
@@ -204,22 +215,27 @@ def text_findings(parts: list[Part], rows: Rows) -> list[Finding]:
             control.search(source) or control.search(target),
             prompt.endswith(" "),
             (ending and source.count(ending) > 1) or any(line in source for line in frame),
-            bare and not (ending and source.endswith(ending)),
+            bare and not (ending and source.rstrip("\r\n").endswith(ending)),
+            (ending and ending in target) or any(line in target for line in frame),
         )
         for prompt, source, target in chain(head, texts)
     )
-    table = np.fromiter(facts, "i8, i8, ?, ?, ?, ?")
-    prompts, pairs, control_tokens_spelt, spaces, templated, untemplated = (table[name] for name in table.dtype.names)
+    table = np.fromiter(facts, "i8, i8, ?, ?, ?, ?, ?")
+    prompts, pairs, control_tokens_spelt, spaces, templated, untemplated, headed = (
+        table[name] for name in table.dtype.names
+    )
     places = np.arange(len(table))
     again, pair_again = (~np.isin(places, np.unique(keys, return_index=True)[1]) for keys in (prompts, pairs))
     common = "prompts do not end as most do" if ending else "prompts look untemplated: they have no common ending"
+    becomes = "is the token itself" if rows.data_args.allow_control_tokens else "is encoded as text"
     masks = {
         "rows repeat an earlier one, prompt and response": pair_again,
         "rows have an earlier row's prompt and another response": again & ~pair_again,
-        f"rows spell a control token ({', '.join(control_texts[:4])}); it is encoded as text": control_tokens_spelt,
+        f"rows spell a control token ({', '.join(control_texts[:4])}); it {becomes}": control_tokens_spelt,
         "prompts end in a space: most responses then tokenize differently from what generation sees": spaces,
         "prompts were put into the template before": templated,
         f"{common}; --prompt_template alpaca wraps bare instructions": untemplated,
+        "responses hold a line of the prompts' template, which the model will learn to write": headed,
     }
     edges = np.cumsum([len(part.rows.lengths) for part in parts])[:-1]
     return _found(
@@ -227,6 +243,23 @@ def text_findings(parts: list[Part], rows: Rows) -> list[Finding]:
         {
             what: [part.rows.row_numbers[part_mask] for part, part_mask in zip(parts, np.split(mask, edges))]
             for what, mask in masks.items()
+        },
+    )
+
+
+def repeats(parts: list[Part], tokenizer: Any, allow_control_tokens: bool) -> list[Finding]:
+    """Cells that spell BOS or EOS where a row gets the token anyway."""
+    then = "the token stands there twice" if allow_control_tokens else "it is text there, beside the token itself"
+    found = {
+        f"prompts begin with {tokenizer.bos_token}, which is put there anyway: {then}": 1,
+        f"responses end with {tokenizer.eos_token}, which is put there anyway: {then}": 2,
+    }
+    every = [part.rows for part in parts]
+    return _found(
+        parts,
+        {
+            what: [rows.row_numbers[: len(rows.repeats)][rows.repeats & bit > 0] for rows in every]
+            for what, bit in found.items()
         },
     )
 

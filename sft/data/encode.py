@@ -85,6 +85,19 @@ def encode_rendered(tokenizer, use: str, texts: list[str], bos: bool) -> list[ar
     return encoded
 
 
+def repeats(tokenizer, texts: list[str], prompt_ids: array, allow_control_tokens: bool) -> int:
+    """What a row's cells spell of the tokens that are put there anyway: 1 BOS before the prompt, 2 EOS behind an answer, 3 both."""
+    put = [tokenizer.bos_token_id] * (
+        2 if allow_control_tokens else 1
+    )  # what the tokenizer puts, and then what the cell spells
+    bos = (
+        bool(tokenizer.bos_token)
+        and texts[0].startswith(tokenizer.bos_token)
+        and prompt_ids[: len(put)].tolist() == put
+    )
+    return bos + 2 * any(text.rstrip().endswith(tokenizer.eos_token) for text in texts[1::2])
+
+
 def encode_segments(
     tokenizer, rows: list[list[str]], allow_control_tokens: bool, rendered: bool = False, bos: bool = True
 ) -> list[list[array] | None]:

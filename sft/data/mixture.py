@@ -6,7 +6,7 @@ import numpy as np
 
 from sft.data.files import DataFile
 from sft.data.token_cache import TokenizedRows
-from sft.job import UserError
+from sft.job import UserError, say
 
 HOLD_OUT_SEED = 0  # the training seed does not decide which rows are held out, nor which make up a share
 
@@ -70,13 +70,19 @@ def hold_out(parts: list[Part], share: float) -> tuple[list[Part], list[Part]]:
     _, first, group = np.unique(digests, return_index=True, return_inverse=True)
     group = np.argsort(np.argsort(first))[group]  # numbered by their first rows: the same in each process
     order = np.random.default_rng(HOLD_OUT_SEED).permutation(len(first))
-    sizes = np.cumsum(np.bincount(group)[order])
+    sizes_of = np.bincount(group)
+    sizes = np.cumsum(sizes_of[order])
     wanted = max(1, round(len(digests) * share))
     held_out = np.isin(group, order[: max(1, np.searchsorted(sizes, wanted, side="right"))])
     if held_out.all():
         raise UserError(
             f"--eval_split {share:g} leaves none of {len(digests)} examples to train on; they have {len(first)} different "
             "prompts. Give a smaller share, or evaluation rows of their own with --eval_data_path."
+        )
+    if not 0.5 <= held_out.sum() / wanted <= 2:
+        say(
+            f"warning: --eval_split {share:g} asks for {wanted:,} of {len(digests):,} examples, and {held_out.sum():,} are held out: "
+            f"rows with the same prompt stay together, and the largest group has {sizes_of.max():,}"
         )
     masks = np.split(held_out, np.cumsum([len(part.kept) for part in parts])[:-1])
     train, evaluation = (

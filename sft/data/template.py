@@ -121,6 +121,8 @@ def load_template(prompt_template: str, tokenizer: Any = None, conversations: bo
     text = "{instruction}" if name == "none" else _read(name)
     if Path(name).name in TEMPLATE_FILES and text in (ALPACA_TEMPLATE, TURNS_TEMPLATE):  # saved next to a model
         return load_template("alpaca" if text == ALPACA_TEMPLATE else "turns")
+    if Path(name).name not in TEMPLATE_FILES:  # a saved one is what was trained, letter by letter
+        text = text.removeprefix("\ufeff").replace("\r\n", "\n")  # of Windows editors: no model was meant to read them
     if name.endswith(".jinja"):
         return Template(name, jinja=text, begins_with_bos=True)
     template = filled(name, text)

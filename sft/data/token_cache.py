@@ -6,6 +6,7 @@ An entry is a folder named by its key, a digest of everything that decides its c
     lengths.npy          int32, tokens of each kept row; prompt_lengths.npy: how many of them come before the first trained one
     switches.npy         int64, places in tokens.bin where, later in a row, training stops and begins again; none of prompt and response
     outcomes.npy         uint8, what became of each row of the file: its place in OUTCOMES
+    repeats.npy          uint8, for each kept row: 1 its prompt begins with BOS spelled out, 2 an answer ends with EOS, 3 both
     meta.json            the key's parts, size and CRC-32 of each file, the largest id
 
 Labels follow from tokens, prompt lengths and switches. An entry is built next to its place, under a file lock that the kernel
@@ -51,6 +52,7 @@ MOST_PROCESSES = 16  # one process reads and writes for about as many that token
 
 
 NO_SWITCHES = np.empty(0, np.int64)
+NO_REPEATS = np.empty(0, np.uint8)
 
 
 class Batch(NamedTuple):
@@ -61,6 +63,7 @@ class Batch(NamedTuple):
     prompt_lengths: np.ndarray
     outcomes: np.ndarray
     switches: np.ndarray = NO_SWITCHES
+    repeats: np.ndarray = NO_REPEATS
 
 
 INDEX = Batch._fields[1:]  # each is a file of its own
@@ -80,6 +83,7 @@ class TokenizedRows:
     switches: np.ndarray = field(
         default_factory=lambda: NO_SWITCHES
     )  # int64, where training stops and begins again, as places in `tokens`
+    repeats: np.ndarray = field(default_factory=lambda: NO_REPEATS)  # (kept rows,) uint8: BOS and EOS that cells spell
     first_row: int = 2  # the number of the file's first row
     offsets: np.ndarray = field(init=False)  # (kept rows,) int64, where each row starts in `tokens`
     trained: np.ndarray = field(init=False)  # (kept rows,) int64, trained tokens

@@ -43,15 +43,16 @@ of the training data had.
 
 FILLED = """\
 prompt = template.replace("{instruction}", instruction)
-inputs = tokenizer(prompt, return_tensors="pt")"""
+inputs = tokenizer(prompt, {text}return_tensors="pt")"""
 RENDERED = """\
 messages = [{"role": "user", "content": instruction}]
 inputs = tokenizer.apply_chat_template(messages, chat_template=template, add_generation_prompt=True, return_dict=True, return_tensors="pt")"""
 
 
-def snippet(model_id: str, what: str, adapter: bool, chats: bool) -> str:
-    """Python that loads the model and asks it, with the template it was trained with."""
-    file, inputs = TEMPLATE_FILES[0], FILLED
+def snippet(model_id: str, what: str, adapter: bool, chats: bool, allow_control_tokens: bool) -> str:
+    """Python that loads the model and asks it, with the template it was trained with, and with control tokens in a prompt as there."""
+    text = "" if allow_control_tokens else "split_special_tokens=True, "
+    file, inputs = TEMPLATE_FILES[0], FILLED.replace("{text}", text)
     if chats:
         file, inputs = CHAT_TEMPLATE_FILE, RENDERED
     note = "  # the base model and the adapter: needs `pip install peft`" if adapter else ""
@@ -152,7 +153,7 @@ def write_card(
 ## Ask it
 
 ```python
-{snippet(model_id, what, adapter, chats)}```
+{snippet(model_id, what, adapter, chats, record["flags"]["data"]["allow_control_tokens"])}```
 
 The prompt is what the model was trained on, letter by letter:
 

@@ -38,7 +38,16 @@ LENGTHS = [11, 11, 10, 13, 10, 14, 6, 10, 24]  # of the kept rows: 109 tokens, 6
 def check(tmp_path, capsys):
     """Audit rows; the exit code, what was printed, and what data_report.json holds."""
 
-    def check(rows, max_length=24, vocabulary_size=300, tokenizer=None, template="none", eval_data_path=None, **flags):
+    def check(
+        rows,
+        max_length=24,
+        vocabulary_size=300,
+        tokenizer=None,
+        template="none",
+        eval_data_path=None,
+        allow=False,
+        **flags,
+    ):
         path, folder = tmp_path / "data.csv", tmp_path / "out"
         with open(path, "w", newline="") as file:
             csv.writer(file).writerows([("prompt", "response"), *rows])
@@ -47,6 +56,7 @@ def check(tmp_path, capsys):
             eval_data_path=eval_data_path,
             data_cache_dir=str(tmp_path / "cache"),
             prompt_template=template,
+            allow_control_tokens=allow,
             check_data=True,
         )
         training_args = TrainingArguments(output_dir=str(folder), model_max_length=max_length, use_cpu=True, **flags)
@@ -71,6 +81,7 @@ def test_one_of_each_fault(check, tmp_path):
         ("rows dropped", [10, 11]),
         ("rows dropped", [12]),
         ("rows cut at --model_max_length", [13]),
+        ("responses end with </s>, which is put there anyway", [5]),
         ("rows repeat an earlier one, prompt and response", [3]),
         ("rows have an earlier row's prompt and another response", [4]),
         ("rows spell a control token (<s>, </s>, <pad>)", [5]),
@@ -93,7 +104,7 @@ def test_one_of_each_fault(check, tmp_path):
         "padding_share": 1 - 109 / 216,
         "packing_speedup": 216 / 109,
     }
-    assert report["verdict"] == "ready to train; 10 findings to look at first"
+    assert report["verdict"] == "ready to train; 11 findings to look at first"
 
     assert "\x1b" not in printed
     lines = printed.splitlines()
@@ -109,7 +120,7 @@ def test_one_of_each_fault(check, tmp_path):
         f"row {row}, its trained tokens in [...]:" for row in (2, 4, 6, 8, 13)
     ]
     assert lines[lines.index("row 8, its trained tokens in [...]:") + 1] == "<s>q08[\\x1b</s>]"
-    assert lines[-2] == "verdict: ready to train; 10 findings to look at first"
+    assert lines[-2] == "verdict: ready to train; 11 findings to look at first"
     assert (
         lines[-1]
         == f"every row of every finding: {tmp_path}/out/data_report.json; lengths: {tmp_path}/out/data_lengths.png"
@@ -157,6 +168,27 @@ def test_an_ending_that_half_of_the_prompts_have_is_not_what_most_have(check):
     assert [(f["what"][:24], f["rows"]) for f in report["findings"]] == [("prompts look untemplated", [2, 3, 4, 5])]
     _, _, report = check([*rows, ("q5\nA:", "a")], max_length=64, save_strategy="no")
     assert [(f["what"][:24], f["rows"]) for f in report["findings"]] == [("prompts do not end as mo", [4, 5])]
+
+
+@pytest.mark.parametrize("allow", [False, True])
+def test_cells_that_spell_the_tokens_that_are_put_there_anyway(check, allow):
+    rows = [("<s>q\nA:", "a"), ("<s> r\nA:", "b</s>\n"), ("s<s>\nA:", "c</s>d"), ("t\nA:", "e")]
+    _, _, report = check(rows, allow=allow, save_strategy="no")
+    then = "the token stands there twice" if allow else "it is text there, beside the token itself"
+    spelt = "is the token itself" if allow else "is encoded as text"
+    assert [(finding["what"], finding["rows"]) for finding in report["findings"]] == [
+        (f"prompts begin with <s>, which is put there anyway: {then}", [2, 3]),
+        (f"responses end with </s>, which is put there anyway: {then}", [3]),
+        (f"rows spell a control token (<s>, </s>, <pad>); it {spelt}", [2, 3, 4]),
+    ]
+
+
+def test_a_line_end_behind_the_header_and_a_header_in_a_response(check):
+    rows = [(f"q{n}\n### Response:\n", "a") for n in range(3)]
+    assert check(rows, max_length=64, save_strategy="no")[2]["findings"] == []
+    _, _, report = check([*rows, ("r\n### Response:\n", "b\n### Response: c")], max_length=64, save_strategy="no")
+    (finding,) = report["findings"]
+    assert finding["what"].startswith("responses hold a line of the prompts' template") and finding["rows"] == [5]
 
 
 def test_many_rows_are_ten_in_print_and_all_in_the_record(check):

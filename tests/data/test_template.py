@@ -5,7 +5,7 @@ from jinja2 import TemplateError
 from rows_at_hand import problems_of
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from sft.data.template import ALPACA_TEMPLATE, chat_template
+from sft.data.template import ALPACA_TEMPLATE, chat_template, load_template
 
 ODD = 'Q "q" \\n é {{ x }} {% if %} {# no #}\r\n\t{instruction}\r\n\x07 A\'s\n'
 USER = {"role": "user", "content": " a {{ b }}\r\n"}
@@ -37,10 +37,13 @@ def test_what_training_never_saw_is_refused(messages):
 
 def test_template(write, make, tmp_path, characters):
     template = tmp_path / "template.txt"
-    template.write_bytes(b"Q: {instruction}\r\n{{x}}\n")
+    template.write_bytes("\ufeffQ: {instruction}\r\n{{x}}\n".encode())  # as a Windows editor writes it
     path = write([("{instruction} 1+1?", "2")])
     dataset = make(path, prompt_template=str(template))["train_dataset"]
-    assert characters.decode(dataset[0]["input_ids"]) == "<s>Q: {instruction} 1+1?\r\n{x}\n2</s>"
+    assert characters.decode(dataset[0]["input_ids"]) == "<s>Q: {instruction} 1+1?\n{x}\n2</s>"
+    saved = tmp_path / "prompt_template.txt"  # what an earlier run was trained with stays as it is
+    saved.write_bytes(template.read_bytes())
+    assert load_template(str(saved)).text == "\ufeffQ: {instruction}\r\n{{x}}\n"
     dataset = make(path, max_length=512, prompt_template="alpaca")["train_dataset"]
     assert characters.decode(dataset[0]["input_ids"]) == (
         "<s>Below is an instruction that describes a task. Write a response that appropriately completes the request."

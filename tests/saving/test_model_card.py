@@ -53,6 +53,12 @@ def test_the_snippet_of_the_card_answers_as_the_command_does(watched, monkeypatc
     assert printed == answer_of(watched.folder, "Name three primary colours.")
 
 
+def test_the_snippet_takes_control_tokens_as_the_training_did():
+    asked = [model_card.snippet("mine", "a folder", False, False, allowed) for allowed in (False, True)]
+    assert ["tokenizer(prompt, split_special_tokens=True, return_tensors" in text for text in asked] == [True, False]
+    assert 'tokenizer(prompt, return_tensors="pt")' in asked[1]
+
+
 def test_the_snippet_of_an_adapter(watched_adapter, monkeypatch):
     run = watched_adapter
     code, printed = run_the_snippet(run.folder, monkeypatch)
