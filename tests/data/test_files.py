@@ -112,7 +112,7 @@ def test_numbers_are_refused_or_taken_as_they_are_written(write, tmp_path):
         ("a.jsonl", '{"prompt": [{"role": "user"}], "response": "b"}\n', [", row 1, column 'prompt': a list, not text. A conversation is read with --messages prompt."]),
         ("a.jsonl", "", [": no rows in it. Add the training examples."]),
         ("a.json", "[]", [": no rows in it. Add the training examples."]),
-        ("a.csv.gz", gzip.compress(b"prompt,response\n"), [": a compressed file. Unpack it first."]),
+        ("a.csv.gz", gzip.compress(b"prompt,response\n", mtime=0), [": a compressed file. Unpack it first."]),
         ("a.csv", "prompt,response\na,b\n".encode("utf-16-le"), [": text in UTF-16. Save it as UTF-8: iconv -f UTF-16 -t UTF-8."]),
         ("a.csv", "version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 5\n",
          [": a Git LFS pointer in the place of the file. Fetch the file itself: git lfs pull."]),
