@@ -183,7 +183,7 @@ class Run:
     def _rehearse(self, trainer: SupervisedTrainer) -> None:
         began = time.perf_counter()
         with self.report.phase("rehearsal"):
-            what = rehearse(trainer, export_dtype(self.args))
+            what = rehearse(trainer, self.model_args, export_dtype(self.args), self.template)
         say(f"save rehearsal: {what}, {time.perf_counter() - began:.1f} s")
 
     def training(self, trainer: SupervisedTrainer, settled: Settled) -> contextlib.ExitStack:

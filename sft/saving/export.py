@@ -21,7 +21,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from sft.data import tokenizer_files
 from sft.data.template import Template
 from sft.job import UserError, say
-from sft.model import lora
+from sft.model import headers, lora
 from sft.model.loading import numel
 from sft.saving import export_files
 from sft.saving.checkpoint import INCOMPLETE, describe_file, gather, why_not_whole, write_json
@@ -117,21 +117,22 @@ class Exporter:
     Args:
         dtype: the type of the exported weights; an adapter keeps its own.
         template: what training put its rows into.
+        up_to_bytes: of the weights: a rehearsal exports a sample of a large model.
     """
 
-    def __init__(self, trainer, model_args, dtype: torch.dtype, template: Template):
+    def __init__(self, trainer, model_args, dtype: torch.dtype, template: Template, up_to_bytes: float = math.inf):
         self.trainer, self.model_args, self.dtype, self.template = trainer, model_args, dtype, template
-        self.folder = Path(trainer.args.output_dir)
+        self.folder, self.up_to_bytes = Path(trainer.args.output_dir), up_to_bytes
         # the trained weights are in the output folder, or in `adapter` inside it where the merged model takes that
         self.trained = self.folder / "adapter" if model_args.merge_lora else self.folder
         self.written: dict[str, dict] = {}  # `describe_weights` of what was handed over for writing
         self.limits: list[str] = []  # what other programs cannot do with this model, known once it is proved
-        self.probe = probe_logits(trainer)
+        self.probe = probe_logits(trainer) if up_to_bytes == math.inf else None
 
     def save(self) -> None:
         """Write the weights and the tokenizer, and the merged model where it is asked for; all ranks together."""
         model, model_args = self.trainer.model, self.model_args
-        weights = gather_weights(self.trainer, self.dtype)
+        weights = gather_weights(self.trainer, self.dtype, self.up_to_bytes)
         if not self.trainer.args.should_save:
             return
         (self.folder / "training_args.bin").unlink(missing_ok=True)  # the Trainer's, of an upload during the run
@@ -155,10 +156,15 @@ class Exporter:
             export_files.finish_config(self.folder, self.dtype)
 
     def prove(self) -> list[str]:
-        """Read back what lies in the output folder; rank 0 alone. Raise everything that is wrong in one UserError.
+        """One sentence for each thing that was found equal; all that is wrong is raised in one UserError. Rank 0 alone."""
+        problems, proved = self.check()
+        if problems:
+            left = "The export is not complete; the checkpoints are untouched."
+            raise UserError([*(f"{self.folder}: {problem}" for problem in problems), left])
+        return proved
 
-        Returns: one sentence for each thing that was found equal.
-        """
+    def check(self) -> tuple[list[str], list[str]]:
+        """Read back what lies in the output folder: what is wrong, and what was found equal."""
         trainer, tokenizer, folder = self.trainer, self.trainer.processing_class, self.folder
         problems = check_weights(self.trained, self.written)
         tensors, hashed = len(self.written), sum(about["sha256"] is not None for about in self.written.values())
@@ -182,16 +188,15 @@ class Exporter:
         proved.append(f"the tokenizer reloads to the same ids on {len(texts)} texts, {below}")
         asked = ask_as_clients(folder, trained_prompts(trainer.train_dataset, tokenizer, self.template), rows)
         problems, proved, self.limits = problems + asked.problems, proved + asked.proved, asked.limits
+        if not problems and not self.model_args.use_lora:
+            problems += check_names(trainer.model)
         small = count_weights(trainer.model)[0] * self.dtype.itemsize <= SMALL_BYTES
-        if not problems and small and not self.model_args.load_in_4bit:
+        if not problems and small and self.probe and not self.model_args.load_in_4bit:
             exact = self.dtype == torch.float32 and not (trainer.args.bf16 or trainer.args.fp16)
             problems = check_logits(self._reload(), *self.probe, exact)
             same = f"the reloaded model gives the trained model's logits on {self.probe[0].numel()} tokens"
             proved.append(same + ", up to rounding" * (not exact))
-        if problems:
-            left = "The export is not complete; the checkpoints are untouched."
-            raise UserError([*(f"{folder}: {problem}" for problem in problems), left])
-        return proved
+        return problems, proved
 
     def _reload(self) -> torch.nn.Module:
         if not self.model_args.use_lora or self.trained != self.folder:
@@ -233,6 +238,15 @@ def weight_files(folder: Path) -> dict[str, set[str] | None]:
         return {next((name for name in single if (folder / name).is_file()), single[1]): None}
     names = json.loads(index.read_text("utf-8"))["weight_map"]
     return {file: {name for name, home in names.items() if home == file} for file in dict.fromkeys(names.values())}
+
+
+def check_names(model: torch.nn.Module) -> list[str]:
+    """Plain transformers must find each weight under the name that it is saved by, and in its shape; no weight is read for it."""
+    shapes = {
+        name: getattr(weight, "ds_shape", weight.shape) for name, weight in model.state_dict(keep_vars=True).items()
+    }
+    saved = revert_weight_conversion(model, {name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
+    return headers.differences("the saved model", headers.compare(model, model.config, saved), None)
 
 
 def check_weights(folder: Path, written: dict[str, dict] | None) -> list[str]:
@@ -292,15 +306,19 @@ def check_tokenizer(folder: Path, tokenizer, texts: list[str], embedding_rows: i
 def probe_logits(trainer) -> tuple[torch.Tensor, torch.Tensor]:
     """The trained model's answer to the beginning of the first example; all ranks together.
 
+    A rope whose frequencies have grown with the rows (dynamic NTK) is set back before, by a row of one token.
+
     Returns: input_ids (1, tokens) and logits (1, tokens, vocabulary), float32 on the CPU.
     """
-    example = {name: values[:PROBE_TOKENS] for name, values in trainer.train_dataset[0].items()}
-    batch = trainer.data_collator([example])
-    inputs = {name: batch[name] for name in FORWARD_INPUTS if name in batch}
     model = trainer.model_wrapped
     model.eval()
-    with torch.no_grad(), trainer.compute_loss_context_manager():
-        logits = model(**trainer._prepare_inputs(inputs), use_cache=False).logits
+    grows = "dynamic" in json.dumps(getattr(trainer.model.config, "rope_parameters", None) or {})
+    for tokens in (1, PROBE_TOKENS) if grows else (PROBE_TOKENS,):
+        example = {name: values[:tokens] for name, values in trainer.train_dataset[0].items()}
+        batch = trainer.data_collator([example])
+        inputs = {name: batch[name] for name in FORWARD_INPUTS if name in batch}
+        with torch.no_grad(), trainer.compute_loss_context_manager():
+            logits = model(**trainer._prepare_inputs(inputs), use_cache=False).logits
     return inputs["input_ids"].cpu(), logits.float().cpu()
 
 

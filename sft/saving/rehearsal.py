@@ -1,30 +1,37 @@
 """Try saving before the first step: what would fail after days of training fails in the first minute, with the reason.
 
-The real model goes through the real saving code into a scratch folder, and the disk is compared with all that the run will keep.
+The real model goes through the real saving code into a scratch folder, with the proof that will judge the export, and the disk is
+compared with all that the run will keep.
 """
 
 import math
 import shutil
-from copy import deepcopy
+from copy import copy, deepcopy
 from pathlib import Path
 
 import torch
 
+from sft.flags import ModelArguments
 from sft.job import UserError, all_ranks_or_none, rank, say, swapped
-from sft.saving.checkpoint import INCOMPLETE, files_in, gather, newest_first, save_whole
-from sft.saving.export import count_weights, gather_weights, write_weights
+from sft.model import loading
+from sft.saving.checkpoint import INCOMPLETE, files_in, newest_first, save_whole
+from sft.saving.export import Exporter, count_weights
 
 SMALL_BYTES = 4 * 2**30  # a checkpoint up to this size is rehearsed whole, a larger one by a sample
 SAMPLE_BYTES = 256 * 2**20
 SCRATCH = f"{INCOMPLETE}/rehearsal"  # what is incomplete is cleared away when a run begins
 
 
-def rehearse(trainer, export_dtype: torch.dtype) -> str:
+def rehearse(trainer, model_args: ModelArguments, export_dtype: torch.dtype, template: str) -> str:
     """Save once before the first step, on all ranks, and remove what was written; the Trainer's state stays as it was.
 
-    A small model goes through all of it, optimizer included. Of a large one the first weights are gathered, cast and written.
+    A small model goes through all of it, optimizer included. Of a large one the first weights are gathered, cast and written,
+    and the names of all are proved. An adapter is not merged.
 
     Returns: how much was rehearsed.
+
+    Raises:
+        UserError: the export would be refused.
     """
     args, checkpoint, output_dir = trainer.args, checkpoint_bytes(trainer), Path(trainer.args.output_dir)
     with all_ranks_or_none():
@@ -32,29 +39,39 @@ def rehearse(trainer, export_dtype: torch.dtype) -> str:
     scratch, small = output_dir / SCRATCH, checkpoint <= SMALL_BYTES
     folder = f"checkpoint-{trainer.state.global_step}"
 
+    model_args = copy(model_args)
+    model_args.merge_lora = False
+    exporter = Exporter(trainer, model_args, export_dtype, template, math.inf if small else SAMPLE_BYTES)
+
     def export() -> None:
-        weights = gather_weights(trainer, export_dtype, math.inf if small else SAMPLE_BYTES)
-        if args.should_save:
-            write_weights(trainer, Path(args.output_dir, folder), weights)
+        exporter.folder = exporter.trained = Path(args.output_dir, folder)
+        exporter.save()
 
     state = deepcopy(vars(trainer.state))
     was_empty = trainer.is_fsdp_enabled and not trainer.optimizer.state
     with swapped(args, output_dir=str(scratch), push_to_hub=False):
         if small:
             trainer._save_checkpoint(trainer.model_wrapped, None)
-        with swapped(args, save_only_model=True):
+        with swapped(args, save_only_model=True), swapped(trainer.model.config, use_cache=False):
             save_whole(trainer, {}, export)
     # saving notes, for one, which checkpoint is the best: there is none in the scratch folder
     vars(trainer.state).clear()
     vars(trainer.state).update(state)
     if was_empty:
         trainer.optimizer.state.clear()  # torch filled it in with a step of its own, to be able to save it (2.13)
-    written = any((scratch / folder).glob("*.safetensors"))
-    gather(None)
-    if rank() == 0:
-        shutil.rmtree(scratch.parent, ignore_errors=True)
-    if not written:
-        raise UserError("save rehearsal: no model.safetensors was written, so this run would end without a model.")
+    exporter.folder = exporter.trained = scratch / folder
+    with all_ranks_or_none(), loading.whole_models(args):
+        if rank() == 0:
+            if not any(exporter.folder.glob("*.safetensors")):
+                raise UserError(
+                    "save rehearsal: no model.safetensors was written, so this run would end without a model."
+                )
+            problems, _ = exporter.check()
+            shutil.rmtree(scratch.parent, ignore_errors=True)
+            if problems:
+                raise UserError(
+                    [f"save rehearsal: the model would be refused at the end: {problem}" for problem in problems]
+                )
     return "whole" if small else "a sample"
 
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
-from saved_runs import choose
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from saved_runs import choose, flags_for, train
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sft.data.template import load_template
 from sft.job import UserError
-from sft.saving import checkpoint, export
+from sft.saving import checkpoint, export, rehearsal
 
 
 def test_complete_json_says_what_was_proved(whole_run):
@@ -263,6 +263,58 @@ def test_an_upload_leaves_out_checkpoints_and_what_is_unfinished(tmp_path, monke
     ((names, about),) = uploaded
     assert names == ["adapter/b", "model.safetensors"]
     assert (about["repo_id"], about["revision"], about["token"]) == ("me/model", "main", "hf_SECRET")
+
+
+# ---- names that change, and ropes that grow
+
+
+SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+EXPERTS = {"num_key_value_heads": 2, "num_experts_per_tok": 2}
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        ("mixtral", {"num_local_experts": 4} | EXPERTS),
+        ("qwen3_moe", {"num_experts": 4, "moe_intermediate_size": 16, "head_dim": 8} | EXPERTS),
+        ("gpt_neox", {}),
+        ("gpt2", {"n_embd": 32}),  # a tied head
+    ],
+)
+def test_names_that_change_when_a_model_is_saved_are_found_again(kind, config, monkeypatch):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SMALL | config))
+    assert export.check_names(model) == []
+    monkeypatch.setattr(
+        export, "revert_weight_conversion", lambda model, held: {f"old.{n}": w for n, w in held.items()}
+    )
+    assert "of the model's weights are not in the checkpoint" in export.check_names(model)[0]
+
+
+@pytest.mark.parametrize("sample", [False, True])
+def test_an_export_that_would_be_refused_is_refused_before_the_first_step(
+    tiny_llama, questions_csv, tmp_path, monkeypatch, sample
+):
+    real = export.revert_weight_conversion
+    monkeypatch.setattr(export, "revert_weight_conversion", lambda model, held: {f"old.{n}": w for n, w in real(model, held).items()})  # fmt: skip
+    monkeypatch.setattr(rehearsal, "SMALL_BYTES", 0 if sample else rehearsal.SMALL_BYTES)
+    with pytest.raises(UserError, match=r"save rehearsal: the model would be refused at the end: .*was not saved"):
+        train(*flags_for(tiny_llama, questions_csv, tmp_path / "out"))
+    assert [path.name for path in (tmp_path / "out").iterdir() if path.is_dir()] == []
+
+
+def test_a_rope_that_has_grown_with_the_rows_is_set_back_before_it_is_compared(tiny_llama, questions_csv, tmp_path):
+    """Rows of up to 30 tokens, the first of which is shorter: its frequencies are another's after the training."""
+    folder = shutil.copytree(tiny_llama, tmp_path / "model")
+    path = folder / "config.json"
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    config = json.loads(path.read_text()) | {"max_position_embeddings": 8, "rope_parameters": rope}
+    path.write_text(json.dumps(config))
+    damaged(lambda tensors: [weight.mul_(8) for weight in tensors.values() if weight.dim() > 1])(
+        folder
+    )  # or none counts
+    train(*flags_for(folder, questions_csv, tmp_path / "out", "--max_steps", "2", "--packing", "False"))
+    assert "logits" in json.loads((tmp_path / "out" / "COMPLETE.json").read_text())["proved"][-1]
 
 
 # ---- finished or not

@@ -76,11 +76,11 @@ def test_how_many_checkpoints_lie_on_the_disk_at_once(tmp_path):
 def test_a_rehearsal_leaves_the_state_as_it_was(tiny_llama, questions_csv, tmp_path, monkeypatch):
     seen = []
 
-    def rehearse(trainer, dtype, real=prepare.rehearse):
+    def rehearse(trainer, *how, real=prepare.rehearse):
         trainer.state.best_global_step, trainer.state.best_model_checkpoint = 7, "somewhere/checkpoint-7"
         trainer.state.log_history.append({"step": 0, "loss": 1.0})
         before = deepcopy(vars(trainer.state))
-        what = real(trainer, dtype)
+        what = real(trainer, *how)
         seen.append((before, deepcopy(vars(trainer.state)), what))
         trainer.state.best_global_step = trainer.state.best_model_checkpoint = None
         return what
