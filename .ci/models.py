@@ -25,14 +25,19 @@ SIZES = {
     "num_attention_heads": 4,
 }
 SIZES |= {"num_key_value_heads": 2, "max_position_embeddings": 256, "pad_token_id": 0}
-EXPERTS = {"num_experts_per_tok": 2, "sliding_window": None}
+TOP_2 = {"num_experts_per_tok": 2}
+EXPERTS = {"sliding_window": None} | TOP_2
 MODELS = {
     "llama": {}, "mistral": {"sliding_window": None}, "qwen2": {}, "qwen3": {"head_dim": 16}, "phi3": {}, "gemma": {"head_dim": 16},
     "gemma2": {"head_dim": 16, "sliding_window": 512}, "gemma3_text": {"head_dim": 16, "sliding_window": 512}, "olmo2": {}, "olmo3": {},
     "granite": {"logits_scaling": 8.0}, "cohere": {}, "smollm3": {}, "stablelm": {}, "starcoder2": {"sliding_window": None}, "glm4": {"head_dim": 16},
     "mixtral": {"num_local_experts": 4} | EXPERTS, "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 32, "head_dim": 16} | EXPERTS,
+    "gpt_oss": {"num_local_experts": 4, "head_dim": 16, "sliding_window": 512} | TOP_2, "olmoe": {"num_experts": 4} | TOP_2,
+    "deepseek_v3": {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 32, "q_lora_rank": 16, "kv_lora_rank": 16,
+                    "qk_rope_head_dim": 8, "v_head_dim": 16, "qk_nope_head_dim": 8, "first_k_dense_replace": 1, "num_key_value_heads": 4} | TOP_2,
+    "cohere2": {"sliding_window": 512}, "phi": {}, "gptj": {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8}, "exaone4": {}, "nemotron": {},
     "gpt_neox": {}, "gpt2": {"n_layer": 2, "n_head": 4, "n_embd": 64}, "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64}, "bloom": {"n_layer": 2, "n_head": 4},
-    "falcon": {"num_kv_heads": 2}, "mamba2": {"head_dim": 16, "num_heads": 8, "n_groups": 1}, "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "falcon": {"num_kv_heads": 2}, "mpt": {"d_model": 64, "n_heads": 4, "n_layers": 2}, "mamba": {"state_size": 8}, "mamba2": {"head_dim": 16, "num_heads": 8, "n_groups": 1}, "lfm2": {"layer_types": ["conv", "full_attention"]},
 }  # fmt: skip
 
 

@@ -195,7 +195,7 @@ def add_up(shape: Shape, s: Setting, tokens: int, several: bool) -> Plan:
     weights = held if s.stage in (1, 2) else held / sharded
     # Autocast keeps a copy of each linear weight until its layer's backward pass, or with recomputation until the forward pass ends.
     copied = compute * (s.half and s.engine == "ddp" and full)
-    copies, cast = copied * shape.linear, copied * head_weights
+    copies, cast = copied * (shape.linear + shape.experts), copied * head_weights
     if s.engine == "fsdp":  # the layer at work and the next one, each with the buffer it arrives in
         gathered += compute * (4 * layer + head_weights)
     if s.stage == 3:

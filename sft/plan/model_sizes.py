@@ -46,6 +46,9 @@ class Shape:
         self.embedding = embedding.numel()
         self.head = 0 if output is embedding else output.numel()
         self.linear = sum(m.weight.numel() for m in linear.values())  # without the head
+        self.experts = sum(
+            p.numel() for p in model.parameters() if p.dim() == 3
+        )  # of mixtures: no `nn.Linear`, and never in 4 bits
         self.largest_linear = max((m.weight.numel() for m in linear.values()), default=0)
         self.adapter_inputs = sum(m.in_features for m in adapted)  # width of all inputs of adapted layers
         self.adapters = self.adapter_inputs + sum(m.out_features for m in adapted)  # that LoRA adds at rank 1
@@ -78,8 +81,6 @@ def kept_by_a_layer(shape: Shape, half: bool, autocast: bool, padded: bool) -> f
     split the model (sft/model/loading.py).
     """
     why = f"a layer of {type(shape.config).__name__} cannot be measured without memory"
-    if any(getattr(shape.config, name, 0) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
-        raise NotMeasured(why)  # which experts work is decided by numbers
     try:
         two, one = (_kept(with_layers(shape.config, layers), half, autocast, padded) for layers in (2, 1))
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -95,7 +96,10 @@ def _kept(config: PreTrainedConfig, half: bool, autocast: bool, padded: bool) ->
         options["attn_implementation"] = "memory_plan"
     with FakeTensorMode(), torch.device("cpu"), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         model = AutoModelForCausalLM.from_config(config, **options).train()
-        weights = {size for p in model.parameters() for size in (tuple(p.shape), tuple(reversed(p.shape)))}
+        # also transposed, and those of experts one above the other
+        weights = {
+            tuple(size) for p in model.parameters() for size in (p.shape, p.mT.shape if p.dim() > 1 else p.shape)
+        }
 
         def note(tensor: torch.Tensor) -> torch.Tensor:
             if tuple(tensor.shape) not in weights:

@@ -135,7 +135,7 @@ def random_layers(model_args: ModelArguments, args: TrainingArguments, small: Pr
             small, dtype=torch.float32, trust_remote_code=model_args.trust_remote_code
         )
     for weight in model.parameters():
-        if weight.dim() == 2:
+        if weight.dim() == 2 and weight.any():  # biases of experts are zeros
             weight.data *= 2 / (weight.data.std() * weight.shape[1] ** 0.5)
     return model
 

@@ -7,7 +7,7 @@ from scripts import ROOT
 PAGE = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma2", "granite", "mixtral", "bloom", "lfm2", "stablelm"])
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "granite", "mixtral", "gpt_oss", "bloom", "lfm2", "stablelm"])
 def test_the_page_says_what_the_proof_says(kind):
     verdict = models.row(kind).split("|")[2].strip()
     assert f"\n| {kind} | {verdict} |" in PAGE

@@ -4,10 +4,12 @@ import pytest
 import torch
 from plans import OPEN_LLAMA_7B, TINY, flags
 from transformers import (
+    AutoModelForCausalLM,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
     Qwen3Config,
 )
 
@@ -134,3 +136,28 @@ def test_lora_dropout_keeps_a_mask():
         for rate in ("0.1", "0")
     )
     assert masks / TOKENS / 4 == with_mask - without == 5 * H + INNER + Q
+
+
+def test_a_mixture_of_experts_keeps_what_is_counted_without_memory():
+    """Rows come once for each of a token's two experts; the experts' weights, one above the other, are no activations."""
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = MixtralConfig(num_hidden_layers=2, vocab_size=1000, num_local_experts=8, sliding_window=None, **shape)
+    planned = model_sizes.kept_by_a_layer(model_sizes.Shape(config), True, False, False)
+    assert model_sizes.Shape(config).experts == 2 * 8 * 3 * 64 * 128
+    real = []
+    for layers in (2, 1):
+        options = {"dtype": torch.bfloat16, "attn_implementation": "memory_plan"}
+        model = AutoModelForCausalLM.from_config(model_sizes.with_layers(config, layers), **options).train()
+        weights, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+        def note(tensor: torch.Tensor, weights=weights, kept=kept) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                kept[storage.data_ptr()] = tensor
+            return tensor
+
+        compiled_layers.keep_residual_in_compute_type(model)
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            model.base_model(input_ids=torch.zeros(1, model_sizes.MEASURED_TOKENS, dtype=torch.int64), use_cache=False)
+        real.append(sum(tensor.untyped_storage().nbytes() for tensor in kept.values()))
+    assert planned == pytest.approx((real[0] - real[1]) / model_sizes.MEASURED_TOKENS, rel=0.02)
