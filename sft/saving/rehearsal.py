@@ -41,7 +41,6 @@ def rehearse(trainer, model_args: ModelArguments, export_dtype: torch.dtype, tem
 
     model_args = copy(model_args)
     model_args.merge_lora = False
-    exporter = Exporter(trainer, model_args, export_dtype, template, math.inf if small else SAMPLE_BYTES)
 
     def export() -> None:
         exporter.folder = exporter.trained = Path(args.output_dir, folder)
@@ -52,6 +51,8 @@ def rehearse(trainer, model_args: ModelArguments, export_dtype: torch.dtype, tem
     with swapped(args, output_dir=str(scratch), push_to_hub=False):
         if small:
             trainer._save_checkpoint(trainer.model_wrapped, None)
+        # its forward pass comes after the checkpoint: ZeRO-3 (0.19.8) cannot save weights that it fetches for a backward pass
+        exporter = Exporter(trainer, model_args, export_dtype, template, math.inf if small else SAMPLE_BYTES)
         with swapped(args, save_only_model=True), swapped(trainer.model.config, use_cache=False):
             save_whole(trainer, {}, export)
     # saving notes, for one, which checkpoint is the best: there is none in the scratch folder
