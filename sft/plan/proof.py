@@ -222,7 +222,10 @@ def first_rows(dataset: Any, run_tokens: float) -> list[Example]:
     """The first rows of the data and the longest, cut where trying them would cost more than 1 % of the run."""
     most = max(TOKENS, int(0.01 * 3 * run_tokens / PASSES / EXAMPLES))
     numbers = dict.fromkeys([*range(min(EXAMPLES - 1, len(dataset))), int(dataset.lengths.argmax())])
-    return beginnings([dataset[number] for number in numbers], min(most, LONGEST))
+    rows = beginnings([dataset[number] for number in numbers], min(most, LONGEST))
+    return sorted(
+        rows, key=lambda row: len(row["input_ids"])
+    )  # a rope of type "dynamic" keeps the frequencies of a longer one
 
 
 def beginnings(rows: list[Example], tokens: int) -> list[Example]:

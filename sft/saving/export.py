@@ -306,19 +306,15 @@ def check_tokenizer(folder: Path, tokenizer, texts: list[str], embedding_rows: i
 def probe_logits(trainer) -> tuple[torch.Tensor, torch.Tensor]:
     """The trained model's answer to the beginning of the first example; all ranks together.
 
-    A rope whose frequencies have grown with the rows (dynamic NTK) is set back before, by a row of one token.
-
     Returns: input_ids (1, tokens) and logits (1, tokens, vocabulary), float32 on the CPU.
     """
+    example = {name: values[:PROBE_TOKENS] for name, values in trainer.train_dataset[0].items()}
+    batch = trainer.data_collator([example])
+    inputs = {name: batch[name] for name in FORWARD_INPUTS if name in batch}
     model = trainer.model_wrapped
     model.eval()
-    grows = "dynamic" in json.dumps(getattr(trainer.model.config, "rope_parameters", None) or {})
-    for tokens in (1, PROBE_TOKENS) if grows else (PROBE_TOKENS,):
-        example = {name: values[:tokens] for name, values in trainer.train_dataset[0].items()}
-        batch = trainer.data_collator([example])
-        inputs = {name: batch[name] for name in FORWARD_INPUTS if name in batch}
-        with torch.no_grad(), trainer.compute_loss_context_manager():
-            logits = model(**trainer._prepare_inputs(inputs), use_cache=False).logits
+    with torch.no_grad(), trainer.compute_loss_context_manager():
+        logits = model(**trainer._prepare_inputs(inputs), use_cache=False).logits
     return inputs["input_ids"].cpu(), logits.float().cpu()
 
 

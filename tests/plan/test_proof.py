@@ -339,7 +339,7 @@ def test_each_property_fails_with_loaded_weights_when_it_is_broken(tmp_path, mon
     assert found[1].fault is None if fault is None else found[1].fault.startswith(fault)
 
 
-def test_a_rope_that_depends_on_the_longest_row_is_seen_on_whole_rows_and_padded(tmp_path):
+def test_a_rope_that_depends_on_the_longest_row_is_seen_on_whole_rows(tmp_path, monkeypatch):
     """The beginnings of rows, 64 tokens, are shorter than the 80 at which it changes."""
     factors = {"short_factor": [1.0] * 6, "long_factor": [1.0 + i for i in range(6)], "factor": 2.0}
     rope = {"rope_type": "longrope", "original_max_position_embeddings": 80, "rope_theta": 1e4} | factors
@@ -347,9 +347,11 @@ def test_a_rope_that_depends_on_the_longest_row_is_seen_on_whole_rows_and_padded
     model.save_pretrained(tmp_path)
     ids = torch.arange(100) * 7 % 200
     examples = [{"input_ids": ids[:size], "labels": ids[:size]} for size in (30, 40, 100)]
+    assert [one.fault for one in loaded(tmp_path, examples)] == [None, None]
+    assert loaded(tmp_path, examples, kernel=None)[-1].fault is None
+    monkeypatch.setattr("sft.step.modules.depends_on_length", lambda module: False)
     found = loaded(tmp_path, examples)
     assert found[0].fault is None and found[1].fault.startswith("an example's loss is off")
-    assert loaded(tmp_path, examples, kernel=None)[-1].fault is None
 
 
 def test_the_longest_row_is_tried_too_and_cut_where_it_would_cost_too_much():

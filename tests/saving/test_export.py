@@ -313,7 +313,7 @@ def test_a_rope_that_has_grown_with_the_rows_is_set_back_before_it_is_compared(t
     damaged(lambda tensors: [weight.mul_(8) for weight in tensors.values() if weight.dim() > 1])(
         folder
     )  # or none counts
-    train(*flags_for(folder, questions_csv, tmp_path / "out", "--max_steps", "2", "--packing", "False"))
+    train(*flags_for(folder, questions_csv, tmp_path / "out", "--max_steps", "2"))
     assert "logits" in json.loads((tmp_path / "out" / "COMPLETE.json").read_text())["proved"][-1]
 
 
