@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from sft.data.template import Template
 from sft.flags import ModelArguments
 from sft.job import UserError, all_ranks_or_none, rank, say, swapped
 from sft.model import loading
@@ -22,7 +23,7 @@ SAMPLE_BYTES = 256 * 2**20
 SCRATCH = f"{INCOMPLETE}/rehearsal"  # what is incomplete is cleared away when a run begins
 
 
-def rehearse(trainer, model_args: ModelArguments, export_dtype: torch.dtype, template: str) -> str:
+def rehearse(trainer, model_args: ModelArguments, export_dtype: torch.dtype, template: Template) -> str:
     """Save once before the first step, on all ranks, and remove what was written; the Trainer's state stays as it was.
 
     A small model goes through all of it, optimizer included. Of a large one the first weights are gathered, cast and written,
