@@ -35,6 +35,16 @@ TOP_LEVEL_KEYS = """
 OLD_KEYS = {
     "bfloat16": '"bf16": {"enabled": "auto"}',
     "amp": '"bf16": {"enabled": "auto"}',
+    "allreduce_always_fp32": '"communication_data_type": "fp32"',
+    "allgather_size": '"allgather_bucket_size": 500000000 in "zero_optimization"',
+    "load_universal_checkpoint": '"checkpoint": {"load_universal": true}',
+    "loss_scale": '"fp16": {"enabled": "auto"}',
+    "max_grad_norm": '"gradient_clipping": "auto"',
+    "train_step_batch_size": '"train_batch_size": "auto"',
+    "use_node_local_storage": '"checkpoint": {"use_node_local_storage": true}',
+    "zero_stage": '"zero_optimization": {"stage": 2}',
+    "zero_optimization.allgather_size": '"allgather_bucket_size": 500000000',
+    "zero_optimization.gather_fp16_weights_on_model_save": '"stage3_gather_16bit_weights_on_model_save": true',
     "fp32_allreduce": '"communication_data_type": "fp32"',
     "zero_optimization.cpu_offload": '"offload_optimizer": {"device": "cpu"}',
     "zero_optimization.cpu_offload_param": '"offload_param": {"device": "cpu"}',
@@ -130,7 +140,8 @@ def read(file: str | dict) -> tuple[str, dict]:
     for key in ("", *BLOCKS):
         if not isinstance(_get(config, key), dict):
             what = f"{name}: {key or 'it'} is {json.dumps(_get(config, key))}"
-            write = f'Write "{key.split(".")[-1]}": {{ … }}.' if key else "Write { … }."
+            inside = '"stage": 2' if key == "zero_optimization" else "…"  # true, in files of 2020, was stage 1
+            write = f'Write "{key.split(".")[-1]}": {{{inside}}}.' if key else "Write { … }."
             raise Unreadable(what, "DeepSpeed expects an object there", write)
     stage = _get(config, "zero_optimization").get("stage", 0)
     if type(stage) is not int or not 0 <= stage <= 3:  # DeepSpeed takes "2" and true, transformers does not

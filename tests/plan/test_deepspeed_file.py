@@ -99,6 +99,11 @@ def test_the_flags_alone_decide_the_schedule(block):
         ({**OURS, "bfloat16": {"enabled": True}}, "'bfloat16': .*Write \"bf16\": {\"enabled\": \"auto\"}$"),
         ({**OURS, "amp": {"enabled": True}}, "'amp': .*Write \"bf16\""),
         ({**OURS, "fp32_allreduce": True}, ".*Write \"communication_data_type\": \"fp32\"$"),
+        ({**OURS, "allreduce_always_fp32": True}, ".*Write \"communication_data_type\": \"fp32\"$"),
+        ({**OURS, "max_grad_norm": 1.0}, ".*Write \"gradient_clipping\": \"auto\"$"),
+        ({**OURS, "zero_stage": 2}, ".*Write \"zero_optimization\": {\"stage\": 2}$"),
+        (config(allgather_size=5), ".*Write \"allgather_bucket_size\": 500000000$"),
+        (config(gather_fp16_weights_on_model_save=True), ".*Write \"stage3_gather_16bit_weights_on_model_save\": true$"),
         ({**OURS, "elasticity": {}}, "'elasticity': .*Remove it.$"),
     ],
 )  # fmt: skip
