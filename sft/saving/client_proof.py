@@ -73,7 +73,7 @@ def ask_as_clients(folder: Path, prompts: list[tuple[str, list[int]]], texts: li
     else:
         asked.limits.append(
             "There is no chat template: the trained prompt has columns that a chat has no place for, or spells a control token, which "
-            "was text in training and would be the token in a chat. Send whole prompts, as completions."
+            "every chat client reads as the token itself, whatever it was in training. Send whole prompts, as completions."
         )
     texts = [text for text in texts if not control_tokens_in(tokenizer, text)]
     ids = [tokenizer(text, add_special_tokens=False, verbose=False).input_ids for text in texts]
