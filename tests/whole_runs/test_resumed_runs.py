@@ -263,7 +263,12 @@ def test_a_resumed_run_still_knows_its_best_checkpoint(tiny_llama, questions_csv
 
 def test_another_runs_folder_is_refused_before_anything_is_loaded(whole_run, two_checkpoints):
     def problems(folder, **flags):
-        flags = {"overwrite_output_dir": False, "resume_from_checkpoint": None, "check_data": False} | flags
+        flags = {
+            "overwrite_output_dir": False,
+            "resume_from_checkpoint": None,
+            "check_data": False,
+            "do_train": True,
+        } | flags
         flags["output_dir"] = str(folder)
         return resume.output_dir_problems(SimpleNamespace(**flags))
 
