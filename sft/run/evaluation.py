@@ -186,7 +186,8 @@ class AnswersCallback(transformers.TrainerCallback):
 
     def __init__(self, dataset: Any, count: int, keep: Callable[[dict], None], generating: Callable = nullcontext):
         self.keep, self.generating = keep, generating
-        rows = [index * len(dataset) // count for index in range(min(count, len(dataset)))]
+        count = min(count, len(dataset))
+        rows = [index * len(dataset) // count for index in range(count)]
         cuts = [(dataset[row]["input_ids"].tolist(), *dataset.first_answer(row)) for row in rows]
         self.prompts, self.references = [ids[:a] for ids, a, _ in cuts], [ids[a:b] for ids, a, b in cuts]
 

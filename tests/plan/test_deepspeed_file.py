@@ -208,6 +208,7 @@ def test_offloading_needs_a_compiler_and_an_optimizer_that_can_be_offloaded(monk
     (problem,) = said(OURS, "error", "--optim", "adamw_bnb_8bit")
     assert "offload_optimizer with --optim adamw_bnb_8bit" in problem
     assert said(config(offload_optimizer=None), "error", "--optim", "adamw_bnb_8bit") == []
+    assert said({**OURS, "zero_force_ds_cpu_optimizer": False}, "error", "--optim", "adamw_bnb_8bit") == []
 
     monkeypatch.setattr(deepspeed_file.shutil, "which", lambda name: None)
     (problem,) = said(OURS, "error")

@@ -59,6 +59,11 @@ def test_micro_batches_are_planned_as_packing_makes_them():
     assert plan_of(OPEN_LLAMA_3B, "--tokens_per_micro_batch", "4096", step_tokens=13_300).tokens == 3325
 
 
+@pytest.mark.parametrize(("ranks", "here"), [("4", 4), ("8", 8), ("16", 8)])
+def test_a_machine_of_a_planned_job_has_up_to_eight_gpus(ranks, here):
+    assert plan_of(OPEN_LLAMA_3B, "--plan_world_size", ranks).setting.ranks_here == here
+
+
 def test_ranks_share_what_the_engine_shards():
     words = ["--tokens_per_micro_batch", "2048", "--plan_world_size", "4"]
     ddp = plan_of(OPEN_LLAMA_7B, *words)

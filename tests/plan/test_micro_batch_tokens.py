@@ -98,6 +98,21 @@ def test_a_measurement_that_does_not_fit_ends_at_the_padded_runs_micro_batch(gpu
     assert measure(tmp_path)[0] == FLOOR
 
 
+def test_no_part_of_a_token_is_negative(monkeypatch):
+    """A second layer that takes more than the first, and all that lies around it."""
+    gpu = SimpleNamespace(peak=0)
+    pretend(SimpleNamespace(free=0, reserved=0, peak=0), monkeypatch)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: gpu.peak)
+
+    def run_once(probe, head, tokens, args) -> None:
+        gpu.peak = tokens * {1: 10, 2: 40}[probe.config.num_hidden_layers]
+
+    monkeypatch.setattr(micro_batch_tokens, "run_once", run_once)
+    args = SimpleNamespace(gradient_checkpointing=False, fsdp_config=None, device=None)
+    probe = SimpleNamespace(config=SimpleNamespace(num_hidden_layers=0))
+    assert micro_batch_tokens.activation_bytes(probe, None, args) == (0.0, 30.0)
+
+
 @pytest.mark.parametrize("lora", [False, True])
 def test_what_is_measured_computes_as_the_run_and_leaves_its_random_numbers_alone(lora, tmp_path, monkeypatch, capsys):
     """The path of a GPU on the CPU: a forward and a backward pass of one layer and of two, by the loss of packed rows."""

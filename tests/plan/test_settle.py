@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from scripts import ROOT, save_llama
 from transformers import AutoConfig
 from watched import watch
@@ -112,6 +113,37 @@ def test_prefixes_are_shared_where_no_dropout_is_drawn(run, tmp_path, monkeypatc
     args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
     model_args = ModelArguments(model_name_or_path=str(tmp_path / "model"), **flags)
     assert settle.settle(model_args, args, run.trainer.train_dataset).prefixes.value is shares
+
+
+@pytest.mark.parametrize("fault", [None, "examples see each other"])
+def test_every_rank_decides_by_rank_0s_proof(monkeypatch, fault):
+    def broadcast(found):
+        found[:] = [["of rank 0"], fault]
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(settle, "prove", lambda *_: pytest.fail("rank 1 made a proof of its own"))
+    monkeypatch.setattr(settle.torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(settle.torch.distributed, "broadcast_object_list", broadcast)
+    assert settle._proved() == (["of rank 0"], fault)
+
+
+def test_the_token_budget_and_its_reason(monkeypatch):
+    padded = "per device x --model_max_length"
+
+    def budget(kernel="triton", largest=1000, plan=None, device="cuda", tokens=None) -> tuple:
+        args = {"per_device_train_batch_size": 2, "model_max_length": 64, "tokens_per_micro_batch": tokens}
+        args = SimpleNamespace(**args, device=torch.device(device))
+        return settle._token_budget(None, args, None, kernel, largest, None, plan)[1:]
+
+    monkeypatch.setattr(settle, "measured_tokens", lambda *given: Choice("", given[4:6], "measured"))
+    assert budget(plan="a plan") == ((128, 1000), "measured")
+    assert budget(plan="a plan", largest=10**6)[0] == (128, 65_536)
+    assert budget(plan="a plan", largest=129)[1] == "measured"
+    assert budget(plan="a plan", largest=128) == (128, f"{padded}, more than any step has")
+    assert budget() == (128, f"{padded}; without a memory plan it does not grow")
+    assert budget("sdpa", plan="a plan") == budget("eager", plan="a plan") == (128, padded)
+    assert budget(device="cpu", plan="a plan") == (128, padded)
+    assert budget(tokens=70) == (70, "--tokens_per_micro_batch")
 
 
 def test_what_is_settled_cannot_be_changed(run):

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from unittest.mock import MagicMock
 
 from watched import watch
 
@@ -62,3 +63,15 @@ def test_a_picture_that_fails_stops_nothing_and_is_said_once(tiny_llama, questio
     assert run.printed.count("loss.png was not written: RuntimeError: no fonts") == 1
     assert run.record["status"] == "finished" and not (run.folder / "loss.png").exists()
     assert "loss.png" not in (run.folder / "README.md").read_text()
+
+
+def test_an_evaluation_that_was_not_finite_is_left_out():
+    axes = MagicMock()
+    losses = [None, 2.0, 1.5, 1.75]
+    evaluations = [{"step": step, "eval_loss": loss} for step, loss in enumerate(losses)]
+    picture.draw_evaluations(axes, evaluations, "red", 2, "evaluation")
+    assert axes.plot.call_args.args == ((1, 2, 3), (2.0, 1.5, 1.75))
+    assert sorted(call.args[:2] for call in axes.annotate.call_args_list) == [("1.500", (2, 1.5)), ("2.000", (1, 2.0))]
+    axes.reset_mock()
+    picture.draw_evaluations(axes, evaluations[:1], "red", 2, "evaluation")
+    assert not axes.plot.called

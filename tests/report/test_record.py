@@ -135,6 +135,11 @@ def test_a_resumed_run_keeps_the_samples_of_the_steps_it_stands_on(tmp_path, cap
     assert capsys.readouterr().out.startswith(f"warning: {tmp_path / 'run_report.json'} cannot be read")
 
 
+def test_a_short_value_is_no_secret():
+    told = {"api_key": "12345678", "other_key": "1234567", "token": None, "tokenizer": "a long and public name"}
+    assert record._secrets(told, {"PASSWD": "of the machine"}) == {"12345678", "of the machine"}
+
+
 def test_a_password_in_an_address_and_numbers_that_json_has_not():
     told = {"url": "http://me:pass@proxy:80/x and git@host", "loss": float("nan"), "tags": {"b"}, "api_key": "short"}
     assert record._clean(told, {"hf_SECRET"}) == {

@@ -174,6 +174,15 @@ def test_rates_are_of_all_ranks(monkeypatch):
     assert "mfu" not in numbers
 
 
+def test_the_update_after_the_message_counts_in_the_peak(monkeypatch):
+    watch = meter()
+    watch.add_step(TokenCounts(real=1))
+    for sent, now, peak in ((1.0, 5.0, 5.0), (7.0, 5.0, 7.0)):
+        monkeypatch.setattr(speed, "peak_memory_gib", lambda device, now=now: now)
+        numbers = watch.read(torch.tensor([[*[0.0] * 5, sent]], dtype=torch.float64))
+        assert numbers["peak_memory_gib"] == peak
+
+
 def test_memory_is_what_the_system_says():
     held = torch.ones(64 * 2**20)  # 256 MiB that are really touched
     with open("/proc/self/status") as status:

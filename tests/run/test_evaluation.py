@@ -118,6 +118,28 @@ def test_batches_as_drawn():
     assert [rank.owned for rank in ranks] == [2, 1]
 
 
+@pytest.mark.parametrize(("rows", "count", "taken"), [(8, 2, [0, 4]), (9, 4, [0, 2, 4, 6]), (3, 4, [0, 1, 2])])
+def test_prompts_are_taken_from_all_over_the_rows(rows, count, taken):
+    class Rows:
+        def __len__(self):
+            return rows
+
+        def __getitem__(self, row):
+            return {"input_ids": torch.tensor([row, 100 + row])}
+
+        def first_answer(self, row):
+            return 1, 2
+
+    callback = evaluation.AnswersCallback(Rows(), count, print)
+    assert callback.prompts == [[row] for row in taken]
+    assert callback.references == [[100 + row] for row in taken]
+
+
+def test_a_long_answer_is_one_line_of_so_many_characters():
+    assert evaluation.shorten("a  b\n c", 5) == "a b c"
+    assert evaluation.shorten("abcdef", 6) == "abcdef" and evaluation.shorten("abcdefg", 6) == "abcde…"
+
+
 class Loader(list):
     """Batches of a rank that owns the first of its two, and repeats it to keep step with the others."""
 
@@ -190,6 +212,7 @@ def test_stopping_early_does_not_need_the_best_model(tiny_llama, questions_csv, 
         ([3.0, 2.0, 2.1, 2.0], True),  # no lower is no better
         ([3.0, 2.0, 2.1, 1.9], False),
         ([math.nan, 2.0], False),
+        ([math.nan, 2.0, 1.9], False),  # a NaN was lower than nothing
         ([3.0, math.nan, math.nan], True),
         ([math.nan], False),
     ],

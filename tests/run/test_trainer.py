@@ -90,6 +90,16 @@ def test_a_broken_step_leaves_a_checkpoint_of_the_step_before(tmp_path, monkeypa
     assert saved == [step] * saves
 
 
+def test_each_epoch_has_an_order_of_its_own():
+    epochs = []
+    run = SimpleNamespace(
+        sampler=SimpleNamespace(set_epoch=epochs.append), state=SimpleNamespace(global_step=8, max_steps=8)
+    )
+    for epoch in (0, 1):
+        SupervisedTrainer._run_epoch(run, epoch=epoch)  # at the run's end, where no step more is taken
+    assert epochs == [0, 1]
+
+
 def test_few_private_methods_are_overridden():
     private = {name for name in vars(SupervisedTrainer) if name.startswith("_") and not name.startswith("__")}
     overridden = {name for name in private if hasattr(Trainer, name)}

@@ -196,6 +196,7 @@ def exporter(whole_run, tmp_path, monkeypatch) -> export.Exporter:
         (lambda exporter: set_value("model.norm.weight", 7.0)(exporter.folder), "its bytes are not the trained weight's"),
         (give_the_tokenizer_a_word, "the reloaded tokenizer gives other ids for '1 plus 2'"),
         (train_on_another_answer, "the reloaded model's logits differ"),
+        (lambda exporter: (exporter.folder / "chat_template.jinja").write_text("Well"), "chat_template.jinja gives other ids than training"),
         (shrink_the_config, "the embedding has 320 rows, and the config 319"),
         (spoil_the_merged_model, "model.norm.weight holds NaN or infinity"),
     ],
@@ -214,6 +215,24 @@ def test_a_small_model_is_run_and_a_large_one_is_not(exporter, monkeypatch):
     assert "logits on 3 tokens" in exporter.prove()[-1]
     monkeypatch.setattr(export, "SMALL_BYTES", weights - 1)
     assert exporter.prove()[-1] == "tokenizer.model gives tokenizer.json's ids to 2 rows"
+
+
+def test_what_is_written_ends_as_it_was_trained_and_can_be_read(exporter):
+    trainer, (ids, _) = exporter.trainer, exporter.probe
+    trainer.args.should_save, trainer.is_deepspeed_enabled = True, False
+    trainer.model.generation_config.eos_token_id = [7, 2]  # as the base has it
+    trainer.model.config.use_cache = False  # as in training
+    (exporter.folder / "training_args.bin").write_text("")
+    exporter.save()
+    told = {
+        name: json.loads((exporter.folder / f"{name}.json").read_text()) for name in ("config", "generation_config")
+    }
+    assert told["generation_config"]["eos_token_id"] == trainer.processing_class.eos_token_id == 2
+    assert told["config"]["use_cache"] is True
+    assert not (exporter.folder / "training_args.bin").exists()
+    modes = {(exporter.folder / name).stat().st_mode for name in ("model.safetensors", "config.json")}
+    assert len(modes) == 1, "who may read the config may read the weights"
+    assert f"logits on {ids.numel()} tokens" in exporter.prove()[-1]
 
 
 def test_logits_may_differ_by_rounding_alone():
@@ -337,6 +356,12 @@ def test_a_finished_run_has_nothing_left_to_do(finished, capsys):
     assert "finished and proved model of step 16: nothing is left to do" in capsys.readouterr().out
     assert not export.is_already_finished(resumed(finished, resume_from_checkpoint=None))
     assert not export.is_already_finished(resumed(finished, overwrite_output_dir=True))
+
+
+def test_rank_0_decides_whether_a_run_is_finished(finished, monkeypatch):
+    for found, done in (([False, True], False), ([True, False], True)):  # as where a disk is not the others' own
+        monkeypatch.setattr(export, "gather", lambda mine, found=found: found)
+        assert export.is_already_finished(resumed(finished)) is done
 
 
 def flip_the_last_byte(folder: Path) -> None:

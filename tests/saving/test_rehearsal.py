@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from saved_runs import flags_for, train
 
 from sft.job import UserError
@@ -90,3 +91,29 @@ def test_a_rehearsal_leaves_the_state_as_it_was(tiny_llama, questions_csv, tmp_p
         monkeypatch.setattr(rehearsal, "SMALL_BYTES", small)
         train(*flags_for(tiny_llama, questions_csv, tmp_path / str(small), "--max_steps", "1"))
     assert [(before == after, what) for before, after, what in seen] == [(True, "whole"), (True, "a sample")]
+
+
+@pytest.mark.parametrize(
+    ("about", "each"),
+    [
+        ({}, 12),  # float32 weight and two moments
+        ({"only_model": True}, 4),
+        ({"deepspeed": True}, 12 + 2 * 2),  # and two copies in bfloat16
+        ({"fsdp": "FULL_STATE_DICT"}, 16),
+        ({"fsdp": "SHARDED_STATE_DICT"}, 12),
+        ({"fsdp": "FULL_STATE_DICT", "only_model": True}, 4),
+    ],
+)
+def test_what_a_checkpoint_takes_for_each_trained_weight(about, each):
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3, bias=False), torch.nn.Linear(3, 5, bias=False))
+    model[1].requires_grad_(False)
+    model.dtype = torch.bfloat16
+    plugin = SimpleNamespace(state_dict_type=about.get("fsdp"))
+    trainer = SimpleNamespace(
+        model=model,
+        is_deepspeed_enabled="deepspeed" in about,
+        is_fsdp_enabled="fsdp" in about,
+        args=SimpleNamespace(save_only_model="only_model" in about),
+        accelerator=SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)),
+    )
+    assert rehearsal.checkpoint_bytes(trainer) == each * 6
