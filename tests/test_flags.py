@@ -93,6 +93,10 @@ def test_unknown_flags_are_all_named_with_the_nearest_known_one():
     ]
 
 
+def test_the_beginning_of_a_flag_is_known():
+    assert problems_of("--tokens", "5") == ["unknown flag --tokens. Did you mean --tokens_per_micro_batch?"]
+
+
 def test_contradictions_and_checks_are_raised_together():
     found = problems_of(
         "--bf16", "True", "--fp16", "True", "--save_safetensors", "False", "--warmup_ratio", "3", "--save_dtype", "int8",

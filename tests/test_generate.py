@@ -219,6 +219,15 @@ def test_a_byte_order_mark_is_no_part_of_a_columns_name(tmp_path):
     assert (tmp_path / "out.csv").read_bytes() == b"prompt,id,answer\na,1,\n"
 
 
+def test_a_blank_line_stays_blank(tmp_path):
+    (tmp_path / "in.csv").write_text("prompt\na\n\nb\n")
+    tuned = SimpleNamespace(template=load_template("none"), prompts=lambda rows: rows)
+    tuned.answers = lambda prompts, *_: [(n, "yes", False) for n, _ in enumerate(prompts)]
+    args = {"data_path": str(tmp_path / "in.csv"), "output_path": str(tmp_path / "out.csv"), "source": "prompt"}
+    generate.answer_csv({"tuned": tuned}, SimpleNamespace(**args, max_new_tokens=1, batch_size=1))
+    assert (tmp_path / "out.csv").read_text() == "prompt,answer\na,yes\n\nb,yes\n"
+
+
 def test_batches_are_sorted_by_length_and_change_no_answer(tiny_llama):
     """A model with attention, so that padding that is seen would change the answer: each prompt by itself, then in batches."""
     loaded = generate.load(str(tiny_llama), "none")

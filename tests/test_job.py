@@ -320,6 +320,12 @@ def test_what_another_rank_refuses_is_raised_here(monkeypatch):
     assert told == [[], ["mine"]]
 
 
+def test_what_texts_need_is_printed_and_what_steers_a_terminal_is_spelled_out():
+    text = "a\tb\n\u00a0\u3000 \u200c\u200d 👩\u200d👧"
+    assert job.printable(text) == text
+    assert job.printable("\x1b[2J\r\x07\u202e") == r"\x1b[2J\r\x07\u202e"
+
+
 def test_attributes_come_back_after_an_error():
     class Args:
         seed, folder = 1, "a"

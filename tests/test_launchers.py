@@ -58,6 +58,12 @@ def test_engines_of_accelerate_launch_are_refused_with_the_flag_to_give(monkeypa
     assert flags.use_cpu and notices == ["ACCELERATE_USE_CPU (accelerate launch) is taken as --use_cpu True"]
 
 
+def test_a_cpu_that_was_asked_for_twice_is_no_notice(monkeypatch):
+    monkeypatch.setattr(launchers, "ACCELERATE", {"ACCELERATE_USE_CPU": "true"})
+    asked = SimpleNamespace(bf16=False, fp16=False, use_cpu=True)
+    assert launchers.read_environment(asked, []) == ([], [])
+
+
 def test_tasks_of_srun_that_know_no_rank_are_refused(monkeypatch):
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
     problems = read(monkeypatch)[2]

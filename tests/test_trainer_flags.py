@@ -230,6 +230,9 @@ def test_an_upload_needs_a_token_that_the_hub_knows(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "whoami", whoami)
     (problem,) = problems_of("--push_to_hub True --hub_token hf_secret")
     assert "(ConnectionError: no route to the hub with ***)" in problem and "hf_secret" not in problem
+    monkeypatch.setenv("RANK", "1")  # rank 0 asks for all
+    assert problems_of("--push_to_hub True --hub_token hf_secret") == []
+    monkeypatch.delenv("RANK")
     monkeypatch.setattr(huggingface_hub, "whoami", lambda token: {"name": "me"})
     assert problems_of("--push_to_hub True --hub_token hf_secret") == []
 

@@ -116,6 +116,9 @@ def test_a_merged_model_is_base_plus_adapter(base, tmp_path):
     assert (untuned(ids).logits - plain(ids).logits).abs().max() > 0.01, "the adapter changes nothing: no proof"
     assert (merged / "prompt_template.txt").read_text() == "{instruction}"
     assert load_file(merged / "model.safetensors").keys() == load_file(base / "model.safetensors").keys()
+    merge_lora.merge(str(adapter), str(tmp_path / "half"), dtype=torch.bfloat16)
+    half = load_file(tmp_path / "half" / "model.safetensors")
+    assert {weight.dtype for weight in half.values()} == {torch.bfloat16}
 
 
 def test_a_merged_model_has_all_that_an_export_has(watched_adapter, tmp_path, capsys):

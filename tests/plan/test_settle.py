@@ -132,7 +132,7 @@ def test_the_token_budget_and_its_reason(monkeypatch):
 
     def budget(kernel="triton", largest=1000, plan=None, device="cuda", tokens=None) -> tuple:
         args = {"per_device_train_batch_size": 2, "model_max_length": 64, "tokens_per_micro_batch": tokens}
-        args = SimpleNamespace(**args, device=torch.device(device))
+        args = SimpleNamespace(**args, device=torch.device(device), do_train=True)
         return settle._token_budget(None, args, None, kernel, largest, None, plan)[1:]
 
     monkeypatch.setattr(settle, "measured_tokens", lambda *given: Choice("", given[4:6], "measured"))

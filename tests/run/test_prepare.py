@@ -1,5 +1,6 @@
 """What is wrong is said together, before anything slow."""
 
+import contextlib
 import re
 import shutil
 
@@ -86,6 +87,26 @@ def test_a_folder_without_weights_and_a_class_that_the_model_lacks(tiny_llama, q
         f"{tiny_llama} has no layer of class MistralDecoderLayer, which FSDP should wrap. "
         "Its decoder layer: LlamaDecoderLayer."
     ]
+
+
+def test_what_one_rank_finds_in_the_data_is_told_to_all(tiny_llama, questions_csv, tmp_path, monkeypatch):
+    told = []
+
+    @contextlib.contextmanager
+    def all_ranks_or_none():
+        try:
+            yield
+        except UserError as error:
+            told.extend(error.problems)
+            raise
+
+    def load_tokenizer(*_):
+        raise UserError("no tokenizer here")
+
+    monkeypatch.setattr(utils.job, "all_ranks_or_none", all_ranks_or_none)
+    with pytest.raises(UserError):
+        utils.train(load_tokenizer, flags_for(tiny_llama, questions_csv, tmp_path / "model"))
+    assert told == ["no tokenizer here"]
 
 
 def test_random_numbers_begin_with_the_seed_when_the_model_is_made(tiny_llama, questions_csv, tmp_path, monkeypatch):

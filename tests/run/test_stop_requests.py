@@ -51,6 +51,19 @@ def test_a_stop_at_the_last_step_is_no_stop(agreed, step, early):
     assert stops.ended_early(SimpleNamespace(global_step=step, max_steps=8)) is early
 
 
+def test_one_press_may_arrive_twice(monkeypatch, capfd):
+    """A scheduler and torchrun pass on the same request; what comes later is a second one, which stops at once."""
+    now, killed = [100.0], []
+    monkeypatch.setattr(stop_requests.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(stop_requests.os, "kill", lambda process, number: killed.append(number))
+    monkeypatch.setattr(stop_requests.signal, "signal", lambda *_: None)
+    stops = stop_requests.StopRequests()
+    for now[0], times in ((100.0, 0), (101.9, 0), (102.1, 1)):
+        stops._on_signal(signal.SIGTERM, None)
+        assert len(killed) == times
+    assert capfd.readouterr().err.count("SIGTERM: finishing this step") == 1
+
+
 def test_workers_of_the_data_loaders_ignore_what_stops_the_run(watched):
     loaders = watched.trainer.get_train_dataloader(), watched.trainer.get_eval_dataloader()
     before = {number: signal.getsignal(number) for number in stop_requests.SIGNALS}

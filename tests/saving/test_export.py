@@ -182,7 +182,10 @@ def exporter(whole_run, tmp_path, monkeypatch) -> export.Exporter:
     args = SimpleNamespace(output_dir=str(folder), bf16=False, fp16=False)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids_of_rows = [torch.tensor(tokenizer(text)["input_ids"]) for text in ("1 plus 2", "3")]
-    rows = [{"input_ids": ids, "labels": torch.full_like(ids, -100)} for ids in ids_of_rows]
+    rows = [
+        {"input_ids": torch.cat([ids, ids[-1:] * 0 + 2]), "labels": torch.cat([ids * 0 - 100, ids[-1:] * 0 + 2])}
+        for ids in ids_of_rows
+    ]
     trainer = SimpleNamespace(model=model, args=args, train_dataset=rows, processing_class=tokenizer)
     flags = SimpleNamespace(merge_lora=False, use_lora=False, load_in_4bit=False)
     made = export.Exporter(trainer, flags, torch.float32, load_template("none"))
