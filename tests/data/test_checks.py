@@ -81,6 +81,7 @@ def test_a_run_and_an_audit_count_them(few_positions, questions_csv, tmp_path, c
         raise SystemExit("as far as it goes here")
 
     monkeypatch.setattr(utils.settle, "settle", stop)
+    monkeypatch.setattr("sft.data.audit.draw_lengths", lambda *_: None)
     flags = flags_for(few_positions, questions_csv, tmp_path / "out")
     with pytest.raises(SystemExit, match="as far"):
         utils.train(load_llama_tokenizer, list(flags))
