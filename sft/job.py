@@ -242,7 +242,7 @@ class Meeting:
             missing = self._meet("leaving", problems, self.PATIENCE_S)
             found = self._read("leaving", [index for index in range(world_size()) if index not in missing])
             if rank() == next(index for index in found if self._host(index) == self.host):
-                _print_problems(_united(found.values()))
+                _print_problems(self._find_killed([]) or _united(found.values()))
             # a launcher kills the others when the first has failed
             self._meet("printed", [], 1 if missing else self.PATIENCE_S)
         except torch.distributed.DistError:  # whoever served the store has been killed
@@ -270,6 +270,8 @@ class Meeting:
             if time.monotonic() > until:
                 break
             time.sleep(0.05)
+            if self.leaving.is_set():  # a connection breaks a moment before its process is gone
+                self._find_killed(range(world_size()))
         return [index for index in range(world_size()) if not self.store.check([f"{name}/{index}"])]
 
     def _read(self, name: str, ranks: Iterable[int]) -> dict[int, list[str]]:
