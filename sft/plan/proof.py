@@ -48,6 +48,8 @@ class Proof(NamedTuple):
     @property
     def fault(self) -> str | None:
         """What is wrong, in words; None when nothing is. NaN is wrong."""
+        if math.isnan(self.loss):
+            return "an example's loss is not a number"
         # the same sums of the same numbers: nothing is rounded otherwise but in a mixture's experts, which others' tokens share
         sees = max(1e-5, self.rounding / 20)
         if not self.causality <= sees:

@@ -320,7 +320,7 @@ def scaled(model, of_loss: float = 1.0) -> None:
         (lambda model: beside(model, -1), "a token sees later ones"),
         (scaled, "an example's loss is off"),
         (lambda model: scaled(model, 0.5), "an example's gradient is off"),
-        (lambda model: model.get_output_embeddings().weight.data.fill_(float("nan")), "a token sees later ones"),
+        (lambda model: model.get_output_embeddings().weight.data.fill_(float("nan")), "an example's loss is not"),
         (lambda model: None, None),
     ],
 )
