@@ -103,13 +103,14 @@ def test_a_group_has_a_limit():
 
 
 def templated_rows(count: int) -> list[dict]:
-    """Examples of 30 to 70 tokens under two templates; some share more, and two have the same prompt."""
+    """Examples of 30 to 70 tokens under two templates, each a conversation of two turns; some share more, and two have the same prompt."""
     generator = torch.Generator().manual_seed(0)
     draw = lambda size: torch.randint(0, 211, (size,), generator=generator).tolist()  # noqa: E731
     templates, made = [draw(15), draw(19)], []
     for number in range(count):
         prompt = templates[number % 2] + ([7, 7, 7, 7] if number % 3 else []) + draw(4 + number)
         made.append(example(prompt, draw(5 + 2 * number)))
+        made[-1]["labels"][-4:-2] = IGNORE_INDEX  # a question between two answers
     return [*made, example(made[0]["input_ids"][:19].tolist(), draw(9))]
 
 
@@ -193,10 +194,12 @@ class Rows:
     def __init__(self, data: list[dict]):
         self.data = data
         self.lengths = np.array([len(one["input_ids"]) for one in data])
-        self.row_numbers = np.arange(len(data)) + 10
 
     def __getitem__(self, index: int) -> dict:
         return self.data[index]
+
+    def where(self, index: int) -> str:
+        return f"row {10 + index}"
 
 
 def test_what_is_saved_is_said():
@@ -210,4 +213,6 @@ def test_what_is_saved_is_said():
 
 def test_rows_are_found_by_their_tokens():
     data = templated_rows(6)
-    assert finite_check.rows_of(PackedCollator(group_by_prefix)(data[1:5]), Rows(data)) == [11, 12, 13, 14]
+    assert finite_check.rows_of(PackedCollator(group_by_prefix)(data[1:5]), Rows(data)) == [
+        f"row {number}" for number in (11, 12, 13, 14)
+    ]
