@@ -9,7 +9,7 @@ RUN    := $(VENV)/installed
 DEV    := $(VENV)/installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format readme bench-data bench-step clean
+.PHONY: help demo test lint format readme bench-data bench-step clients clean
 
 help:           ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -38,8 +38,11 @@ bench-data: $(DEV)  ## rows per second of the data path
 bench-step: $(DEV)  ## tokens per second of the training step
 	$(BIN)/python benchmarks/bench_step.py $(ARGS)
 
+clients: $(RUN) ## two small models in the programs that people use next (llama.cpp, vLLM, …), each in an environment of its own
+	nice $(BIN)/python benchmarks/clients.py $(ARGS)
+
 clean:          ## remove .venv and what the demo wrote
-	rm -rf $(VENV) demo_output
+	rm -rf $(VENV) demo_output clients_output
 
 # The stamps are newer than the requirements they installed, so nothing is installed twice.
 $(RUN): requirements.txt
