@@ -137,7 +137,9 @@ def llama_cpp_server(folder: Path, scratch: Path) -> dict:
     known = json.loads((folder / "reference.json").read_text())
     params = xllamacpp.CommonParams()
     params.model.path, params.n_ctx, params.n_parallel, params.warmup = str(gguf(folder, scratch)), 1024, 1, False
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1  # more of them wait for each other in so small a model
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = (
+        1  # more of them wait for each other in so small a model
+    )
     running = xllamacpp.Server(params)
 
     def post(path: str, **body) -> dict:

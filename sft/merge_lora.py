@@ -16,6 +16,7 @@ from sft.model.lora import BASE_RECORD, weights_digest
 from sft.model.safe_loads import safe_loads
 from sft.report.record import REPORT_NAME
 from sft.saving import export_files
+from sft.saving.checkpoint import make_readable
 from sft.saving.export import complete
 from sft.saving.model_card import write_card
 
@@ -53,7 +54,7 @@ def merge(adapter: str, output: str, base: str | None = None, dtype=torch.float3
     if folder.resolve() != Path(output).resolve():
         export_files.copy_tokenizer(folder, Path(output))
     export_files.finish_config(Path(output), dtype)
-    export_files.make_readable(Path(output))
+    make_readable(Path(output))
     return difference.item()
 
 

@@ -149,6 +149,7 @@ def save_whole(trainer, identity: dict[str, str], write: Callable[[], None]) -> 
             write()
         if args.should_save:
             (staged / "training_args.bin").unlink(missing_ok=True)
+            make_readable(staged)
         gather(None)  # before that, files come and go under the names of others
         best = trainer.state.best_global_step
         if best is not None:  # the best checkpoint is named as it will be called, in memory and in the saved state
@@ -172,6 +173,13 @@ def save_whole(trainer, identity: dict[str, str], write: Callable[[], None]) -> 
         gather(None)
     if args.push_to_hub:
         trainer._push_from_checkpoint(str(final))
+
+
+def make_readable(folder: Path) -> None:
+    """Give weights the mode of the other files: safetensors (0.8) creates its own readable by the owner alone."""
+    for other in [*folder.glob("*.json")][:1]:
+        for file in folder.glob("*.safetensors"):
+            file.chmod(other.stat().st_mode & 0o777)
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from sft.job import UserError, say
 from sft.model import headers, lora
 from sft.model.loading import numel
 from sft.saving import export_files
-from sft.saving.checkpoint import INCOMPLETE, describe_file, gather, why_not_whole, write_json
+from sft.saving.checkpoint import INCOMPLETE, describe_file, gather, make_readable, why_not_whole, write_json
 from sft.saving.client_proof import ROWS, ask_as_clients, trained_prompts
 
 COMPLETE = "COMPLETE.json"
@@ -149,7 +149,7 @@ class Exporter:
         write_weights(self.trainer, self.trained, weights)
         positions = getattr(model.config, "max_position_embeddings", None)
         export_files.write_tokenizer(tokenizer, self.trained, self.template, positions)
-        export_files.make_readable(self.trained)
+        make_readable(self.trained)
         if model_args.use_lora:
             lora.finish_adapter(self.trained, self.folder, model_args, self.dtype)
         else:

@@ -177,12 +177,6 @@ def copy_tokenizer(source: Path, target: Path) -> None:
             shutil.copyfile(file, target / file.name)
 
 
-def make_readable(folder: Path) -> None:
-    """Give the weights the mode of the other files: safetensors (0.8) creates its own readable by the owner alone."""
-    for file in folder.glob("*.safetensors"):
-        file.chmod(next(folder.glob("*config.json")).stat().st_mode & 0o777)
-
-
 def read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 

@@ -63,7 +63,8 @@ def test_a_run_leaves_what_each_reader_takes(whole_run, tiny_llama):
     assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast" and tokenizer["model_max_length"] == 256
     assert tokenizer["add_bos_token"] is True and tokenizer["add_prefix_space"] is True
     assert None not in tokenizer.values() and not tokenizer.keys() & {"chat_template", "is_local", "local_files_only"}
-    assert len({path.stat().st_mode for path in whole_run.iterdir() if path.is_file() and path.name[0] != "."}) == 1
+    for folder in (whole_run, whole_run / "checkpoint-16"):
+        assert len({path.stat().st_mode for path in folder.iterdir() if path.is_file() and path.name[0] != "."}) == 1
     written = [
         path
         for path in whole_run.iterdir()

@@ -310,6 +310,10 @@ def test_lora_trains_the_same_additions_under_fsdp2_on_a_cpu(runs):
     assert run.losses[0] == pytest.approx(reference.losses[0], rel=1e-5)
     assert_same_training(run, reference, rel=0.005, learned=0.15)
     assert_whole(run, reference, atol=0.02)
+    adapter = run.folder / "adapter"
+    card = (adapter / "README.md").read_text()
+    assert "library_name: peft" in card and "More Information Needed" not in card, "peft's own card is blank"
+    assert (adapter / "chat_template.jinja").read_bytes() == (run.folder / "chat_template.jinja").read_bytes()
 
 
 @pytest.mark.slow
