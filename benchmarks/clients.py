@@ -133,6 +133,11 @@ def get_converter(scratch: Path) -> None:
 def probe(python: Path, client: str, model: Path, scratch: Path) -> dict[str, str]:
     script = [str(python), str(ROOT / "benchmarks/client_probe.py"), client, str(model), str(scratch)]
     quiet = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    quiet |= {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    }
     log = scratch / f"{model.name} {client}.log"
     with open(log, "w") as errors:
         ended = subprocess.run(
