@@ -260,7 +260,7 @@ def train(load_tokenizer: LoadTokenizer, argv: list[str] | None = None) -> prepa
     model_args, data_args, args = parse(argv, prepare.CHECKS)
     run = prepare.Run(model_args, data_args, args)
     with run.phase("data"), job.all_ranks_or_none():
-        tokenizer = load_tokenizer(model_args)
+        tokenizer = run.read_tokenizer(load_tokenizer)
         if data_args.check_data:
             raise SystemExit(check_data(tokenizer, data_args, args, loading.load_config(model_args)))
         data_module = make_supervised_data_module(tokenizer, data_args, args)

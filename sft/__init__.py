@@ -1,5 +1,6 @@
 """Everything behind utils.py, in floors. A floor imports only the floors above it in this list.
 
+outside                               texts, secrets and files that come from outside
 job                                   ranks, printed lines, errors
 flags_2023, launchers, trainer_flags  what a command line or a launcher may say besides today's flags
 flags, arithmetic                     each flag once; examples, steps and number types
@@ -11,7 +12,9 @@ generate, merge_lora                  commands
 """
 
 import importlib.util
+import os
 import sys
+from typing import Any
 
 IGNORE_INDEX = -100  # a label that is not trained on, as in PyTorch's cross-entropy
 VERSION = "0.1.0"  # of CHANGELOG.md and pyproject.toml
@@ -26,3 +29,15 @@ if missing:
         file=sys.stderr,
     )
     raise SystemExit(2)
+
+
+def _in_one_line(kind: type[BaseException], *error: Any) -> None:
+    """Ctrl-C while a command still imports; later `job.one_message_for_user_errors` sees it."""
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, *error)
+    elif os.environ.get("LOCAL_RANK", "0") == "0":
+        print("error: interrupted.", file=sys.stderr)
+
+
+if sys.excepthook is sys.__excepthook__:
+    sys.excepthook = _in_one_line

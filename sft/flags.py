@@ -260,6 +260,7 @@ def parser() -> transformers.HfArgumentParser:
     for name, read in AUTO.items():
         action = known._option_string_actions[f"--{name}"]
         action.type, action.default = read, "auto"
+    known._option_string_actions["--liger_kernel_config"].type = str  # JSON, read in sft/trainer_flags.py
     # its type is text or a boolean, and HfArgumentParser (5.23) takes the boolean alone
     known._option_string_actions["--include_num_input_tokens_seen"].type = lambda t: "no" if t == "False" else t
     return known

@@ -8,6 +8,8 @@ from pathlib import Path
 import transformers
 from transformers.hf_argparser import string_to_bool as is_true
 
+from sft.outside import is_secret, without_password
+
 RENAMED = {  # transformers 4.31 -> 5.x, and two misspellings of the original README's parameter table
     "evaluation_strategy": "eval_strategy",
     "num_training_epochs": "num_train_epochs",
@@ -171,7 +173,7 @@ def names_in(argv: list[str]) -> set[str]:
 
 def _quoted(name: str, values: list[str]) -> str:
     """A flag as it is printed, without secrets."""
-    values = ["***" for _ in values] if name.endswith("hub_token") else values
+    values = ["***" if is_secret(name) else without_password(value) for value in values]
     return " ".join([f"--{name}", *(f'"{value}"' if " " in value else value for value in values)])
 
 

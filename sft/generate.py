@@ -13,7 +13,6 @@ import contextlib
 import csv
 import difflib
 import importlib.util
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,9 +33,11 @@ from sft.data.files import header_problems, kind_of
 from sft.data.llama_tokenizer import load_llama_tokenizer
 from sft.data.template import TEMPLATE_FILES, Template, load_template
 from sft.data.tokenizer_files import find_file
-from sft.job import UserError, one_message_for_user_errors, printable
+from sft.job import UserError, complain, one_message_for_user_errors
 from sft.model.answer import greedy_answers
 from sft.model.find import not_found
+from sft.model.safe_loads import safe_loads
+from sft.outside import printable, read_object, reading
 
 FLAGS: list[tuple[str, Any, str]] = [  # name, default, help
     ("model", "", "The tuned model: its folder, or a hub repository."),
@@ -100,7 +101,8 @@ def load(name: str, prompt_template: str | None = None) -> TunedModel:
             f"--model {name}: no {TEMPLATE_FILES[0]} there, so the prompts that it was trained with are not known. Give "
             "--prompt_template: 'none' (the instruction is the whole prompt), 'alpaca', 'chat', or a text file with {instruction}."
         )
-    with contextlib.redirect_stdout(sys.stderr):  # what the loaders print is no answer
+    # what the loaders print is no answer
+    with contextlib.redirect_stdout(sys.stderr), reading(f"--model {name}: its files"):
         tokenizer = load_llama_tokenizer(source)
         template = load_template(prompt_template or next(filter(None, saved)), tokenizer)
         allowed = allowed_control_tokens(find_file(source, "run_report.json"))
@@ -110,11 +112,9 @@ def load(name: str, prompt_template: str | None = None) -> TunedModel:
 def allowed_control_tokens(record: str | None) -> bool:
     """Whether the training read control tokens in cells as such (--allow_control_tokens), as the record next to the model has it."""
     try:
-        return bool(record) and bool(
-            json.loads(Path(record).read_text("utf-8"))["flags"]["data"]["allow_control_tokens"]
-        )
+        return bool(record) and bool(read_object(record)["flags"]["data"]["allow_control_tokens"])
     except (OSError, ValueError, KeyError, TypeError):
-        note(f"{record}: it cannot be read, so control tokens in an instruction are text")
+        complain(f"{record}: it cannot be read, so control tokens in an instruction are text")
         return False
 
 
@@ -122,10 +122,11 @@ def load_weights(name: str, adapter: str | None = None) -> Any:
     """The weights as stored, on the GPUs that are there, else on the CPU; under a LoRA adapter those that its config names."""
     if adapter and not importlib.util.find_spec("peft"):
         raise UserError(f"--model {name}: a LoRA adapter, which needs peft: pip install peft")
-    base = json.loads(Path(adapter).read_text(encoding="utf-8"))["base_model_name_or_path"] if adapter else name
+    base = read_object(adapter)["base_model_name_or_path"] if adapter else name
     device_map = "auto" if torch.accelerator.is_available() else None
     try:
-        model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", device_map=device_map)
+        with safe_loads(base, deepspeed=False):
+            model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", device_map=device_map)
     except (OSError, ValueError) as error:
         mend = (
             f"{name} is an adapter for it: put it back, or write its place into {adapter} as base_model_name_or_path."
@@ -135,7 +136,8 @@ def load_weights(name: str, adapter: str | None = None) -> Any:
     if adapter:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, name)
+        with safe_loads(name, deepspeed=False):
+            model = PeftModel.from_pretrained(model, name)
     model.generation_config = GenerationConfig()  # sampling settings that the model came with are dropped
     return model.eval()
 
@@ -145,10 +147,6 @@ class Stream(TextStreamer):
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         print(printable(text), flush=True, end="\n" if stream_end else "")
-
-
-def note(text: str) -> None:
-    print(printable(text), file=sys.stderr, flush=True)
 
 
 def answer(
@@ -169,7 +167,7 @@ def answer(
             )
         ((_, made[name], cut),) = tuned.answers(prompts, max_new_tokens, streamer=streamer)
         if cut:
-            note(f"(cut after {max_new_tokens} tokens, --max_new_tokens)")
+            complain(f"(cut after {max_new_tokens} tokens, --max_new_tokens)")
     return made
 
 
@@ -193,7 +191,7 @@ def chat(models: dict[str, TunedModel], max_new_tokens: int) -> None:
         if holds_turns
         else ("the template holds one question, so each is answered by itself, without the ones before it")
     )
-    note(f'One instruction a line, or several lines between two lines of """; {before}. Ctrl-D ends.')
+    complain(f'One instruction a line, or several lines between two lines of """; {before}. Ctrl-D ends.')
     while True:
         try:
             instruction = read_instruction()
@@ -207,7 +205,7 @@ def chat(models: dict[str, TunedModel], max_new_tokens: int) -> None:
         try:
             made = answer(models, asked, max_new_tokens)
         except KeyboardInterrupt:
-            note("\n(interrupted; the question is forgotten)")
+            complain("\n(interrupted; the question is forgotten)")
             continue
         history = {name: [*asked[name], _message("assistant", text)] for name, text in made.items()}
 
@@ -240,18 +238,18 @@ def answer_csv(models: dict[str, TunedModel], args: argparse.Namespace) -> None:
         index for index, cells in enumerate(questions) if any(cells[name].strip() for name in names if names[name])
     ]
     empty = len(questions) - len(asked)
-    note(f"{args.data_path}: {empty} of {len(questions)} rows have an empty {args.source!r} and get no answer")
+    complain(f"{args.data_path}: {empty} of {len(questions)} rows have an empty {args.source!r} and get no answer")
     for name, tuned in models.items():
         prompts = tuned.prompts([questions[index] for index in asked])
         made = tuned.answers(prompts, args.max_new_tokens, args.batch_size)
         done = list(tqdm(made, total=len(asked), desc=f"{name}: answers", disable=None))
         answers, cut = {asked[position]: text for position, text, _ in done}, sum(cut for _, _, cut in done)
-        note(f"{name}: {cut} of {len(asked)} answers are cut after {args.max_new_tokens} tokens, --max_new_tokens")
+        complain(f"{name}: {cut} of {len(asked)} answers are cut after {args.max_new_tokens} tokens, --max_new_tokens")
         header.append(columns[name])
         rows = [[*row, answers.get(index, "")] if row else row for index, row in enumerate(rows)]
     with open(args.output_path, "w", encoding="utf-8", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([header, *rows])
-    note(f"{args.output_path}: {len(asked)} answers")
+    complain(f"{args.output_path}: {len(asked)} answers")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -294,7 +292,8 @@ def main(argv: list[str] | None = None) -> None:
     tuned = load(args.model, args.prompt_template)
     models = {"tuned": tuned}
     if args.base:
-        base = load_weights(args.base)
+        with reading(f"--base {args.base}: its files"):
+            base = load_weights(args.base)
         if problems := check_vocabulary(tuned.tokenizer, base.config):
             raise UserError([f"--base {args.base}: {problem}" for problem in problems])
         models = {"base": TunedModel(base, tuned.tokenizer, tuned.template, tuned.allow_control_tokens), **models}

@@ -20,24 +20,12 @@ import psutil
 import torch
 from torch.distributed import PrefixStore, Store, TCPStore
 
+from sft.outside import UserError, printable
+
 # peft 0.21 (and sft/plan/micro_batch_tokens.py, for transformers 5.17) read a name that transformers 5.23 is about to drop
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 # bitsandbytes (0.50), which peft imports where it is installed, warns of a kernel for 4-bit weights on a CPU
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda line: "gemm_4bit_forward" not in line.getMessage())
-
-
-class UserError(Exception):
-    """A mistake that the user can mend: what is wrong, where, and what to do.
-
-    The entry scripts end it in one message on stderr, no traceback, and exit code 2 from every rank.
-
-    Args:
-        problems: one message, or a list of them that were found together.
-    """
-
-    def __init__(self, problems: str | list[str]):
-        self.problems = [problems] if isinstance(problems, str) else list(problems)
-        super().__init__("\n".join(self.problems))
 
 
 def rank() -> int:
@@ -55,14 +43,6 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-INVISIBLE = "\n\t\u00a0\u2007\u202f\u3000\u200c\u200d"  # line feeds, tabs, spaces and joiners that texts need
-
-
-def printable(text: str) -> str:
-    """Spell out what could steer a terminal; whatever comes from data, a model or a path is printed through this."""
-    return "".join(c if c.isprintable() or c in INVISIBLE else repr(c)[1:-1] for c in text)
-
-
 def say(text: object, coloured: bool = False) -> None:
     """Print once for the job (rank 0), at once; `coloured` text brings escape sequences of its own."""
     if rank() == 0:
@@ -75,6 +55,11 @@ def commit() -> str:
     with suppress(OSError):
         return subprocess.run(git, capture_output=True, text=True).stdout.strip() or "not a git checkout"
     return "not a git checkout"
+
+
+def complain(text: str) -> None:
+    """Print on stderr, from whichever rank calls."""
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 class Choice(NamedTuple):
@@ -105,9 +90,18 @@ def swapped(target: Any, **values: Any) -> Iterator[None]:
             setattr(target, name, value)
 
 
+_add_when_interrupted: Callable[[], str] = str
+
+
+def when_interrupted(add: Callable[[], str]) -> None:
+    """What is added to the line that Ctrl-C ends in, from now on."""
+    global _add_when_interrupted
+    _add_when_interrupted = add
+
+
 @contextmanager
 def one_message_for_user_errors() -> Iterator[None]:
-    """End a UserError in one message on stderr and exit code 2 from every rank, however the ranks were started."""
+    """End a UserError in one message on stderr and exit code 2 from every rank, however the ranks were started; Ctrl-C in a line, and 130."""
     for stream in (sys.stdout, sys.stderr):  # in a locale of ASCII or Latin-1 a Chinese row must not end the run
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -116,14 +110,12 @@ def one_message_for_user_errors() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher's, to the ranks that end a moment after the first
-        if _meeting is None:
-            _print_problems(error.problems)
-        else:
-            _meeting.leave(error.problems)
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        _end(error.problems)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun passes it on once more
+        _end([f"interrupted{_add_when_interrupted() or '.'}"])
+        raise SystemExit(130) from None
     except Exception as error:
         if _meeting is not None:  # the other ranks would wait for this one
             what = f"{type(error).__name__}: {error}"
@@ -140,10 +132,20 @@ def one_message_for_user_errors() -> Iterator[None]:
             _meeting.close()
 
 
+def _end(problems: list[str]) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher's, to the ranks that end a moment after the first
+    if _meeting is None:
+        _print_problems(problems)
+    else:
+        _meeting.leave(problems)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def _print_problems(problems: list[str]) -> None:
     head = problems if len(problems) == 1 else [f"{len(problems)} problems", *(f"  - {p}" for p in problems)]
     if problems:
-        print(printable("error: " + "\n".join(head)), file=sys.stderr, flush=True)
+        complain("error: " + "\n".join(head))
 
 
 @contextmanager

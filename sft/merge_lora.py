@@ -4,7 +4,6 @@ python -m sft.merge_lora --adapter ./my_adapter --output ./my_model
 """
 
 import argparse
-import json
 import shutil
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sft.job import UserError, one_message_for_user_errors, say
 from sft.model.lora import BASE_RECORD, weights_digest
 from sft.model.safe_loads import safe_loads
+from sft.outside import read_object, reading
 from sft.report.record import REPORT_NAME
 from sft.saving import export_files
 from sft.saving.checkpoint import make_readable
@@ -32,14 +32,16 @@ def merge(adapter: str, output: str, base: str | None = None, dtype=torch.float3
     for name in ("adapter_config.json", BASE_RECORD):
         if not (folder / name).is_file():
             raise UserError(f"{adapter}: no {name} there. Give the folder that a run with --use_lora True has saved.")
-    record = json.loads((folder / BASE_RECORD).read_text(encoding="utf-8"))
-    base = base or record["model_name_or_path"]
-    if weights_digest(base, cache_dir) != record["fingerprint"]:
-        trained_on = record["model_name_or_path"]
+    with reading(f"{adapter}: its files, or its base model's,"):
+        record = read_object(folder / BASE_RECORD)
+        trained_on, fingerprint = record["model_name_or_path"], record["fingerprint"]
+        base = base or trained_on
+        digest = weights_digest(base, cache_dir)
+    if digest != fingerprint:
         raise UserError(f"{base} is not the model that this adapter was trained on: give --base {trained_on}")
-    with safe_loads(base, deepspeed=False):
+    with reading(f"{base}: its files"), safe_loads(base, deepspeed=False):
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, cache_dir=cache_dir)
-    with safe_loads(adapter, deepspeed=False):
+    with reading(f"{adapter}: its files"), safe_loads(adapter, deepspeed=False):
         tuned = PeftModel.from_pretrained(model, folder).eval()
     probe = torch.arange(64, device="cpu")[None] * 37 % model.config.vocab_size
     with torch.no_grad():

@@ -13,8 +13,10 @@ import torch
 import transformers
 from accelerate.utils import DynamoBackend
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from sft.flags_2023 import read_json
+from sft.job import swapped
 
 FIELDS = {f.name: f for f in dataclasses.fields(transformers.TrainingArguments)}
 
@@ -100,7 +102,7 @@ OPTIMIZERS = {  # the module that --optim needs, and in which of its names; bits
 BATCHES = ("split_batches", "dispatch_batches", "even_batches", "use_seedable_sampler")  # keys of --accelerator_config
 BACKENDS = [backend.value.lower() for backend in DynamoBackend if backend.value != "NO"]
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")  # torch.compile's (2.13)
-JSON_FLAGS = ("accelerator_config", "gradient_checkpointing_kwargs", "lr_scheduler_kwargs")
+JSON_FLAGS = ("accelerator_config", "gradient_checkpointing_kwargs", "liger_kernel_config", "lr_scheduler_kwargs")
 
 
 def trainer_problems(flags: Any, given: set[str]) -> list[str]:
@@ -151,14 +153,16 @@ def trainer_problems(flags: Any, given: set[str]) -> list[str]:
         "--use_liger_kernel needs the package liger-kernel. Run: pip install liger-kernel": liger
         and importlib.util.find_spec("liger_kernel") is None,
         f"--optim_args {flags.optim_args}: write name=value, several with commas.": flags.optim_args
-        and not all("=" in part for part in flags.optim_args.split(",")),
+        and not all(part.count("=") == 1 for part in flags.optim_args.split(",")),
         f"--torch_compile_backend {backend}: choose one of {', '.join(BACKENDS)}.": backend not in (None, *BACKENDS),
         f"--torch_compile_mode {mode}: choose one of {', '.join(COMPILE_MODES)}.": mode not in (None, *COMPILE_MODES),
         "--save_steps 0 saves nothing. Use --save_strategy no.": text(flags.save_strategy) == "steps"
         and flags.save_steps == 0,
+        "--dataloader_persistent_workers True needs workers: give --dataloader_num_workers too.": flags.dataloader_persistent_workers
+        and not flags.dataloader_num_workers,
     }
     problems += [message for message, is_wrong in wrong.items() if is_wrong]
-    return problems + _metric(flags) + _scheduler(flags) + _optimizer(flags) + _hub(flags)
+    return problems + _keys(flags) + _metric(flags) + _scheduler(flags) + _optimizer(flags) + _hub(flags)
 
 
 def text(value: Any) -> str:
@@ -172,21 +176,46 @@ def default(name: str) -> Any:
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
+def _keys(flags: Any) -> list[str]:
+    """What nothing would read of the flags that hold JSON."""
+    recompute = inspect.signature(torch.utils.checkpoint.checkpoint).parameters.keys() - {"function", "args", "kwargs"}
+    takes = {
+        "accelerator_config": set(inspect.signature(AcceleratorConfig).parameters),
+        "gradient_checkpointing_kwargs": recompute | {"preserve_rng_state"},
+    }
+    switches = {"gradient_checkpointing_kwargs": "gradient_checkpointing", "liger_kernel_config": "use_liger_kernel"}
+    unknown = {
+        name: sorted(given.keys() - keys)
+        for name, keys in takes.items()
+        if isinstance(given := getattr(flags, name), dict)
+    }
+    return [
+        f"--{name}: there is no {', '.join(keys)}. It takes {', '.join(sorted(takes[name]))}."
+        for name, keys in unknown.items()
+        if keys
+    ] + [
+        f"--{name} changes nothing without --{switch} True."
+        for name, switch in switches.items()
+        if getattr(flags, name) and not getattr(flags, switch)
+    ]
+
+
 def _metric(flags: Any) -> list[str]:
     """Evaluations give a loss and its perplexity; of both, the lower one is better."""
-    if flags.metric_for_best_model is None:
-        return []
-    name = flags.metric_for_best_model.removeprefix("eval_")
+    if text(flags.save_strategy) == "best" and text(flags.eval_strategy) != "no":
+        flags.metric_for_best_model = flags.metric_for_best_model or "loss"  # as with --load_best_model_at_end
+    name = (flags.metric_for_best_model or "loss").removeprefix("eval_")
     if name not in ("loss", "perplexity"):
         return [f"--metric_for_best_model {flags.metric_for_best_model}: evaluations give loss and perplexity."]
     if flags.greater_is_better:
         return [f"--greater_is_better True: the lower {name} is the better one. Remove the flag."]
-    flags.greater_is_better = False  # the Trainer would take the highest perplexity
+    if flags.metric_for_best_model:
+        flags.greater_is_better = False  # the Trainer would take the highest perplexity
     return []
 
 
 def _scheduler(flags: Any) -> list[str]:
-    """Build the scheduler once, on one weight."""
+    """Build the scheduler once, on one weight, and walk through it."""
     name, given = text(flags.lr_scheduler_type), flags.lr_scheduler_kwargs or {}
     parameters = inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[transformers.SchedulerType(name)]).parameters
     takes = {
@@ -201,8 +230,12 @@ def _scheduler(flags: Any) -> list[str]:
         ]
     try:
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=max(flags.learning_rate, 1e-12))
-        transformers.get_scheduler(name, optimizer, 1, 10, scheduler_specific_kwargs=dict(given))
-    except (TypeError, ValueError, ZeroDivisionError) as error:
+        scheduler = transformers.get_scheduler(name, optimizer, 1, 10, scheduler_specific_kwargs=dict(given))
+        metrics = [1.0] * ("metrics" in inspect.signature(scheduler.step).parameters)
+        for _ in range(10):
+            optimizer.step()
+            scheduler.step(*metrics)
+    except (TypeError, ValueError, ArithmeticError) as error:
         return [f"--lr_scheduler_type {name} with --lr_scheduler_kwargs {given}: {error}."]
     return []
 
@@ -211,8 +244,33 @@ def _optimizer(flags: Any) -> list[str]:
     optim = text(flags.optim)
     module = next((module for module, names in OPTIMIZERS.items() if re.search(names, optim)), "torch")
     package = {"optimi": "torch-optimi"}.get(module, module.replace("_", "-"))
-    missing = importlib.util.find_spec(module) is None
-    return [f"--optim {optim} needs the package {package}. Run: pip install {package}"] * missing
+    if importlib.util.find_spec(module) is None:
+        return [f"--optim {optim} needs the package {package}. Run: pip install {package}"]
+    projects = re.search("galore|apollo", optim) is not None
+    if projects and not flags.optim_target_modules:
+        return [f"--optim {optim}: name the layers that it projects, such as --optim_target_modules all-linear."]
+    if flags.optim_target_modules and not projects:
+        return [f"--optim_target_modules changes nothing: {optim} has no layers of its own. Remove the flag."]
+    return [] if projects else _optimizer_arguments(flags, optim)
+
+
+def _optimizer_arguments(flags: Any, optim: str) -> list[str]:
+    """Have the Trainer read --optim_args for one weight, with each of them left out once."""
+    pairs = (flags.optim_args or "").replace(" ", "").split(",") if flags.optim_args else []
+    if not all(pair.count("=") == 1 for pair in pairs):
+        return []  # which has been said
+
+    def read(pairs: list[str]) -> dict[str, Any]:
+        with swapped(flags, optim_args=",".join(pairs)):
+            return transformers.Trainer.get_optimizer_cls_and_kwargs(flags, torch.nn.Linear(1, 1))[1]
+
+    try:
+        unread = [pair for pair in pairs if read([other for other in pairs if other != pair]) == read(pairs)]
+    except (TypeError, ValueError, AttributeError) as error:
+        return [f"--optim_args {flags.optim_args}: {optim} cannot read it ({error})."]
+    return [
+        f"--optim_args {pair} changes nothing: {optim} does not read it, or that is its default." for pair in unread
+    ]
 
 
 def _hub(flags: Any) -> list[str]:

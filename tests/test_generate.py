@@ -386,3 +386,32 @@ finally:
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert (ended.returncode, ended.stdout) == (2, "[]\n"), ended.stderr
     assert ended.stderr.startswith("error: ") and ended.stderr.count("\n") == 1
+
+
+# --------------------------------------------------------------------------------------------------- damaged folders
+
+
+class Malicious:
+    def __reduce__(self):
+        return exec, ("raise RuntimeError('it was run')",)
+
+
+@pytest.mark.parametrize(
+    ("weights", "said"),
+    [
+        (b"", "its files cannot be loaded: SafetensorError"),
+        (b"cut in the middle", "its files cannot be loaded: SafetensorError"),
+        (None, "the model cannot be loaded. (Error no file named model.safetensors"),
+        (Malicious(), "one of its files was not loaded, because it could run code"),
+    ],
+)
+def test_half_an_export_and_a_pickle_are_one_sentence(tuned, tmp_path, weights, said):
+    folder = shutil.copytree(tuned, tmp_path / "model")
+    if isinstance(weights, bytes):
+        (folder / "model.safetensors").write_bytes(weights)
+    else:
+        (folder / "model.safetensors").unlink()
+    if isinstance(weights, Malicious):
+        torch.save({"a": weights}, folder / "pytorch_model.bin")
+    (problem,) = problems("--model", folder, "--instruction", "k")
+    assert str(folder) in problem and said in problem and "\n" not in problem

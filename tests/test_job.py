@@ -334,3 +334,20 @@ def test_attributes_come_back_after_an_error():
         assert (Args.seed, Args.folder) == (2, "b")
         raise KeyError
     assert (Args.seed, Args.folder) == (1, "a")
+
+
+def test_an_interrupt_ends_in_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(job, "_add_when_interrupted", str)
+    for adds in ("", ": no step was saved"):
+        with pytest.raises(SystemExit) as ended, job.one_message_for_user_errors():
+            job.when_interrupted(lambda adds=adds: adds)
+            raise KeyboardInterrupt
+        assert ended.value.code == 130
+        assert capsys.readouterr().err == f"error: interrupted{adds or '.'}\n"
+
+
+def test_an_interrupt_while_a_command_imports_ends_in_one_line():
+    interrupted = [sys.executable, "-c", "import sft; raise KeyboardInterrupt"]
+    ended = subprocess.run(interrupted, capture_output=True, text=True, cwd=ROOT)
+    assert ended.returncode in (130, -signal.SIGINT) and ended.stderr == "error: interrupted.\n"

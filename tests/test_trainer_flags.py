@@ -127,6 +127,10 @@ def test_values_out_of_range_are_refused_on_both_sides(name):
             "--greater_is_better True: the lower perplexity is the better one. Remove the flag.",
         ),
         (
+            "--load_best_model_at_end True --greater_is_better True",
+            "--greater_is_better True: the lower loss is the better one. Remove the flag.",
+        ),
+        (
             "--use_liger_kernel True",
             "--use_liger_kernel needs a GPU: its kernels are written in Triton. Remove the flag.",
         ),
@@ -150,6 +154,35 @@ def test_values_out_of_range_are_refused_on_both_sides(name):
         (
             "--lr_scheduler_kwargs {cycles:2}",
             "--lr_scheduler_kwargs {cycles:2}: not JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1)).",
+        ),
+        (
+            '--lr_scheduler_type cosine_with_restarts --lr_scheduler_kwargs {"num_cycles":"a"}',
+            "--lr_scheduler_type cosine_with_restarts with --lr_scheduler_kwargs {'num_cycles': 'a'}: could not convert string to float: 'a'.",
+        ),
+        ("--optim_args a=b=c", "--optim_args a=b=c: write name=value, several with commas."),
+        (
+            "--optim sgd --optim_args momentum=0.9,bogus=1",
+            "--optim_args bogus=1 changes nothing: sgd does not read it, or that is its default.",
+        ),
+        (
+            "--optim sgd --optim_args momentum=much",
+            "--optim_args momentum=much: sgd cannot read it (could not convert string to float: 'much').",
+        ),
+        (
+            "--optim_target_modules q_proj",
+            "--optim_target_modules changes nothing: adamw_torch_fused has no layers of its own. Remove the flag.",
+        ),
+        (
+            "--dataloader_persistent_workers True",
+            "--dataloader_persistent_workers True needs workers: give --dataloader_num_workers too.",
+        ),
+        (
+            '--gradient_checkpointing_kwargs {"use_reentrant":false}',
+            "--gradient_checkpointing_kwargs changes nothing without --gradient_checkpointing True.",
+        ),
+        (
+            '--liger_kernel_config {"rope":false}',
+            "--liger_kernel_config changes nothing without --use_liger_kernel True.",
         ),
     ],
 )
@@ -180,12 +213,32 @@ def test_a_value_of_another_kind_is_one_sentence(name):
         assert "Traceback" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("words", "said", "takes"),
+    [
+        ('--accelerator_config {"foo":1}', "--accelerator_config: there is no foo. It takes ", "non_blocking"),
+        (
+            '--gradient_checkpointing True --gradient_checkpointing_kwargs {"foo":1}',
+            "--gradient_checkpointing_kwargs: there is no foo. It takes ",
+            "use_reentrant",
+        ),
+    ],
+)
+def test_a_key_that_nothing_reads_is_refused_with_those_that_are_read(words, said, takes):
+    (problem,) = problems_of(words)
+    assert problem.startswith(said) and takes in problem.removeprefix(said)
+
+
 def test_values_that_work_are_left_alone():
     assert problems_of("--do_train True --do_eval True --eval_strategy epoch --disable_tqdm True --local_rank=0") == []
     assert problems_of("--num_train_epochs 0 --max_steps 3 --seed 4294967295 --adam_beta1 0.0") == []
     assert problems_of('--lr_scheduler_type cosine_with_restarts --lr_scheduler_kwargs {"num_cycles":2}') == []
     assert problems_of("--include_num_input_tokens_seen False") == []
     assert problems_of("--fp16 True --plan_only True --use_cpu False") == []
+    assert problems_of("--optim sgd --optim_args momentum=0.9,nesterov=True --torch_compile_backend inductor") == []
+    assert problems_of('--gradient_checkpointing True --gradient_checkpointing_kwargs {"use_reentrant":false}') == []
+    assert problems_of("--save_strategy best --eval_strategy epoch") == []
+    assert problems_of('--accelerator_config {"non_blocking":true}') == []
 
 
 @pytest.mark.parametrize("name", [kind.value for kind in transformers.SchedulerType])
@@ -205,9 +258,19 @@ def test_the_lower_perplexity_is_the_better_one():
     assert seen == [False]
 
 
+def test_an_optimizer_that_projects_layers_is_told_which(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    (problem,) = problems_of("--optim galore_adamw")
+    assert problem.endswith("name the layers that it projects, such as --optim_target_modules all-linear.")
+    assert problems_of("--optim galore_adamw --optim_target_modules all-linear --optim_args rank=64") == []
+
+
 def test_an_optimizer_whose_package_is_missing_is_refused(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name != "torch" else object())
-    needs = {name.value: trainer_flags._optimizer(argparse.Namespace(optim=name)) for name in OptimizerNames}
+    needs = {
+        name.value: trainer_flags._optimizer(argparse.Namespace(optim=name, optim_target_modules=None, optim_args=None))
+        for name in OptimizerNames
+    }
     assert needs["schedule_free_adamw"] == [
         "--optim schedule_free_adamw needs the package schedulefree. Run: pip install schedulefree"
     ]

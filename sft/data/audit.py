@@ -24,7 +24,8 @@ from sft.data.segments import Rows
 from sft.data.template import PLACE
 from sft.data.token_cache import CUT, KEPT, SHORTENED, TokenizedRows
 from sft.flags import DataArguments, TrainingArguments
-from sft.job import printable, rank
+from sft.job import rank, say
+from sft.outside import printable
 
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99, 100)
 ROWS_SHOWN = 10
@@ -167,8 +168,11 @@ def check_data(
     }
     report |= {"percentiles": percentiles, "plan": planned, "findings": [finding._asdict() for finding in findings]}
     (folder / "data_report.json").write_text(json.dumps(report, indent=1) + "\n")
-    print("\n".join([*text, *(f"- {finding}" for finding in findings), *examples, "", f"verdict: {verdict}"]))
-    print(f"every row of every finding: {folder / 'data_report.json'}; lengths: {folder / 'data_lengths.png'}")
+    say("\n".join([*text, *(f"- {finding}" for finding in findings)]))
+    say("\n".join(examples), coloured=True)
+    say(
+        f"\nverdict: {verdict}\nevery row of every finding: {folder / 'data_report.json'}; lengths: {folder / 'data_lengths.png'}"
+    )
     return int(bool(useless))
 
 

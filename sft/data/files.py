@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from sft.data.csv_rows import PROBLEMS_SHOWN, column_problems, quoted, read_csv
 from sft.job import UserError
+from sft.outside import printable
 
 KINDS = {".tsv": "tsv", ".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}  # else csv
 ROWS_PER_BATCH, CHARACTERS_PER_BATCH = 256, 2**20  # small, so that all cores end together; bounded in memory
@@ -115,7 +116,7 @@ def read_batches(
 ) -> Iterator[list[tuple[int, tuple]]]:
     """Yield the rows of `read_rows` in batches, with a progress bar over the file's bytes."""
     seconds = 0.1 if sys.stderr.isatty() else 60  # a log file needs no animation
-    size, title = os.path.getsize(path), f"tokenizing {path}"
+    size, title = os.path.getsize(path), printable(f"tokenizing {path}")
     with tqdm(total=size, unit="B", unit_scale=True, desc=title, mininterval=seconds) as bar:
         batch: list[tuple[int, tuple]] = []
         characters = 0

@@ -7,20 +7,20 @@ An entry is a folder named by its key, a digest of everything that decides its c
     switches.npy         int64, places in tokens.bin where, later in a row, training stops and begins again; none of prompt and response
     outcomes.npy         uint8, what became of each row of the file: its place in OUTCOMES
     repeats.npy          uint8, for each kept row: 1 its prompt begins with BOS spelled out, 2 an answer ends with EOS, 3 both
-    meta.json            the key's parts, size and CRC-32 of each file, the largest id
+    meta.json            the key's parts, the digest of each file, the largest id
 
 Labels follow from tokens, prompt lengths and switches. An entry is built next to its place, under a file lock that the kernel
-releases when its holder dies, and then renamed. Sizes and checksums reveal what was damaged later.
+releases when its holder dies, and then renamed. Digests reveal what was damaged later.
 """
 
-import functools
 import gc
 import hashlib
 import json
 import os
 import shutil
+import signal
 import sys
-import zlib
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -36,6 +36,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from sft.job import UserError, say
+from sft.outside import read_object
 
 VERSION = 2  # raise it when the same parts of a key come to mean other tokens, or the files another form
 OUTCOMES = (
@@ -67,7 +68,8 @@ class Batch(NamedTuple):
 
 
 INDEX = Batch._fields[1:]  # each is a file of its own
-DAMAGED = (OSError, ValueError, KeyError)  # what opening an entry raises that is not there, or not whole
+# what opening an entry raises that is not there, or not whole
+DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError)
 
 
 @dataclass
@@ -120,8 +122,14 @@ class TokenizedRows:
 
 
 def default_cache_dir() -> Path:
-    """Where entries lie when --data_cache_dir names no place."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sft-tokenized-rows"
+    """Where entries lie when --data_cache_dir names no place: a folder of the user's own, which nobody else may enter."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sft-tokenized-rows"
+    with suppress(OSError):  # `load_or_build` says why it cannot be used
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if folder.stat().st_uid != os.getuid():
+            raise UserError(f"{folder} belongs to another user. Name a folder of your own with --data_cache_dir.")
+        folder.chmod(0o700)
+    return folder
 
 
 def load_or_build(cache_dir: Path, key: dict[str, Any], build: Callable[[], Iterable[Batch]]) -> TokenizedRows:
@@ -133,7 +141,7 @@ def load_or_build(cache_dir: Path, key: dict[str, Any], build: Callable[[], Iter
     entry = cache_dir / _digest(key)
     with suppress(*DAMAGED):
         return _open(entry, check=True)
-    failure, lock = entry.with_suffix(".error"), FileLock(entry.with_suffix(".lock"))
+    failure, lock, began = entry.with_suffix(".error"), FileLock(entry.with_suffix(".lock")), time.time()
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
         for patience in (0, QUIET_WAIT_S, -1):  # seconds; -1: however long it takes
@@ -144,8 +152,8 @@ def load_or_build(cache_dir: Path, key: dict[str, Any], build: Callable[[], Iter
                 break
         with suppress(*DAMAGED):
             return _open(entry, check=True)
-        if patience != 0 and failure.exists():  # of the process that this one waited for
-            raise UserError(json.loads(failure.read_text()))
+        if patience != 0 and (problems := _noted(failure, began)):  # of the process that this one waited for
+            raise UserError(problems)
         if entry.exists():
             say(f"data: the tokenized rows in {entry} are damaged; building them again")
         failure.unlink(missing_ok=True)  # an older build's; its cause may be fixed
@@ -157,11 +165,22 @@ def load_or_build(cache_dir: Path, key: dict[str, Any], build: Callable[[], Iter
             "a folder on another disk with --data_cache_dir, or make room: this folder can be deleted at any time."
         ]
         with suppress(OSError):  # the error itself follows
-            if lock.is_locked:
-                failure.write_text(json.dumps(problems))
+            if lock.is_locked:  # never through a link that another user of the folder has put there
+                with open(os.open(failure, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o644), "w") as note:
+                    json.dump(problems, note)
         raise UserError(problems) from None
     finally:
         lock.release()
+
+
+def _noted(failure: Path, since: float) -> list[str]:
+    """The problems in a note that a build left after a time; none in one that is older, of the future, or something else."""
+    try:
+        written, problems = failure.lstat().st_mtime, json.loads(failure.read_text())
+    except (OSError, ValueError, RecursionError):
+        return []
+    sound = isinstance(problems, list) and all(isinstance(problem, str) for problem in problems)
+    return problems if sound and since - 1 <= written <= time.time() + 1 else []  # file systems round times
 
 
 def map_ahead(function: Callable, items: Iterable) -> Iterator:
@@ -192,6 +211,7 @@ def _start_worker(function: Callable) -> None:
     global _function
     _function = function
     gc.freeze()  # what was inherited is not searched for garbage, which would copy its pages
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends this one
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tokenizer's threads did not survive the fork
     # A killed parent ends no child by itself (CPython 3.11): each would wait for work for ever.
     Thread(target=lambda: wait([parent_process().sentinel]) and os._exit(1), daemon=True).start()
@@ -201,7 +221,7 @@ def _work(item: Any) -> Any:
     return _function(item)
 
 
-def file_digest(path: str) -> str:
+def file_digest(path: str | Path) -> str:
     """Digest of a file's bytes; about 1.3 GiB/s on one core, with or without SHA instructions."""
     digest = hashlib.blake2b(digest_size=16)
     for block in _blocks(path):
@@ -227,7 +247,7 @@ def tokenizer_digest(tokenizer: Any) -> str:
 def _build(entry: Path, key: dict[str, Any], batches: Iterable[Batch]) -> None:
     building = entry.with_suffix(".building")
     for left in (building, entry):  # by a run that was killed, and damaged; the lock says that nobody writes there
-        shutil.rmtree(left, ignore_errors=True)
+        left.unlink() if left.is_symlink() else shutil.rmtree(left, ignore_errors=True)
     building.mkdir()
     try:
         index, largest_id, at = [], 0, 0
@@ -239,7 +259,7 @@ def _build(entry: Path, key: dict[str, Any], batches: Iterable[Batch]) -> None:
                 at += len(batch.tokens)
         for name, parts in zip(INDEX, zip(*index)):
             np.save(building / f"{name}.npy", np.concatenate(parts))
-        files = {path.name: _size_and_crc(path) for path in sorted(building.iterdir())}
+        files = {path.name: file_digest(path) for path in sorted(building.iterdir())}
         meta = json.dumps({"key": key, "files": files, "largest_id": largest_id}, indent=1)
         (building / "meta.json").write_text(meta)
         building.rename(entry)
@@ -249,19 +269,19 @@ def _build(entry: Path, key: dict[str, Any], batches: Iterable[Batch]) -> None:
 
 def _open(entry: Path, check: bool = False) -> TokenizedRows:
     """Open the entry; one of DAMAGED is raised if it is not there or, when it is checked, not as it was written."""
-    meta = json.loads((entry / "meta.json").read_text())
-    if check and any(_size_and_crc(entry / name) != written for name, written in meta["files"].items()):
-        raise ValueError(f"{entry}: damaged")
+    meta = read_object(entry / "meta.json")
+    if check:
+        files = {"tokens.bin", *(f"{name}.npy" for name in INDEX)}
+        if _digest(meta["key"]) != entry.name or any(
+            file_digest(entry / name) != meta["files"][name] for name in files
+        ):
+            raise ValueError(f"{entry}: damaged")
     index = {name: np.load(entry / f"{name}.npy") for name in INDEX}
     tokens = np.empty(0, np.int32)  # an empty file cannot be mapped
     if len(index["lengths"]):
         tokens = np.asarray(np.memmap(entry / "tokens.bin", np.int32, "r"))
     first_row = meta["key"].get("first_row", 2)
-    return TokenizedRows(str(entry), tokens, largest_id=meta["largest_id"], first_row=first_row, **index)
-
-
-def _size_and_crc(path: Path) -> list[int]:
-    return [path.stat().st_size, functools.reduce(lambda crc, block: zlib.crc32(block, crc), _blocks(path), 0)]
+    return TokenizedRows(str(entry), tokens, largest_id=int(meta["largest_id"]), first_row=first_row, **index)
 
 
 def _blocks(path: str | Path) -> Iterator[bytes]:

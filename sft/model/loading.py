@@ -5,6 +5,7 @@ import functools
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from sft.job import UserError, all_ranks_or_none, rank, say, world_size
 from sft.model import headers
 from sft.model.find import not_found
 from sft.model.safe_loads import safe_loads
+from sft.outside import reading
 
 
 def model_problems(flags) -> list[str]:
@@ -58,6 +60,20 @@ def model_problems(flags) -> list[str]:
         for target in (targets if targets != ["all-linear"] else [])
         if not any(linear_name.endswith(f".{target}") for linear_name in linear)
     ]
+
+
+def liger_problems(flags) -> list[str]:
+    """Refuse --use_liger_kernel for a model that Liger has no kernels for: it would be left as it is, without a word (0.8)."""
+    if not flags.use_liger_kernel or flags.use_cpu or not find_spec("liger_kernel") or not flags.model_name_or_path:
+        return []
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    try:
+        kind = load_config(flags).model_type
+    except UserError:
+        return []  # `model_problems` says why
+    refused = f"--use_liger_kernel: Liger has no kernels for {kind} models. Remove the flag."
+    return [refused] * (kind not in MODEL_TYPE_TO_APPLY_LIGER_FN)
 
 
 def load_config(model_args: ModelArguments) -> PreTrainedConfig:
@@ -176,7 +192,8 @@ def load_weights(
     name, handed_on = model_args.model_name_or_path, rank_0_reads(model_args, args)
     given = {"config": config, "cache_dir": model_args.cache_dir, "trust_remote_code": model_args.trust_remote_code}
     model = None
-    with all_ranks_or_none() if handed_on else nullcontext(), safe_loads(name, deepspeed=False):
+    whole = all_ranks_or_none() if handed_on else nullcontext()
+    with whole, reading(f"{name}: the model's files"), safe_loads(name, deepspeed=False):
         if rank() == 0 or not handed_on:
             # a checkpoint whose headers were not there to be read before (a download) is judged now
             read = {"output_loading_info": True, "ignore_mismatched_sizes": True}

@@ -137,6 +137,8 @@ def read(file: str | dict) -> tuple[str, dict]:
             where = f"{name}, line {error.lineno}, column {error.colno}"
             write = "Correct that line; JSON has no comments and no comma after a last entry."
             raise Unreadable(where, f"this is not JSON ({error.msg})", write) from None
+        except (OSError, ValueError, RecursionError) as error:
+            raise Unreadable(name, f"it cannot be read ({error})", "Give a text file that holds JSON.") from None
     for key in ("", *BLOCKS):
         if not isinstance(_get(config, key), dict):
             what = f"{name}: {key or 'it'} is {json.dumps(_get(config, key))}"

@@ -2,14 +2,13 @@
 
 import contextlib
 import re
-import sys
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
 
-from sft.job import UserError, rank, say
+from sft.job import UserError, complain, rank, say
 from sft.model.loading import load_config
 from sft.plan.deepspeed_file import Unreadable
 from sft.plan.memory import GIB, Plan, Setting, make
@@ -64,7 +63,7 @@ def explain_out_of_memory(plan: Plan | None, phase: str) -> Iterator[None]:
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
-        print(describe_full(error, plan, PHASES[phase]), file=sys.stderr, flush=True)
+        complain(describe_full(error, plan, PHASES[phase]))
         raise SystemExit(3) from None
 
 

@@ -5,7 +5,6 @@ python -m sft.report --fields
 """
 
 import argparse
-import json
 import re
 import statistics
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sft.job import UserError, one_message_for_user_errors, say
+from sft.outside import read_object, reading
 from sft.report.picture import draw, number
 from sft.report.record import REPORT_NAME
 
@@ -26,16 +26,17 @@ def load_runs(folders: list[str]) -> dict[str, dict]:
     for folder, name in zip(folders, names):
         path = Path(folder) / REPORT_NAME
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
+            record = read_object(path)
         except OSError:
             problems.append(f"{folder}: there is no {REPORT_NAME} in it. Give the --output_dir of a run that trained.")
         except ValueError as error:
             problems.append(f"{path}: not a report of a run ({error}).")
         else:
-            if not isinstance(record, dict) or record.get("format") != 1:
+            if record.get("format") != 1:
                 problems.append(f"{path}: not a report that this version reads (format 1).")
-            elif not record["log"]:
-                problems.append(f"{path}: the run is {record['status']} and logged no step: there is nothing to draw.")
+            elif not record.get("log"):
+                status = record.get("status")
+                problems.append(f"{path}: the run is {status} and logged no step: there is nothing to draw.")
             runs[name if names.count(name) == 1 else folder] = record
     if problems:
         raise UserError(problems)
@@ -85,8 +86,10 @@ def main(argv: list[str] | None = None) -> None:
         if not arguments.runs:
             raise UserError("no run is given: python -m sft.report RUN_A RUN_B")
         runs = load_runs(arguments.runs)
-        draw(runs, Path(arguments.output))
-        say(f"{comparison(runs)}\npicture: {arguments.output}")
+        with reading(f"a {REPORT_NAME} of these runs"):
+            table = comparison(runs)
+            draw(runs, Path(arguments.output))
+        say(f"{table}\npicture: {arguments.output}")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import torch
 
 from sft import VERSION
 from sft.job import commit, rank, say, world_size
+from sft.outside import is_secret, read_object, without_password
 from sft.report.picture import draw
 
 REPORT_NAME, PICTURE_NAME = "run_report.json", "loss.png"
@@ -92,9 +93,9 @@ class Report:
         if not path.is_file():
             return
         try:
-            earlier = json.loads(path.read_text(encoding="utf-8"))["samples"]
+            earlier = read_object(path)["samples"]
             self.record["samples"] = [sample for sample in earlier if sample["step"] <= step]
-        except (ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError):
             say(f"warning: {path} cannot be read: the samples of the steps before {step} are not kept")
 
     def finish(self, summary: dict[str, float]) -> None:
@@ -194,19 +195,13 @@ def _hardware(device: torch.device) -> dict[str, Any]:
     return found | {"cpu_count": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()}
 
 
-SECRET_WORDS = {"token", "key", "apikey", "secret", "password", "passwd", "credential", "credentials"}
 REMOVED = "(removed)"
-
-
-def _is_secret(name: str) -> bool:
-    """hub_token, WANDB_API_KEY -> True; tokens_per_micro_batch, tokenizer -> False"""
-    return not SECRET_WORDS.isdisjoint(re.split(r"[^a-z]+", name.lower()))
 
 
 def _secrets(*sources: Mapping[str, Any]) -> set[str]:
     """Values under secret names. They must not appear anywhere in the record."""
     named = {
-        value for source in sources for name, value in source.items() if _is_secret(name) and isinstance(value, str)
+        value for source in sources for name, value in source.items() if is_secret(name) and isinstance(value, str)
     }
     return {value for value in named if len(value) >= 8}  # a short one ("1", "true") would blank out innocent text
 
@@ -219,7 +214,7 @@ def _clean(value: Any, secrets: set[str], name: str = "") -> Any:
         return [_clean(item, secrets, name) for item in value]
     if value is None or isinstance(value, bool | int | float):
         return None if isinstance(value, float) and not math.isfinite(value) else value
-    text = REMOVED if _is_secret(name) and str(value) else str(value)
+    text = REMOVED if is_secret(name) and str(value) else str(value)
     for secret in secrets:
         text = text.replace(secret, REMOVED)
-    return re.sub(r"(?<=://)[^/@\s]+(?=@)", REMOVED, text)  # a user and password in an address
+    return without_password(text, REMOVED)

@@ -26,7 +26,8 @@ def evaluation_problems(flags: Any) -> list[str]:
     """Contradictions between the evaluation flags."""
     evaluation, saves = (str(getattr(value, "value", value)) for value in (flags.eval_strategy, flags.save_strategy))
     rows, evaluates = bool(flags.eval_data_path or flags.eval_split), evaluation != "no"
-    compares = [name for name in ("early_stopping_patience", "load_best_model_at_end") if getattr(flags, name)]
+    asked = ("early_stopping_patience", "load_best_model_at_end", "metric_for_best_model", "eval_on_start")
+    needs = [f"--{name}" for name in asked if getattr(flags, name)] + ["--save_strategy best"] * (saves == "best")
     found = []
     if evaluates and not rows:
         found.append(
@@ -38,8 +39,8 @@ def evaluation_problems(flags: Any) -> list[str]:
             f"--{'eval_data_path' if flags.eval_data_path else 'eval_split'} is given and --eval_strategy is no: the rows "
             "would never be used. Add --eval_strategy epoch (or steps), or remove the flag."
         )
-    for name in () if evaluates else compares:
-        found.append(f"--{name} compares evaluations: add --eval_strategy epoch (or steps) and rows to evaluate.")
+    for name in () if evaluates else needs:
+        found.append(f"{name} needs evaluations: add --eval_strategy epoch (or steps) and rows to evaluate.")
     if flags.load_best_model_at_end and evaluates and saves not in (evaluation, "best"):
         found.append(
             f"--load_best_model_at_end needs a checkpoint for each evaluation, and --save_strategy is {saves} while "

@@ -3,6 +3,7 @@
 import statistics
 from collections import deque
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -31,17 +32,27 @@ def explain_non_finite(trainer, micro_batches: list[tuple[dict, torch.Tensor]], 
     every = [entry for entries in found for entry in entries]
     guilty = [entry for entry in every if not torch.isfinite(torch.tensor(entry[2]))]
     step = trainer.state.global_step
-    saved = f"They are in checkpoint-{step}" if step else "No step was taken yet"
     if guilty:
         what = f"the loss is {guilty[0][2]}"
     else:
         what = f"every loss is finite but the gradient norm is {grad_norm}; any of these micro-batches can be the cause"
     where = "\n".join(f"  rank {r}, micro-batch {n}: {', '.join(rows)}" for r, n, _, rows in guilty or every)
+    return f"step {step + 1}: {what}\n{where}\nThe update was not applied: the weights are those of step {step}."
+
+
+def what_to_try(output_dir: str, step: int, adapter: bool) -> str:
+    """What is saved of a run that stopped before its next step, and what to do; a checkpoint is named only where there is one."""
+    names = [folder.name.removeprefix("checkpoint-") for folder in Path(output_dir).glob("checkpoint-*")]
+    newest = max((int(name) for name in names if name.isdecimal()), default=0)
+    saved = f"They are in checkpoint-{step}" if newest == step else "They could not be saved (see above)"
+    if 0 < newest < step:
+        saved += f"; checkpoint-{newest} is the newest"
+    begin = "that starts anew" + ", because an adapter's checkpoint cannot begin one" * bool(adapter and newest)
+    if newest and not adapter:
+        begin = f"that begins with saved weights (--model_name_or_path {output_dir}/checkpoint-{newest}) or starts anew"
     return (
-        f"step {step + 1}: {what}\n{where}\n"
-        f"The update was not applied: the weights are those of step {step}. {saved}.\n"
-        "What to try: read these rows; --bf16 True in place of --fp16; a lower --learning_rate or a longer --warmup_steps, in a new "
-        f"run that begins with these weights (--model_name_or_path {trainer.args.output_dir}/checkpoint-{step}) or from the start."
+        f"{saved if step else 'No step was taken yet'}.\n"
+        f"What to try: read these rows; --bf16 True in place of --fp16; a lower --learning_rate or a longer --warmup_steps, in a run {begin}."
     )
 
 

@@ -8,20 +8,22 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
+from sft import job
 from sft.arithmetic import compute_dtype, export_dtype
 from sft.data.checks import check_vocabulary, data_problems, too_many_positions
 from sft.data.template import Template, load_template
 from sft.data.token_cache import tokenizer_digest
 from sft.flags import DataArguments, ModelArguments, TrainingArguments
-from sft.job import UserError, all_ranks_or_none, differences_from_rank_0, rank, say
+from sft.job import UserError, all_ranks_or_none, complain, differences_from_rank_0, rank, say
 from sft.model import loading, lora, safe_loads
+from sft.outside import reading
 from sft.plan import memory
 from sft.plan.deepspeed_file import check_deepspeed
 from sft.plan.memory_ladder import explain_out_of_memory, stop_after_plan
@@ -53,6 +55,7 @@ CHECKS = (  # what can be known from the flags alone; all problems are raised to
     without_training,
     data_problems,
     loading.model_problems,
+    loading.liger_problems,
     resume.output_dir_problems,
     check_deepspeed,
     lora.lora_problems,
@@ -83,12 +86,17 @@ class Run:
         self.before: dict[str, str] = {}  # the identity of the run that wrote the checkpoint
         self.resume: str | None = None
         self.lock: Any = None  # of the output folder
+        job.when_interrupted(self._where_it_stands)
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Time a part of the run for its record, and end an out-of-memory in a sentence."""
         with self.report.phase(name), explain_out_of_memory(self.memory_plan, name):
             yield
+
+    def read_tokenizer(self, load: Callable[[ModelArguments], PreTrainedTokenizerBase]) -> PreTrainedTokenizerBase:
+        with reading(f"{self.model_args.model_name_or_path}: the tokenizer's files"):
+            return load(self.model_args)
 
     def resume_from(self, data_module: dict[str, Any]) -> str | None:
         """The checkpoint that this run continues from, if any. All ranks together.
@@ -193,6 +201,7 @@ class Run:
         self.report.note_facts(trainer.model, trainer.processing_class, datasets, self.template.text, **sections)
         stack = contextlib.ExitStack()
         stack.enter_context(self.phase("train"))
+        stack.callback(trainer.stops.restore)  # also where training ends in an error
         stack.enter_context(safe_loads.safe_loads(self.resume, bool(self.args.deepspeed)))
         if settled.compilation.value:
             stack.enter_context(compiled_layers.more_graphs())
@@ -219,11 +228,17 @@ class Run:
             proved, limits = self._export(trainer)
             self.report.finish(trainer.meter.summary())
             if rank() == 0:
-                folder, record = Path(self.args.output_dir), self.report.record
-                write_card(folder, record, self.args.hub_model_id, limits)
-                if self.model_args.merge_lora:
-                    write_card(folder / "adapter", record, None, limits)  # in the place of peft's, which is blank
-                export.complete(self.args.output_dir, trainer.state.global_step, proved)
+                try:
+                    folder, record = Path(self.args.output_dir), self.report.record
+                    write_card(folder, record, self.args.hub_model_id, limits)
+                    if self.model_args.merge_lora:
+                        write_card(folder / "adapter", record, None, limits)  # in the place of peft's, which is blank
+                    export.complete(self.args.output_dir, trainer.state.global_step, proved)
+                except OSError as error:
+                    raise UserError(
+                        f"{self.args.output_dir}: the model is saved and proved and can be used, but its card or {export.COMPLETE} could not be "
+                        f"written ({error}). Make room there; a run that resumes from a checkpoint writes them anew."
+                    ) from None
                 export.upload(trainer)
         if self.lock:
             self.lock.release()
@@ -244,13 +259,18 @@ class Run:
             return
         there = f"{newest.name} is the newest checkpoint" if newest else "there is no checkpoint"
         if rank() == 0:
-            print(
+            complain(
                 f"error: stopped at step {step:,} of {steps:,}, and checkpoint-{step} was not saved (see the warning above): {there}, so the "
-                f"steps since then are lost. Make room in {self.args.output_dir}, then continue:\n  {command_to_continue()}",
-                file=sys.stderr,
-                flush=True,
+                f"steps since then are lost. Make room in {self.args.output_dir}, then continue:\n  {command_to_continue()}"
             )
         raise SystemExit(4)
+
+    def _where_it_stands(self) -> str:
+        """What Ctrl-C leaves, as the end of a sentence."""
+        newest = next(iter(checkpoint.newest_first(self.args.output_dir)), None)
+        if newest is None or not self.identity:  # before that, checkpoints may be an earlier run's
+            return ": no step was saved"
+        return f": {newest.name} is the newest checkpoint. To continue: {command_to_continue()}"
 
     def _export(self, trainer: SupervisedTrainer) -> tuple[list[str], list[str]]:
         """Write the tuned model for plain transformers and other programs; return what was proved, and what those cannot do."""

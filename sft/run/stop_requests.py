@@ -16,6 +16,7 @@ import time
 from transformers import TrainerCallback
 
 from sft.job import rank
+from sft.outside import is_secret, without_password
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 ONE_PRESS_S = 2.0  # a scheduler and torchrun may both pass on the same request; later ones are a second request
@@ -35,8 +36,13 @@ class StopRequests(TrainerCallback):
         self._before = {number: signal.signal(number, self._on_signal) for number in heeded}  # nohup ignores SIGHUP
 
     def on_train_end(self, args, state, control, **kwargs):
+        self.restore()
+
+    def restore(self) -> None:
+        """Leave signals to whoever had them: no step will be finished any more."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        self._before = {}
 
     def _on_signal(self, number, frame):
         if self.requested is None:
@@ -73,13 +79,13 @@ def command_to_continue(argv: list[str] | None = None) -> str:
             skipping = name == "resume_from_checkpoint"
             if skipping:
                 continue
-            if name.endswith(("_token", "_key", "password", "secret")):
+            if is_secret(name):
                 words.append(f"--{name}=***")
                 skipping = True
                 continue
         elif skipping:
             continue
-        words.append(word)
+        words.append(without_password(word))
     launcher = "python"
     if "TORCHELASTIC_RUN_ID" in os.environ:
         launcher = f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"

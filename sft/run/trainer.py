@@ -16,7 +16,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from sft.flags import TrainingArguments
 from sft.job import UserError, say
 from sft.run.evaluation import EvalBatchSampler, token_weighted_loop
-from sft.run.finite_check import explain_non_finite
+from sft.run.finite_check import explain_non_finite, what_to_try
 from sft.run.step_message import StepMessage
 from sft.run.stop_requests import StopRequests, ignore_in_worker
 from sft.step.counts import CountingCollator, take_counts
@@ -174,7 +174,8 @@ class SupervisedTrainer(Trainer):
         step = self.state.global_step
         if step and not Path(self.args.output_dir, f"checkpoint-{step}").is_dir():
             self._save_checkpoint(self.model_wrapped, None)
-        raise UserError(message)
+        adapter = hasattr(self.model, "peft_config")
+        raise UserError(f"{message} {what_to_try(self.args.output_dir, step, adapter)}")
 
     # ---- what is logged, evaluated and saved
 

@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +20,8 @@ from typing import Any
 import torch.distributed as dist
 from filelock import FileLock, Timeout
 
-from sft.job import UserError, local_rank, rank, say, swapped, sync, world_size
+from sft.job import UserError, complain, local_rank, rank, say, swapped, sync, world_size
+from sft.outside import read_object
 
 MANIFEST = "manifest.json"
 INCOMPLETE = "incomplete"  # folder in output_dir for checkpoints that are being written; safe to delete
@@ -99,7 +99,7 @@ def why_not_whole(folder: Path, manifest: str = MANIFEST) -> str | None:
 
 def _problem_here(folder: Path, name: str) -> str | None:
     try:
-        manifest = json.loads((folder / name).read_text("utf-8"))
+        manifest = read_object(folder / name)
         step = int(manifest["step"])
         if "bytes" in manifest:  # a COMPLETE.json of 2026-11 and before: sizes alone
             manifest["files"] = {file: {"bytes": size, "sha256": None} for file, size in manifest["bytes"].items()}
@@ -108,7 +108,7 @@ def _problem_here(folder: Path, name: str) -> str | None:
             raise ValueError
     except FileNotFoundError:
         return f"it has no {name}, so it was never finished (or another program wrote it)"
-    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, OverflowError) as error:
         return f"its {name} is damaged ({type(error).__name__})"
     home = folder.resolve()
     for file, (size, _) in files.items():
@@ -121,6 +121,13 @@ def _problem_here(folder: Path, name: str) -> str | None:
             return f"{file} has {path.stat().st_size:,} of {size:,} bytes"
     if step_of(folder) not in (-1, step):
         return f"its {name} is of step {step}"
+    for file in sorted(files):  # the stock Trainer and transformers read them as they are
+        try:
+            held = read_object(home / file) if file.endswith(".json") else {}
+        except (OSError, ValueError) as error:
+            return f"its {file} is damaged ({error})"
+        if file == "trainer_state.json" and held.get("global_step") != step:
+            return f"its {file} is of step {held.get('global_step')}"
     for file in _my_share(sorted(files, key=lambda file: -files[file][0])):
         if files[file][1] is not None and digest(home / file) != files[file][1]:
             return f"{file} does not have the hash that it was saved with: its bytes have changed"
@@ -202,7 +209,7 @@ def exit_on_failed_save(final: Path) -> Iterator[None]:
         there = next(folder for folder in final.absolute().parents if folder.is_dir())
         free = f"{there} has {shutil.disk_usage(there).free / 1e9:.2f} GB free"
         reason = f"{what} could not be saved (rank {rank()}): {type(error).__name__}: {error}"
-        print(f"error: {reason}\n  {free}. {left}", file=sys.stderr, flush=True)
+        complain(f"error: {reason}\n  {free}. {left}")
         if rank() == 0:
             shutil.rmtree(final.parent / INCOMPLETE, ignore_errors=True)  # room on a full disk
         raise SystemExit(2) from error
@@ -221,14 +228,17 @@ def hold_output_dir(output_dir: str) -> FileLock | None:
     lock, owner = FileLock(folder / ".run.lock", timeout=0, is_singleton=True), folder / ".run"
     try:
         lock.acquire()
+        started = time.strftime("%Y-%m-%d %H:%M:%S")
+        owner.write_text(f"host {socket.gethostname()}, process {os.getpid()}, since {started}\n", "utf-8")
     except Timeout:
-        who = owner.read_text("utf-8") if owner.is_file() else "another process"
+        who = owner.read_text("utf-8", "replace") if owner.is_file() else "another process"
         raise UserError(
             f"{output_dir}: another run writes there ({who.strip()}). Wait for it, or name another --output_dir."
         ) from None
-    owner.write_text(
-        f"host {socket.gethostname()}, process {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n", "utf-8"
-    )
+    except OSError as error:
+        raise UserError(
+            f"{output_dir}: no lock can be set there ({error}). Mend that, or name another --output_dir."
+        ) from None
     return lock
 
 

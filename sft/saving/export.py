@@ -23,6 +23,7 @@ from sft.data.template import Template
 from sft.job import UserError, say
 from sft.model import headers, lora
 from sft.model.loading import numel
+from sft.outside import read_object
 from sft.saving import export_files
 from sft.saving.checkpoint import INCOMPLETE, describe_file, gather, make_readable, why_not_whole, write_json
 from sft.saving.client_proof import ROWS, ask_as_clients, trained_prompts
@@ -47,7 +48,7 @@ def is_already_finished(training_args) -> bool:
     if problem:
         say(f"warning: the finished model that {folder / COMPLETE} lists is not there: {problem}. The run goes on.")
         return False
-    step = json.loads((folder / COMPLETE).read_text("utf-8"))["step"]
+    step = int(read_object(folder / COMPLETE)["step"])
     again = "To train again, name another --output_dir or give --overwrite_output_dir True."
     say(f"{folder} holds the finished and proved model of step {step:,}: nothing is left to do. {again}")
     return True
@@ -214,7 +215,14 @@ def upload(trainer) -> None:
     if args.push_to_hub:
         ignored = ["_*", ".*", "checkpoint-*", f"{INCOMPLETE}*"]
         where = {"repo_id": trainer.hub_model_id, "revision": args.hub_revision, "commit_message": "Model save"}
-        HfApi().upload_folder(folder_path=args.output_dir, ignore_patterns=ignored, token=args.hub_token, **where)
+        try:
+            HfApi().upload_folder(folder_path=args.output_dir, ignore_patterns=ignored, token=args.hub_token, **where)
+        except Exception as error:  # of whichever HTTP library the hub's client uses
+            why = str(error).replace(args.hub_token or "\0", "***").strip().splitlines()[0]
+            raise UserError(
+                f"the model in {args.output_dir} is complete and proved, but was not uploaded ({type(error).__name__}: {why}). "
+                f"Upload it with: hf upload {trainer.hub_model_id} {args.output_dir}"
+            ) from None
 
 
 def describe(tensor: torch.Tensor, hashed: bool) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Write the model card, README.md of the exported folder, from the record of the run."""
 
 import json
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,10 @@ from huggingface_hub import ModelCardData, try_to_load_from_cache
 from huggingface_hub.repocard import metadata_load
 
 from sft.data.template import TEMPLATE_FILES
+from sft.outside import printable
 from sft.saving.export_files import CHAT_TEMPLATE_FILE, MODELFILE
+
+IN_A_CELL = str.maketrans({"\n": " ", "|": r"\|"})
 
 SNIPPET = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -135,7 +139,9 @@ def write_card(
     if "eval_loss" in final:
         rows["evaluation"] = f"loss {final['eval_loss']:.4f}, perplexity {final['eval_perplexity']:.4g}"
     rows["versions"] = ", ".join(f"{package} {version}" for package, version in record["versions"].items())
-    table = "\n".join(f"| {left} | {right} |" for left, right in rows.items())
+    # a file's name may hold what ends a cell, and a template what ends a fence
+    table = "\n".join(f"| {left} | {printable(str(right)).translate(IN_A_CELL)} |" for left, right in rows.items())
+    fence = max(["```", *re.findall("`{3,}", text)], key=len) + "`"
     picture = "![loss, learning rate and speed](loss.png)\n\n" if (folder / "loss.png").is_file() else ""
     flags = record["flags"]["data"]
     trained_on = "conversations" if flags["messages"] else "pairs of instruction and response"
@@ -157,9 +163,9 @@ def write_card(
 
 The prompt is what the model was trained on, letter by letter:
 
-````text
+{fence}text
 {text}
-````
+{fence}
 {whole_prompts}
 ## In other programs
 

@@ -15,6 +15,7 @@ import numpy
 
 from sft.job import UserError, rank, say
 from sft.model import lora
+from sft.outside import read_object
 from sft.saving.checkpoint import INCOMPLETE, MANIFEST, gather, missing_parts, newest_first, step_of, why_not_whole
 from sft.saving.export import COMPLETE
 
@@ -91,9 +92,12 @@ def output_dir_problems(flags) -> list[str]:
         cure = "Continue that with --resume_from_checkpoint True, name another --output_dir, or start again with "
         cure += "--overwrite_output_dir True, which removes its checkpoints."
         return [f"{output_dir}: it holds {old[0].name} of an earlier run. {cure}"]
-    finished = (
-        f"{output_dir}: it holds a finished model. Name another --output_dir, or give --overwrite_output_dir True."
+    what = (
+        "a finished model"
+        if (output_dir / COMPLETE).is_file()
+        else "a model that was not proved, or is another program's"
     )
+    finished = f"{output_dir}: it holds {what}. Name another --output_dir, or give --overwrite_output_dir True."
     return [finished] if old or any(output_dir.glob("*.safetensors")) else []
 
 
@@ -114,7 +118,7 @@ def _why_not_made(folder: Path) -> str | None:
 
 
 def saved_identity(checkpoint: str) -> dict[str, str]:
-    return json.loads((Path(checkpoint) / MANIFEST).read_text("utf-8"))["run"]
+    return read_object(Path(checkpoint) / MANIFEST).get("run", {})
 
 
 LAST_DIGITS = "the same examples are computed in another order or another way: losses differ in the last digits"

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -157,7 +158,13 @@ def test_a_tokenizer_is_known_by_its_content():
 
 def test_default_place(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert token_cache.default_cache_dir().parent == tmp_path
+    folder = tmp_path / "sft-tokenized-rows"
+    folder.mkdir(mode=0o777)
+    assert token_cache.default_cache_dir() == folder
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700  # nobody else's rows, and nobody else's eyes
+    monkeypatch.setattr(os, "getuid", lambda: folder.stat().st_uid + 1)
+    with pytest.raises(UserError, match=r"belongs to another user. Name a folder of your own with --data_cache_dir"):
+        token_cache.default_cache_dir()
 
 
 # ------------------------------------------------------------------------------------- killed, and at the same time
@@ -244,6 +251,11 @@ def test_who_waited_ends_in_the_builders_error(tmp_path):
     assert not list(tmp_path.glob("cache/*.error"))
 
 
+def test_ctrl_c_is_the_parents_to_answer():
+    """A terminal sends it to the workers too, and each would print a traceback."""
+    assert list(token_cache.map_ahead(lambda _: signal.getsignal(signal.SIGINT), [0])) == [signal.SIG_IGN]
+
+
 def test_waiting_is_said(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(token_cache, "QUIET_WAIT_S", 0.1)
     builder = FORK.Process(target=load, args=(tmp_path, Builder(tmp_path, pause=lambda: time.sleep(0.5))))
@@ -278,6 +290,54 @@ def test_a_damaged_entry_is_built_again(tmp_path, capsys, name, damage):
     assert capsys.readouterr().out == f"data: the tokenized rows in {entry} are damaged; building them again\n"
     assert_whole(load(tmp_path, builder))
     assert builder.count("begun") == 2
+
+
+@pytest.mark.parametrize("change", [{"key": {"csv": "of others"}}, {"files": {}}, {"largest_id": "many"}, {"key": [1]}])
+def test_an_entry_that_is_not_what_its_name_says_is_built_again(tmp_path, change):
+    builder = Builder(tmp_path)
+    meta = Path(load(tmp_path, builder).folder, "meta.json")
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | change))
+    assert_whole(load(tmp_path, builder))
+    assert builder.count("begun") == 2
+
+
+def test_nothing_is_written_through_a_link_that_lies_in_the_folder(tmp_path):
+    entry = Path(load(tmp_path, Builder(tmp_path)).folder)
+    shutil.rmtree(entry)
+    precious, folder = tmp_path / "precious", tmp_path / "folder"
+    precious.write_text("mine")
+    folder.mkdir()
+    (folder / "tokens.bin").write_text("mine")
+    links = [entry.with_suffix(".error"), entry.with_suffix(".building"), entry]
+    for link in links:
+        link.symlink_to(precious if link.suffix == ".error" else folder)
+
+    def fail():
+        raise UserError("data.csv, row 7: broken.")
+
+    with pytest.raises(UserError, match="row 7: broken"):
+        load(tmp_path, Builder(tmp_path, pause=fail))
+    assert_whole(load(tmp_path, Builder(tmp_path)))
+    assert precious.read_text() == (folder / "tokens.bin").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("content", "seconds", "problems"),
+    [
+        ('["a", "b"]', 0, ["a", "b"]),
+        ('["a"]', 3600, []),  # from the future: no build of ours wrote it
+        ('["a"]', -3600, []),  # of an earlier build
+        ('{"a": 1}', 0, []),
+        ("[1]", 0, []),
+        ("[" * 100_000, 0, []),
+        ("", 0, []),
+    ],
+)
+def test_only_a_fresh_note_of_sentences_counts(tmp_path, content, seconds, problems):
+    note, now = tmp_path / "x.error", time.time()
+    note.write_text(content)
+    os.utime(note, (now + seconds,) * 2)
+    assert token_cache._noted(note, now - 5) == problems
 
 
 def test_rows_that_are_in_use_survive_a_rebuild(tmp_path):

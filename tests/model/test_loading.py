@@ -5,6 +5,7 @@ import types
 
 import pytest
 import torch
+import transformers
 from scripts import save_llama
 from transformers import AutoConfig
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
@@ -120,3 +121,14 @@ def test_a_model_is_loaded_for_training(folder):
     assert model.config.use_cache is False  # nothing would read the keys and values that fill the memory
     assert model.config.pad_token_id == model.generation_config.pad_token_id == 0
     assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+
+
+def test_liger_is_refused_for_a_model_that_it_has_no_kernels_for(tiny_llama, tmp_path):
+    pytest.importorskip("liger_kernel")
+    transformers.GPT2Config().save_pretrained(tmp_path)
+    flags = {"use_liger_kernel": True, "use_cpu": False, "cache_dir": None, "trust_remote_code": False}
+    refused, taken = (
+        loading.liger_problems(types.SimpleNamespace(model_name_or_path=str(folder), **flags))
+        for folder in (tmp_path, tiny_llama)
+    )
+    assert refused == ["--use_liger_kernel: Liger has no kernels for gpt2 models. Remove the flag."] and taken == []

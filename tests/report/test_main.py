@@ -55,7 +55,7 @@ def test_reports_that_cannot_be_compared(watched, tmp_path, monkeypatch):
     begun, nowhere, other, later, torn = error.value.problems
     assert begun == "begun/run_report.json: the run is unfinished and logged no step: there is nothing to draw."
     assert nowhere == "nowhere: there is no run_report.json in it. Give the --output_dir of a run that trained."
-    assert other == "list/run_report.json: not a report that this version reads (format 1)."
+    assert other == "list/run_report.json: not a report of a run (it holds a list, not an object)."
     assert later == "later/run_report.json: not a report that this version reads (format 1)."
     assert torn.startswith("torn/run_report.json: not a report of a run (")
 

@@ -230,6 +230,7 @@ def test_patience_of_two(losses, stops):
 def evaluation_flags(**changes):
     flags = {"eval_data_path": None, "eval_split": 0.0, "eval_strategy": "no", "early_stopping_patience": 0}
     flags |= {"load_best_model_at_end": False, "save_strategy": "steps", "eval_samples": 4, "do_train": True}
+    flags |= {"metric_for_best_model": None, "eval_on_start": False}
     return SimpleNamespace(**(flags | changes))
 
 
@@ -239,8 +240,11 @@ def evaluation_flags(**changes):
         ({"eval_strategy": "steps"}, "--eval_strategy steps: there are no rows to evaluate. Add --eval_data_path"),
         ({"eval_split": 0.1}, "--eval_split is given and --eval_strategy is no: the rows would never be used."),
         ({"eval_data_path": "a.csv"}, "--eval_data_path is given and --eval_strategy is no"),
-        ({"early_stopping_patience": 2}, "--early_stopping_patience compares evaluations: add --eval_strategy epoch"),
-        ({"load_best_model_at_end": True}, "--load_best_model_at_end compares evaluations"),
+        ({"early_stopping_patience": 2}, "--early_stopping_patience needs evaluations: add --eval_strategy epoch"),
+        ({"load_best_model_at_end": True}, "--load_best_model_at_end needs evaluations"),
+        ({"metric_for_best_model": "loss"}, "--metric_for_best_model needs evaluations"),
+        ({"save_strategy": "best"}, "--save_strategy best needs evaluations"),
+        ({"eval_on_start": True}, "--eval_on_start needs evaluations"),
         ({"eval_samples": -1}, "--eval_samples -1: it cannot be negative"),
     ],
 )

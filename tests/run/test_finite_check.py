@@ -3,6 +3,7 @@
 import csv
 import re
 import shutil
+import signal
 from collections import deque
 from pathlib import Path
 from types import SimpleNamespace
@@ -64,6 +65,35 @@ def test_a_run_tells_of_a_loss_that_leaps(watched, capsys):
     assert capsys.readouterr().out == notice
 
 
+@pytest.mark.parametrize(
+    ("checkpoints", "step", "adapter", "said"),
+    [
+        ([], 0, False, ["No step was taken yet.", "in a run that starts anew."]),
+        ([3, 12], 12, False, ["They are in checkpoint-12.", "/checkpoint-12) or starts anew."]),
+        (
+            [3, 12],
+            14,
+            False,
+            ["could not be saved (see above); checkpoint-12 is the newest.", "/checkpoint-12) or starts"],
+        ),
+        ([], 4, False, ["They could not be saved (see above).\n", "in a run that starts anew."]),
+        (
+            [4],
+            4,
+            True,
+            ["They are in checkpoint-4.", "that starts anew, because an adapter's checkpoint cannot begin one."],
+        ),
+    ],
+)
+def test_only_a_checkpoint_that_exists_is_advised(tmp_path, checkpoints, step, adapter, said):
+    for number in checkpoints:
+        (tmp_path / f"checkpoint-{number}").mkdir()
+    advice = finite_check.what_to_try(str(tmp_path), step, adapter)
+    assert all(part in advice for part in said), advice
+    named = re.findall(r"checkpoint-(\d+)", advice)
+    assert set(map(int, named)) <= set(checkpoints)
+
+
 POISONED_ROW = 40
 
 
@@ -103,6 +133,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(poisoned
     assert step == 5  # seed 4 puts the row there
     assert re.search(rf"rank 0, micro-batch \d: (row \d+, )*row {POISONED_ROW}\b", message)
     assert f"the weights are those of step {step - 1}. They are in checkpoint-{step - 1}." in message
+    assert not callable(signal.getsignal(signal.SIGTERM))  # a signal that comes now is not for a step
     kept = Path(choose(output))
     assert kept.name == f"checkpoint-{step - 1}"
     weights = load_file(kept / "model.safetensors")

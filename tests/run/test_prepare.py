@@ -1,19 +1,22 @@
-"""What is wrong is said together, before anything slow."""
+"""What is wrong is said together, before anything slow; a disk that is full after training."""
 
 import contextlib
+import errno
 import re
 import shutil
 
 import jobs
 import pytest
 import torch
-from saved_runs import flags_for
+from saved_runs import flags_for, train
 from scripts import save_llama
 from transformers import LlamaConfig
 
 import utils
 from sft.data.llama_tokenizer import load_llama_tokenizer
 from sft.job import UserError
+from sft.report.record import Report
+from sft.run import prepare
 
 
 @pytest.mark.parametrize(
@@ -68,8 +71,8 @@ def test_what_is_known_before_anything_slow_is_said_together(whole_run, tmp_path
     )
     assert problems_of(*flags, "--bf16", "True", "--fp16", "True") == [
         "--bf16 and --fp16 are two compute types. Choose one; bf16 where the GPU has it.",
-        f"--prompt_template {tmp_path / 'no.txt'}: No such file or directory. Give 'none', 'alpaca', or a text file.",
-        f"{tmp_path / 'no.csv'}: No such file or directory. Give a CSV file that can be read.",
+        f"--prompt_template {tmp_path / 'no.txt'}: No such file or directory. Give 'none', 'alpaca', 'turns', 'chat', a text file, or a .jinja file.",
+        f"{tmp_path / 'no.csv'}: No such file or directory. Give a file that can be read.",
         f"{tmp_path / 'nothing'}: no such folder.",
         f"{whole_run}: it holds a finished model. Name another --output_dir, or give --overwrite_output_dir True.",
     ]
@@ -140,3 +143,22 @@ def test_an_eos_that_is_not_the_models_is_refused(tiny_llama, questions_csv, tmp
     config.eos_token_id = 7
     config.save_pretrained(other)
     assert any("EOS" in p for p in problems_of(*flags_for(other, questions_csv, tmp_path / "model")))
+
+
+def full(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_disk_that_is_full_after_training_leaves_the_model_and_a_sentence(
+    tiny_llama, questions_csv, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(Report, "_write_record", full)
+    flags = ["--max_steps", "1", "--save_strategy", "no", "--save_rehearsal", "False"]
+    train(*flags_for(tiny_llama, questions_csv, tmp_path / "out", *flags))
+    assert capsys.readouterr().out.count("run_report.json was not written: OSError: [Errno 28] No space left") == 1
+    assert "| train loss | " in (tmp_path / "out" / "README.md").read_text()
+    monkeypatch.setattr(prepare, "write_card", full)
+    with pytest.raises(
+        UserError, match=r"the model is saved and proved and can be used, but its card or COMPLETE.json"
+    ):
+        train(*flags_for(tiny_llama, questions_csv, tmp_path / "other", *flags))

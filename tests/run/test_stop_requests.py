@@ -14,6 +14,7 @@ import pytest
 from saved_runs import choose, flags_for, losses, same_weights, signal_at, train
 from scripts import ROOT
 
+from sft import job
 from sft.job import _runs
 from sft.run import stop_requests
 from sft.saving import export
@@ -35,6 +36,9 @@ def test_the_command_to_continue(monkeypatch):
     assert stop_requests.command_to_continue(argv) == (
         "python llama_training.py --data_path 'my data.csv' '--hub_token=***' --bf16 True --tokens_per_micro_batch 9 "
         "'--push_to_hub_token=***' --resume_from_checkpoint True"
+    )
+    assert stop_requests.command_to_continue(["a.py", "--data_path", "https://me:pass@host/a.csv"]) == (
+        "python a.py --data_path 'https://***@host/a.csv' --resume_from_checkpoint True"
     )
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
@@ -257,3 +261,42 @@ def test_sighup_stops_like_sigterm_unless_it_is_ignored(tiny_llama, questions_cs
         assert trainer.state.global_step == 3
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+@pytest.fixture
+def handlers():
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    ("place", "stopped_at", "said"),
+    [
+        ("utils.make_supervised_data_module", None, ": no step was saved"),
+        ("sft.plan.settle.settle", None, ": no step was saved"),
+        (
+            "sft.saving.export.Exporter.prove",
+            None,
+            ": checkpoint-3 is the newest checkpoint. To continue: python a.py ",
+        ),
+        ("sft.report.record.Report.finish", 2, ": checkpoint-2 is the newest checkpoint. To continue: python a.py "),
+    ],
+)
+def test_ctrl_c_before_the_first_step_after_the_last_save_and_in_the_export_ends_in_one_line(
+    tiny_llama, questions_csv, tmp_path, monkeypatch, capsys, handlers, place, stopped_at, said
+):
+    if stopped_at:
+        signal_at(monkeypatch, stopped_at)
+    monkeypatch.setattr(place, lambda *_, **__: os.kill(os.getpid(), signal.SIGINT) or time.sleep(5))
+    monkeypatch.setattr("sys.argv", ["a.py", "--data_path", "d.csv"])
+    flags = flags_for(tiny_llama, questions_csv, tmp_path / "out", "--max_steps", "3", "--save_rehearsal", "False")
+    with pytest.raises(SystemExit) as ended, job.one_message_for_user_errors():
+        train(*flags)
+    printed = capsys.readouterr().err
+    assert ended.value.code == 130
+    (line,) = [line for line in printed.splitlines() if "interrupted" in line]
+    assert line.startswith(f"error: interrupted{said}") and "Traceback" not in printed
+    assert ("--resume_from_checkpoint True" in line) == ("To continue" in said)

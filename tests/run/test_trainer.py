@@ -81,6 +81,7 @@ def test_a_broken_step_leaves_a_checkpoint_of_the_step_before(tmp_path, monkeypa
         state=SimpleNamespace(global_step=step),
         message=SimpleNamespace(micro_batches=[]),
         model_wrapped=None,
+        model=None,
         _save_checkpoint=lambda *_: saved.append(step),
     )
     if there:

@@ -410,3 +410,17 @@ def test_a_new_run_takes_the_claim_of_the_old_one_away(whole_run, tmp_path):
     folder = shutil.copytree(whole_run, tmp_path / "out")
     assert choose(folder, None) is None
     assert not (folder / "COMPLETE.json").exists()
+
+
+def test_an_upload_that_fails_leaves_a_complete_model_and_a_command(tmp_path, monkeypatch):
+    def upload_folder(**_):
+        raise ConnectionError("no route to the hub for hf_secret\nand more")
+
+    monkeypatch.setattr(export, "HfApi", lambda: SimpleNamespace(upload_folder=upload_folder))
+    args = SimpleNamespace(push_to_hub=True, hub_token="hf_secret", hub_revision=None, output_dir="out")
+    with pytest.raises(UserError) as raised:
+        export.upload(SimpleNamespace(args=args, hub_model_id="me/model"))
+    assert raised.value.problems == [
+        "the model in out is complete and proved, but was not uploaded (ConnectionError: no route to the hub for ***). "
+        "Upload it with: hf upload me/model out"
+    ]

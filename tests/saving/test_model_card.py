@@ -1,6 +1,7 @@
 """The card next to a model."""
 
 import contextlib
+import copy
 import io
 import re
 
@@ -46,6 +47,16 @@ def test_the_card(watched):
     ):
         assert row in card
     assert f"````text\n{TEMPLATE}\n````" in card and "![loss, learning rate and speed](loss.png)" in card
+
+
+def test_a_template_with_fences_and_a_file_with_a_bar_in_its_name_leave_the_card_whole(watched, tmp_path):
+    changed = copy.deepcopy(watched.record)
+    changed["template"]["text"] = "`````\n````\n{instruction}"
+    changed["data"]["train"]["path"] = "/data/a|b\nc\x1b[2J.csv"
+    model_card.write_card(tmp_path, changed)
+    card = (tmp_path / "README.md").read_text()
+    assert "\n``````text\n`````\n````\n{instruction}\n``````\n" in card
+    assert r"48 of 64 in `a\|b c\x1b[2J.csv` (blake2b" in card
 
 
 def test_the_snippet_of_the_card_answers_as_the_command_does(watched, monkeypatch):
