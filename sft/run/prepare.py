@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
@@ -190,7 +191,9 @@ class Run:
 
     def _rehearse(self, trainer: SupervisedTrainer) -> None:
         began = time.perf_counter()
-        with self.report.phase("rehearsal"):
+        # a reloaded adapter draws its first weights: without this, another dropout
+        drawn = torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else [])
+        with self.report.phase("rehearsal"), drawn:
             what = rehearse(trainer, self.model_args, export_dtype(self.args), self.template)
         say(f"save rehearsal: {what}, {time.perf_counter() - began:.1f} s")
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from saved_runs import flags_for, train
 
 from sft.job import UserError
@@ -117,3 +118,16 @@ def test_what_a_checkpoint_takes_for_each_trained_weight(about, each):
         accelerator=SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)),
     )
     assert rehearsal.checkpoint_bytes(trainer) == each * 6
+
+
+def test_an_adapters_dropout_is_the_same_without_a_rehearsal(tiny_llama, questions_csv, tmp_path):
+    def weights(name: str, *flags: str) -> dict[str, torch.Tensor]:
+        adapter = ("--use_lora", "True", "--lora_dropout", "0.5", "--max_steps", "2", "--save_strategy", "no")
+        train(*flags_for(tiny_llama, questions_csv, tmp_path / name, *adapter, *flags))
+        return load_file(tmp_path / name / "adapter_model.safetensors")
+
+    pytest.importorskip("peft")
+    rehearsed, not_rehearsed = weights("rehearsed"), weights("not", "--save_rehearsal", "False")
+    assert all(torch.equal(weight, not_rehearsed[name]) for name, weight in rehearsed.items())
+    other = weights("other", "--seed", "4")
+    assert not all(torch.equal(weight, other[name]) for name, weight in rehearsed.items())
