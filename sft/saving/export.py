@@ -321,7 +321,8 @@ def probe_logits(trainer) -> tuple[torch.Tensor, torch.Tensor]:
     inputs = {name: batch[name] for name in FORWARD_INPUTS if name in batch}
     model = trainer.model_wrapped
     model.eval()
-    with torch.no_grad(), trainer.compute_loss_context_manager():
+    eager = torch.compiler.set_stance("force_eager")  # layers would be compiled once more, for one forward pass
+    with torch.no_grad(), trainer.compute_loss_context_manager(), eager:
         logits = model(**trainer._prepare_inputs(inputs), use_cache=False).logits
     return inputs["input_ids"].cpu(), logits.float().cpu()
 
