@@ -47,7 +47,7 @@ def load_published(model_args) -> PreTrainedTokenizerBase:
     where, remote = model_args.model_name_or_path, model_args.trust_remote_code
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, cache_dir=model_args.cache_dir, trust_remote_code=remote)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # tokenizers (0.23) has no class of its own for a damaged tokenizer.json
         raise UserError(f"{where}: transformers cannot load its tokenizer: {error}") from error
     path = find_file(model_args, "tokenizer.json")
     if path and tokenizer.is_fast:

@@ -157,13 +157,18 @@ def _left_locks() -> Iterator[Finding]:
     """Locks of builds that were killed: PyTorch (2.13, utils/file_baton.py) waits for their removal, without a word and for ever."""
     from torch.utils.cpp_extension import get_default_build_root
 
-    locks = set(Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()).rglob("lock"))
+    def made_at(lock: Path) -> int | None:
+        return lock.stat().st_mtime_ns if lock.exists() else None
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    locks = {lock: made_at(lock) for lock in root.rglob("lock")}
     open_files: set[str] = set()  # who builds keeps its lock open
     for link in Path("/proc").glob("[0-9]*/fd/*"):
         with suppress(OSError):  # another user's process, or one that has just ended
             open_files.add(os.readlink(link))
     for lock in sorted(locks) if open_files else ():  # where there is no /proc nothing is known
-        if str(lock.resolve()) not in open_files:
+        # one that was released meanwhile is gone, or another one
+        if str(lock.resolve()) not in open_files and locks[lock] and made_at(lock) == locks[lock]:
             what = f"{lock}: left by a process that was killed while it compiled {lock.parent.name} for DeepSpeed"
             cure = "Remove that file. If another machine that shares the folder compiles there now, wait for it."
             yield Finding("error", what, "this run would wait for it for ever", cure)

@@ -128,7 +128,8 @@ class Exporter:
         self.trained = self.folder / "adapter" if model_args.merge_lora else self.folder
         self.written: dict[str, dict] = {}  # `describe_weights` of what was handed over for writing
         self.limits: list[str] = []  # what other programs cannot do with this model, known once it is proved
-        self.probe = probe_logits(trainer) if up_to_bytes == math.inf else None
+        compared = up_to_bytes == math.inf and not model_args.load_in_4bit  # 4-bit weights are not reloaded as they are
+        self.probe = probe_logits(trainer) if compared else None
 
     def save(self) -> None:
         """Write the weights and the tokenizer, and the merged model where it is asked for; all ranks together."""
@@ -192,7 +193,7 @@ class Exporter:
         if not problems and not self.model_args.use_lora:
             problems += check_names(trainer.model)
         small = count_weights(trainer.model)[0] * self.dtype.itemsize <= SMALL_BYTES
-        if not problems and small and self.probe and not self.model_args.load_in_4bit:
+        if not problems and small and self.probe:
             exact = self.dtype == torch.float32 and not (trainer.args.bf16 or trainer.args.fp16)
             problems = check_logits(self._reload(), *self.probe, exact)
             same = f"the reloaded model gives the trained model's logits on {self.probe[0].numel()} tokens"
