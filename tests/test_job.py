@@ -65,6 +65,7 @@ def bug_on_rank_1() -> None:
         utils.load_model = load_model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "said", "times"),
     [
@@ -85,6 +86,7 @@ def test_what_one_rank_refuses_ends_all_with_one_message(flags, tmp_path, fault,
     assert took_s < 10
 
 
+@pytest.mark.slow
 def test_a_bug_on_one_rank_ends_the_other_too(flags, tmp_path):
     ranks = jobs.Job(flags, 2, tmp_path / "log", bug_on_rank_1)
     assert ranks.wait() == [2, 1]
@@ -127,7 +129,7 @@ def rank_0_is_killed_in_training() -> None:
 @pytest.mark.parametrize(
     "fault",
     [
-        rank_1_is_killed_early,
+        pytest.param(rank_1_is_killed_early, marks=pytest.mark.slow),
         rank_0_is_killed_early,
         pytest.param(rank_1_is_killed_in_training, marks=pytest.mark.slow),
         pytest.param(rank_0_is_killed_in_training, marks=pytest.mark.slow),
@@ -183,6 +185,7 @@ def waits_on_rank_1() -> None:
         flags.read_environment = lambda *given: (time.sleep(3), read(*given))[1]
 
 
+@pytest.mark.slow
 def test_a_rank_says_for_whom_it_waits(flags, tmp_path):
     printed = jobs.run([*flags, "--plan_world_size", "4"], 2, tmp_path / "log", waits_on_rank_1, expect=2)
     assert re.search(rf"rank 0 has waited \d+ s for 1 of 2 ranks: rank 1 on {socket.gethostname()}\n", printed)

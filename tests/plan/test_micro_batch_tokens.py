@@ -173,6 +173,7 @@ def measure_as_on_a_gpu() -> None:
     sys.exit(0)
 
 
+@pytest.mark.slow
 def test_under_zero_3_whole_weights_are_measured_and_ranks_agree(tmp_path):
     pytest.importorskip("deepspeed")
     zero3 = {"zero_optimization": {"stage": 3}, "bf16": {"enabled": "auto"}, "train_micro_batch_size_per_gpu": "auto"}

@@ -10,7 +10,7 @@ import jobs
 import pytest
 import torch
 import transformers
-from accelerate.state import AcceleratorState
+from accelerate import Accelerator
 from scripts import ROOT
 from watched import EVALUATED, TEMPLATE, flags_for, watch
 
@@ -52,7 +52,7 @@ def test_padded_and_packed_give_one_loss(watched, watched_padded):
 
 def test_the_batch_size_changes_nothing(watched_padded, monkeypatch):
     trainer, losses, means = watched_padded.trainer, [], []
-    AcceleratorState()  # reset by whoever parsed flags since (transformers 5.23, training_args.py)
+    Accelerator(cpu=True)  # its state was reset by whoever parsed flags since (transformers 5.23, training_args.py)
     for size in (1, 5, 16):
         monkeypatch.setattr(trainer.args, "per_device_eval_batch_size", size)
         loader = trainer.get_eval_dataloader()
@@ -185,6 +185,7 @@ DESTROYS = (
 DESTROYS += " --per_device_train_batch_size 6"  # 24 steps at a rate that first learns and then destroys
 
 
+@pytest.mark.slow
 def test_the_best_model_is_exported_and_the_run_stops_early(tiny_llama, questions_csv, tmp_path):
     best = "--early_stopping_patience 2 --load_best_model_at_end True --save_strategy steps --save_steps 1"
     run = watch(tiny_llama, questions_csv, tmp_path / "model", DESTROYS, best)
@@ -306,6 +307,7 @@ def test_rows_that_cannot_be_evaluated(tiny_llama, questions_csv, tmp_path, monk
     assert not (tmp_path / "model").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_stopped_early_and_was_killed_in_its_export_takes_no_further_step(
     tiny_llama, questions_csv, tmp_path, monkeypatch, capsys
 ):
@@ -336,6 +338,7 @@ def test_the_template_of_prompts_is_left_out():
 # ---- without training
 
 
+@pytest.mark.slow
 def test_a_finished_model_is_evaluated_without_training(watched, tiny_llama, questions_csv, tmp_path, capsys):
     """The same rows, the same template: the loss that the run itself found at its end; nothing of the model changes."""
     before = {path.name: path.read_bytes() for path in watched.folder.iterdir() if path.is_file()}

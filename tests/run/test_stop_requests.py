@@ -250,6 +250,7 @@ def test_a_stop_that_could_not_be_saved_says_what_is_lost_and_fails(
     )
 
 
+@pytest.mark.slow
 def test_sighup_stops_like_sigterm_unless_it_is_ignored(tiny_llama, questions_csv, tmp_path, monkeypatch, capsys):
     signal_at(monkeypatch, 2, signal.SIGHUP)
     monkeypatch.setattr(stop_requests, "ONE_PRESS_S", 100)

@@ -352,6 +352,7 @@ def fill_at_step_5(monkeypatch, disk: Path, left_bytes: int) -> Path:
     return filler
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_while_saving_loses_nothing(
     disk, whole_run, tiny_llama, questions_csv, tmp_path, monkeypatch, capfd
 ):
@@ -438,6 +439,7 @@ time.sleep(60)
 """
 
 
+@pytest.mark.slow
 def test_a_second_run_into_the_same_folder_is_refused_until_the_first_has_ended(tmp_path):
     command = [sys.executable, "-c", HOLD, str(tmp_path / "out")]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as first:

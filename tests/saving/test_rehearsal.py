@@ -120,6 +120,7 @@ def test_what_a_checkpoint_takes_for_each_trained_weight(about, each):
     assert rehearsal.checkpoint_bytes(trainer) == each * 6
 
 
+@pytest.mark.slow
 def test_an_adapters_dropout_is_the_same_without_a_rehearsal(tiny_llama, questions_csv, tmp_path):
     def weights(name: str, *flags: str) -> dict[str, torch.Tensor]:
         adapter = ("--use_lora", "True", "--lora_dropout", "0.5", "--max_steps", "2", "--save_strategy", "no")

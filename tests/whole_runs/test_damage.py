@@ -155,6 +155,7 @@ def test_an_adapter(watched_adapter, tmp_path, ends_well, file, damage):
     ends_well(lambda: generate.main(["--model", str(adapter), "--instruction", "What?", "--max_new_tokens", "1"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_report(whole_run, tmp_path, ends_well, damage):
     shutil.copy(whole_run / "run_report.json", tmp_path)

@@ -122,6 +122,7 @@ def test_a_resumed_run_saves_and_logs_as_its_own_command_says(capsys):
     assert capsys.readouterr().out == "resume: --save_steps 20 from here on; it was 500\n"
 
 
+@pytest.mark.slow
 def test_a_run_that_is_resumed_at_its_end_takes_no_step_more(tiny_llama, questions_csv, tmp_path, monkeypatch):
     flags = flags_for(
         tiny_llama, questions_csv, tmp_path / "out", "--max_steps", "2", "--resume_from_checkpoint", "True"
@@ -221,6 +222,7 @@ def test_a_flag_that_is_back_at_its_default_is_a_difference(two_checkpoints):
         resume.refuse_changes("checkpoint-16", now | {"--neftune_noise_alpha": "5.0"}, now, go_on=False)
 
 
+@pytest.mark.slow
 def test_an_adapter_does_not_continue_on_other_weights(tiny_llama, questions_csv, tmp_path):
     pytest.importorskip("peft")
     base = shutil.copytree(tiny_llama, tmp_path / "base")

@@ -228,6 +228,7 @@ def test_tokenized_rows_that_run_code_are_not_loaded(tiny_llama, questions_csv, 
 TOKEN, KEY = "hf_SecretOfTheHub123", "SecretOfTheTracker456"
 
 
+@pytest.mark.slow
 def test_no_secret_reaches_a_file_or_a_line(tiny_llama, questions_csv, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     command = flags_for(tiny_llama, questions_csv, tmp_path / "out", "--max_steps", "6", "--save_steps", "2")

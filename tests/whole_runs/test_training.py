@@ -60,6 +60,7 @@ def assert_same_weights(folder, reference) -> None:
         torch.testing.assert_close(weight, expected[name], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_accumulation_does_not_change_losses_or_weights(padded_run, tiny_llama, questions_csv, tmp_path):
     reference, folder = padded_run
     batch = ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "8"]
@@ -69,6 +70,7 @@ def test_accumulation_does_not_change_losses_or_weights(padded_run, tiny_llama, 
     assert_same_weights(tmp_path / "model", folder)
 
 
+@pytest.mark.slow
 def test_the_last_steps_are_logged_though_they_fill_no_interval(padded_run, tiny_llama, questions_csv, tmp_path):
     """The same examples in each step again, 2 x 4 of them, and a mean of the losses of every three steps."""
     batch = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "4", "--logging_steps", "3"]
@@ -82,6 +84,7 @@ def test_the_last_steps_are_logged_though_they_fill_no_interval(padded_run, tiny
     assert_same_weights(tmp_path / "model", padded_run[1])
 
 
+@pytest.mark.slow
 def test_another_order_of_the_examples_does_change_the_losses(padded_run, tiny_llama, questions_csv, tmp_path):
     flags = flags_for(tiny_llama, questions_csv, tmp_path / "model", "--packing", "False", "--seed", "4")
     trainer = utils.train(load_llama_tokenizer, [*flags, "--per_device_train_batch_size", "8", "--max_steps", "1"])
@@ -89,6 +92,7 @@ def test_another_order_of_the_examples_does_change_the_losses(padded_run, tiny_l
     assert loss != pytest.approx(losses_of(padded_run[0])[0], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_smoothed_labels_are_the_same_packed_padded_and_by_transformers_own_sum(tiny_llama, questions_csv, tmp_path):
     """One step over all rows, after an evaluation of them by the same weights, and one evaluation more."""
     batch = ["--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "8", "--max_steps", "1"]
