@@ -15,7 +15,7 @@ import difflib
 import importlib.util
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -44,10 +44,12 @@ FLAGS: list[tuple[str, Any, str]] = [  # name, default, help
     ("instruction", None, "One instruction. Without it and without --data_path: a chat."),
     ("base", None, "A model whose answer to the same prompt is shown next to it. Both are held in memory."),
     ("prompt_template", None, "As in training. Default: the model folder's own."),
+    ("system", "", "A system message before each question, where the template has a place for one."),
     ("max_new_tokens", 512, "Longest answer in tokens. Answers that are cut are counted."),
     ("data_path", "", "CSV file with an instruction in each row."),
     ("source", "prompt", "Column that holds the instructions; other columns that the template names are read too."),
-    ("output_path", "", "CSV file to write: the same rows with a column `answer`, and `base_answer` with --base."),
+    ("output_path", "", "CSV file to write: the same rows with a column of answers, and with --base a second one."),
+    ("answer_column", "answer", "Name of that column; the base's is the same behind `base_`."),
     ("batch_size", 16, "With --data_path: answers made at once. More is faster and takes more memory."),
 ]
 
@@ -60,13 +62,24 @@ class TunedModel:
     tokenizer: PreTrainedTokenizerBase
     template: Template
     allow_control_tokens: bool = False  # as in the training
+    system: str = ""  # message
+
+    def __post_init__(self) -> None:
+        if self.system and self.template.forms and "system" not in self.template.columns:
+            raise UserError("--system: the model's template has no {system} in it. Leave the flag out.")
+
+    def conversation(self, *messages: Message) -> list[Message]:
+        return [_message("system", self.system), *messages] if self.system else [*messages]
 
     def prompts(self, rows: list[dict[str, str]]) -> list[list[int]]:
         """The ids of each row's prompt, as training met them; a row has an `instruction` and what else the template names."""
         if self.template.forms:
-            texts, allowed = [self.template.fill(row) for row in rows], self.allow_control_tokens
+            texts = [self.template.fill(row | ({"system": self.system} if self.system else {})) for row in rows]
+            allowed = self.allow_control_tokens
             return [ids.tolist() for ids in encode_prompts(self.tokenizer, texts, allow_control_tokens=allowed)]
-        return prompt_ids(self.tokenizer, self.template, [[_message("user", row["instruction"])] for row in rows])
+        return prompt_ids(
+            self.tokenizer, self.template, [self.conversation(_message("user", row["instruction"])) for row in rows]
+        )
 
     def answers(
         self, prompts: list[list[int]], longest: int, size: int = 1, streamer=None
@@ -85,7 +98,7 @@ def _message(role: str, content: str) -> Message:
     return {"role": role, "content": content}
 
 
-def load(name: str, prompt_template: str | None = None) -> TunedModel:
+def load(name: str, prompt_template: str | None = None, system: str = "") -> TunedModel:
     """Load a tuned model, or a LoRA adapter on its base, with `prompt_template` or the template saved with it."""
     # not sft.flags: its TrainingArguments imports peft, and peft bitsandbytes, which warns on some CPUs
     source = SimpleNamespace(model_name_or_path=name, cache_dir=None, trust_remote_code=False)
@@ -106,7 +119,7 @@ def load(name: str, prompt_template: str | None = None) -> TunedModel:
         tokenizer = load_llama_tokenizer(source)
         template = load_template(prompt_template or next(filter(None, saved)), tokenizer)
         allowed = allowed_control_tokens(find_file(source, "run_report.json"))
-        return TunedModel(load_weights(name, adapter), tokenizer, template, allowed)
+        return TunedModel(load_weights(name, adapter), tokenizer, template, allowed, system)
 
 
 def allowed_control_tokens(record: str | None) -> bool:
@@ -160,7 +173,7 @@ def answer(
         streamer = Stream(tuned.tokenizer, skip_prompt=True, skip_special_tokens=True)
         messages = conversations[name]
         if tuned.template.holds_turns():
-            prompts = prompt_ids(tuned.tokenizer, tuned.template, [messages])
+            prompts = prompt_ids(tuned.tokenizer, tuned.template, [tuned.conversation(*messages)])
         else:
             prompts = tuned.prompts(
                 [dict.fromkeys(tuned.template.columns, "") | {"instruction": messages[-1]["content"]}]
@@ -223,17 +236,19 @@ def asked_columns(source: str, template: Template) -> dict[str, str | None]:
 
 
 def answer_csv(models: dict[str, TunedModel], args: argparse.Namespace) -> None:
-    """Write the input's rows with one more column for each model: `answer`, and `base_answer` with --base."""
+    """Write the input's rows with one more column for each model."""
     names = asked_columns(args.source, models["tuned"].template)
+    if args.system:
+        names.pop("system", None)
     if missing := header_problems(args.data_path, names):
         raise UserError(missing)
     questions = [dict(zip(names, cells)) for _, cells in read_csv(args.data_path, names)]
     questions = [cells | {"instruction": cells.get(args.source, "")} for cells in questions]
     with open(args.data_path, encoding="utf-8-sig", newline="") as file:
         header, *rows = csv.reader(file, strict=True)
-    columns = {"base": "base_answer", "tuned": "answer"}
+    columns = {"base": f"base_{args.answer_column}", "tuned": args.answer_column}
     if taken := [columns[name] for name in models if columns[name] in header]:
-        raise UserError(f"{args.data_path}: it has a column {taken[0]!r} already. Rename or remove it.")
+        raise UserError(f"{args.data_path}: it has a column {taken[0]!r} already. Name another with --answer_column.")
     asked = [
         index for index, cells in enumerate(questions) if any(cells[name].strip() for name in names if names[name])
     ]
@@ -289,14 +304,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     logging.disable_progress_bar()
-    tuned = load(args.model, args.prompt_template)
+    tuned = load(args.model, args.prompt_template, args.system)
     models = {"tuned": tuned}
     if args.base:
         with reading(f"--base {args.base}: its files"):
             base = load_weights(args.base)
         if problems := check_vocabulary(tuned.tokenizer, base.config):
             raise UserError([f"--base {args.base}: {problem}" for problem in problems])
-        models = {"base": TunedModel(base, tuned.tokenizer, tuned.template, tuned.allow_control_tokens), **models}
+        models = {"base": replace(tuned, model=base), **models}
     if args.data_path:
         answer_csv(models, args)
     elif args.instruction is not None:

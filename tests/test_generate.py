@@ -156,6 +156,28 @@ def test_a_chat_of_several_turns_sees_what_was_said_before(base, tmp_path, promp
     assert prompts[2] == [[BOS, *b"### User:\nz\n\n### Assistant:\n"]]  # /new begins anew
 
 
+def test_a_system_message_stands_before_each_question_where_the_template_has_a_place(base, tuned, tmp_path, prompts):
+    in_words = tmp_path / "template.txt"
+    in_words.write_text("{system}|{instruction}:")
+    for template in (in_words, "turns"):
+        ask(
+            "--model",
+            base,
+            "--prompt_template",
+            template,
+            "--system",
+            "s",
+            "--instruction",
+            "w",
+            "--max_new_tokens",
+            "1",
+        )
+    assert prompts == [[[BOS, *b"s|w:"]], [[BOS, *b"### System:\ns\n\n### User:\nw\n\n### Assistant:\n"]]]
+    assert problems("--model", tuned, "--system", "s", "--instruction", "w") == [
+        "--system: the model's template has no {system} in it. Leave the flag out."
+    ]
+
+
 def test_an_interrupt_ends_an_answer_and_not_the_chat(tuned, capsys, monkeypatch):
     real, calls = generate.greedy_answers, []
 
@@ -186,6 +208,9 @@ def test_the_columns_of_the_template_are_read_from_the_csv(base, tmp_path, promp
 # ------------------------------------------------------------------------------------------------------------- CSV
 
 
+DEFAULTS = {"max_new_tokens": 1, "batch_size": 1, "system": "", "answer_column": "answer"}
+
+
 def rows_of(path):
     with open(path, encoding="utf-8", newline="") as file:
         return list(csv.reader(file))
@@ -211,11 +236,18 @@ def test_a_csv_comes_back_with_answers(tuned, base, tmp_path, capsys):
     )
 
 
+def test_the_column_of_answers_can_have_another_name(tuned, base, tmp_path):
+    (tmp_path / "in.csv").write_text("prompt,answer\nw,x\n")
+    paths = ("--data_path", tmp_path / "in.csv", "--output_path", tmp_path / "out.csv")
+    ask("--model", tuned, "--base", base, *paths, "--answer_column", "tuned", "--max_new_tokens", "1")
+    assert rows_of(tmp_path / "out.csv")[0] == ["prompt", "answer", "base_tuned", "tuned"]
+
+
 def test_a_byte_order_mark_is_no_part_of_a_columns_name(tmp_path):
     (tmp_path / "in.csv").write_bytes(b"\xef\xbb\xbfprompt,id\na,1\n")
     args = {"data_path": str(tmp_path / "in.csv"), "output_path": str(tmp_path / "out.csv"), "source": "prompt"}
     silent = SimpleNamespace(template=load_template("none"), prompts=lambda rows: [], answers=lambda *asked: [])
-    generate.answer_csv({"tuned": silent}, SimpleNamespace(**args, max_new_tokens=1, batch_size=1))
+    generate.answer_csv({"tuned": silent}, SimpleNamespace(**args, **DEFAULTS))
     assert (tmp_path / "out.csv").read_bytes() == b"prompt,id,answer\na,1,\n"
 
 
@@ -224,7 +256,7 @@ def test_a_blank_line_stays_blank(tmp_path):
     tuned = SimpleNamespace(template=load_template("none"), prompts=lambda rows: rows)
     tuned.answers = lambda prompts, *_: [(n, "yes", False) for n, _ in enumerate(prompts)]
     args = {"data_path": str(tmp_path / "in.csv"), "output_path": str(tmp_path / "out.csv"), "source": "prompt"}
-    generate.answer_csv({"tuned": tuned}, SimpleNamespace(**args, max_new_tokens=1, batch_size=1))
+    generate.answer_csv({"tuned": tuned}, SimpleNamespace(**args, **DEFAULTS))
     assert (tmp_path / "out.csv").read_text() == "prompt,answer\na,yes\n\nb,yes\n"
 
 
@@ -337,7 +369,7 @@ def test_flags_that_do_not_go_together(tuned, tmp_path):
     ]  # fmt: skip
     (tmp_path / "in.csv").write_text("prompt,answer\nw,1\n")
     assert problems("--model", tuned, "--data_path", tmp_path / "in.csv", "--output_path", tmp_path / "new.csv") == [
-        f"{tmp_path / 'in.csv'}: it has a column 'answer' already. Rename or remove it."
+        f"{tmp_path / 'in.csv'}: it has a column 'answer' already. Name another with --answer_column."
     ]
     assert not (tmp_path / "new.csv").exists()
 
