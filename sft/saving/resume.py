@@ -87,7 +87,10 @@ def output_dir_problems(flags) -> list[str]:
         return [f"{output_dir}: {why}. Name another --output_dir."]
     if (flags.overwrite_output_dir and flags.do_train) or str(flags.resume_from_checkpoint or False).lower() != "false":
         return []
-    old = newest_first(output_dir)
+    try:
+        old, models = newest_first(output_dir), [*output_dir.glob("*.safetensors")]
+    except FileNotFoundError:  # rank 0 has just tried whether it can be made, and has removed it again
+        return []
     if old and not (output_dir / COMPLETE).is_file():
         cure = "Continue that with --resume_from_checkpoint True, name another --output_dir, or start again with "
         cure += "--overwrite_output_dir True, which removes its checkpoints."
@@ -98,7 +101,7 @@ def output_dir_problems(flags) -> list[str]:
         else "a model that was not proved, or is another program's"
     )
     finished = f"{output_dir}: it holds {what}. Name another --output_dir, or give --overwrite_output_dir True."
-    return [finished] if old or any(output_dir.glob("*.safetensors")) else []
+    return [finished] if old or models else []
 
 
 def _why_not_made(folder: Path) -> str | None:

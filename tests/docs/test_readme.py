@@ -361,7 +361,7 @@ def test_the_demo_answers_as_the_readme_shows(tmp_path):
         assert line == "..." or any(known.startswith(masked(line).removesuffix("...")) for known in printed), line
     left = PAGES["docs/output.md"].partition("| in `--output_dir` | what it is |\n|---|---|\n")[2].partition("\n\n")[0]
     names = [name for line in left.splitlines() for name in re.findall(r"`([^`]+)`", line.split("|")[1])]
-    assert len(names) == 8
+    assert len(names) == 10
     for name in set(names) - {"checkpoint-N/"}:
         assert (tmp_path / "demo_output/tuned" / name).is_file(), name
     bars = [line for line in ended.stderr.splitlines() if "\r" in line or "%|" in line]

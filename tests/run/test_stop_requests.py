@@ -254,10 +254,11 @@ def test_a_stop_that_could_not_be_saved_says_what_is_lost_and_fails(
 def test_sighup_stops_like_sigterm_unless_it_is_ignored(tiny_llama, questions_csv, tmp_path, monkeypatch, capsys):
     signal_at(monkeypatch, 2, signal.SIGHUP)
     monkeypatch.setattr(stop_requests, "ONE_PRESS_S", 100)
-    train(*flags_for(tiny_llama, questions_csv, tmp_path / "out"))
-    assert "stopped at step 2 of 16. To continue:" in capsys.readouterr().out
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup leaves it
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
     try:
+        train(*flags_for(tiny_llama, questions_csv, tmp_path / "out"))
+        assert "stopped at step 2 of 16. To continue:" in capsys.readouterr().out
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup leaves it
         trainer = train(*flags_for(tiny_llama, questions_csv, tmp_path / "nohup", "--max_steps", "3"))
         assert trainer.state.global_step == 3
     finally:

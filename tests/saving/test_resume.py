@@ -76,3 +76,12 @@ def test_a_measured_budget_is_kept_while_every_row_fits_in_it(capsys):
     assert [kept(59), kept(60), kept(61)] == [60, 60, None]
     assert (kept(5, number="-"), kept(5, packing=False), kept(5, tokens_per_micro_batch=9)) == (None, None, 9)
     assert capsys.readouterr().out == "--tokens_per_micro_batch auto: 60, as in checkpoint-3\n" * 2
+
+
+def test_a_folder_that_rank_0_tries_and_removes_meanwhile_is_none(tmp_path, monkeypatch):
+    def gone(folder):
+        raise FileNotFoundError(2, "No such file or directory", str(folder))
+
+    monkeypatch.setattr(resume, "newest_first", gone)
+    flags = {"output_dir": str(tmp_path / "out"), "check_data": False, "overwrite_output_dir": False, "do_train": True}
+    assert resume.output_dir_problems(SimpleNamespace(**flags, resume_from_checkpoint=None)) == []
