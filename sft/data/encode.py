@@ -87,15 +87,15 @@ def encode_rendered(tokenizer, use: str, texts: list[str], bos: bool) -> list[ar
 
 def repeats(tokenizer, texts: list[str], prompt_ids: array, allow_control_tokens: bool) -> int:
     """What a row's cells spell of the tokens that are put there anyway: 1 BOS before the prompt, 2 EOS behind an answer, 3 both."""
-    put = [tokenizer.bos_token_id] * (
-        2 if allow_control_tokens else 1
-    )  # what the tokenizer puts, and then what the cell spells
-    bos = (
-        bool(tokenizer.bos_token)
-        and texts[0].startswith(tokenizer.bos_token)
-        and prompt_ids[: len(put)].tolist() == put
-    )
-    return bos + 2 * any(text.rstrip().endswith(tokenizer.eos_token) for text in texts[1::2])
+    bos_token, bos_id, eos_token = _put_around(tokenizer)
+    put = [bos_id] * (2 if allow_control_tokens else 1)  # what the tokenizer puts, and then what the cell spells
+    bos = bool(bos_token) and texts[0].startswith(bos_token) and prompt_ids[: len(put)].tolist() == put
+    return bos + 2 * any(text.rstrip().endswith(eos_token) for text in texts[1::2])
+
+
+@functools.cache  # transformers looks each up anew, which took a tenth of the data path
+def _put_around(tokenizer: PreTrainedTokenizerBase) -> tuple[str | None, int | None, str]:
+    return tokenizer.bos_token, tokenizer.bos_token_id, tokenizer.eos_token
 
 
 def encode_segments(
