@@ -22,7 +22,7 @@ OTHER_FILES = {  # what is not Python and so has no docstring
     "benchmarks/LOG.md": "What was tried, predicted and measured, failures included.",
     "benchmarks/results/": "What the tables of docs/results.md were made from.",
     "benchmarks/run_multi_gpu.sh": "All that needs several GPUs, stage by stage.",
-    "tests/": "One file for each of these; CPU, offline.",
+    "tests/": "A folder for each floor of sft/; CPU, offline.",
     "Makefile": "`make help` lists its targets.",
     "pyproject.toml": "Settings of pytest, ruff and mypy.",
 }

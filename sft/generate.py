@@ -64,10 +64,6 @@ class TunedModel:
     allow_control_tokens: bool = False  # as in the training
     system: str = ""  # message
 
-    def __post_init__(self) -> None:
-        if self.system and self.template.forms and "system" not in self.template.columns:
-            raise UserError("--system: the model's template has no {system} in it. Leave the flag out.")
-
     def conversation(self, *messages: Message) -> list[Message]:
         return [_message("system", self.system), *messages] if self.system else [*messages]
 
@@ -118,6 +114,8 @@ def load(name: str, prompt_template: str | None = None, system: str = "") -> Tun
     with contextlib.redirect_stdout(sys.stderr), reading(f"--model {name}: its files"):
         tokenizer = load_llama_tokenizer(source)
         template = load_template(prompt_template or next(filter(None, saved)), tokenizer)
+        if system and template.forms and "system" not in template.columns:
+            raise UserError("--system: the model's template has no {system} in it. Leave the flag out.")
         allowed = allowed_control_tokens(find_file(source, "run_report.json"))
         return TunedModel(load_weights(name, adapter), tokenizer, template, allowed, system)
 

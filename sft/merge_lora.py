@@ -62,7 +62,7 @@ def merge(adapter: str, output: str, base: str | None = None, dtype=torch.float3
 
 def claim(adapter: Path, output: Path, proof: str) -> None:
     """Write the card, the record and COMPLETE.json of a merged model, from the record of the adapter's run."""
-    record = export_files.read_json(adapter / REPORT_NAME)
+    record = read_object(adapter / REPORT_NAME)
     shutil.copyfile(adapter / REPORT_NAME, output / REPORT_NAME)
     write_card(output, record)
     complete(str(output), record["final"]["steps"], [proof])

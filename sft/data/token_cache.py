@@ -82,9 +82,8 @@ class TokenizedRows:
     prompt_lengths: np.ndarray  # (kept rows,) int32
     outcomes: np.ndarray  # (rows of the file,) uint8
     largest_id: int
-    switches: np.ndarray = field(
-        default_factory=lambda: NO_SWITCHES
-    )  # int64, where training stops and begins again, as places in `tokens`
+    # int64, where training stops and begins again, as places in `tokens`
+    switches: np.ndarray = field(default_factory=lambda: NO_SWITCHES)
     repeats: np.ndarray = field(default_factory=lambda: NO_REPEATS)  # (kept rows,) uint8: BOS and EOS that cells spell
     first_row: int = 2  # the number of the file's first row
     offsets: np.ndarray = field(init=False)  # (kept rows,) int64, where each row starts in `tokens`

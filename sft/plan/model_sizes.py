@@ -46,9 +46,8 @@ class Shape:
         self.embedding = embedding.numel()
         self.head = 0 if output is embedding else output.numel()
         self.linear = sum(m.weight.numel() for m in linear.values())  # without the head
-        self.experts = sum(
-            p.numel() for p in model.parameters() if p.dim() == 3
-        )  # of mixtures: no `nn.Linear`, and never in 4 bits
+        # of mixtures: no `nn.Linear`, and never in 4 bits
+        self.experts = sum(p.numel() for p in model.parameters() if p.dim() == 3)
         self.largest_linear = max((m.weight.numel() for m in linear.values()), default=0)
         self.adapter_inputs = sum(m.in_features for m in adapted)  # width of all inputs of adapted layers
         self.adapters = self.adapter_inputs + sum(m.out_features for m in adapted)  # that LoRA adds at rank 1

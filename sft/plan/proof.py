@@ -225,9 +225,8 @@ def first_rows(dataset: Any, run_tokens: float) -> list[Example]:
     most = max(TOKENS, int(0.01 * 3 * run_tokens / PASSES / EXAMPLES))
     numbers = dict.fromkeys([*range(min(EXAMPLES - 1, len(dataset))), int(dataset.lengths.argmax())])
     rows = beginnings([dataset[number] for number in numbers], min(most, LONGEST))
-    return sorted(
-        rows, key=lambda row: len(row["input_ids"])
-    )  # a rope of type "dynamic" keeps the frequencies of a longer one
+    # a rope of type "dynamic" keeps the frequencies of a longer one
+    return sorted(rows, key=lambda row: len(row["input_ids"]))
 
 
 def beginnings(rows: list[Example], tokens: int) -> list[Example]:

@@ -67,9 +67,8 @@ class ReportCallback(transformers.TrainerCallback):
         self.evaluated = time.perf_counter()
 
     def on_evaluate(self, args, state, control, **kwargs):
-        self.report.move_seconds(
-            "evaluate", time.perf_counter() - self.evaluated
-        )  # the samples were answered meanwhile
+        # the samples were answered meanwhile
+        self.report.move_seconds("evaluate", time.perf_counter() - self.evaluated)
         self.bar.set_postfix_str("")
 
     def on_train_end(self, args, state, control, **kwargs):

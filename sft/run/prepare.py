@@ -212,9 +212,8 @@ class Run:
 
     def evaluate(self, trainer: SupervisedTrainer) -> None:
         """Evaluate the model as it is, into the record."""
-        trainer.accelerator.prepare_model(
-            trainer.model, evaluation_mode=True
-        )  # it computes in the run's type from now on
+        # it computes in the run's type from now on
+        trainer.accelerator.prepare_model(trainer.model, evaluation_mode=True)
         found = trainer.evaluate()
         self.report.note("final", eval_loss=found["eval_loss"], eval_perplexity=found["eval_perplexity"])
         self.report.complete = True

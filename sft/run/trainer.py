@@ -159,9 +159,8 @@ class SupervisedTrainer(Trainer):
         received = self.message.exchange(grad_norm, stop, counts, bool(overflow), norm_may_overflow=self.args.fp16)
         self.stops.agreed, self.counts = received.stop, received.counts
         self.loss_since_log += received.loss
-        run = self.state.stateful_callbacks.setdefault(
-            "RunLoss", {"sum": 0.0, "steps": 0}
-        )  # a part of the state: checkpoints keep it
+        # a part of the state: checkpoints keep it
+        run = self.state.stateful_callbacks.setdefault("RunLoss", {"sum": 0.0, "steps": 0})
         run["sum"], run["steps"] = run["sum"] + received.loss, run["steps"] + 1
         if received.broken:
             self._stop_before_update(received.grad_norm)

@@ -18,7 +18,6 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.core_model_loading import revert_weight_conversion
 
-from sft.data import tokenizer_files
 from sft.data.template import Template
 from sft.job import UserError, say
 from sft.model import headers, lora
@@ -106,12 +105,6 @@ def count_weights(model: torch.nn.Module) -> tuple[int, int]:
     return sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained)
 
 
-def write_weights(trainer, folder: Path, weights: Weights) -> None:
-    """Save gathered weights, the config and the tokenizer as it is."""
-    trainer.model.save_pretrained(folder, state_dict=dict(weights))
-    tokenizer_files.save(trainer.processing_class, folder)
-
-
 class Exporter:
     """Export the model and prove it afterwards. All ranks make one, after training.
 
@@ -148,7 +141,7 @@ class Exporter:
             model.config.use_cache = True
         tokenizer = self.trainer.processing_class
         export_files.end_as_trained(model, tokenizer)
-        write_weights(self.trainer, self.trained, weights)
+        model.save_pretrained(self.trained, state_dict=dict(weights))
         positions = getattr(model.config, "max_position_embeddings", None)
         export_files.write_tokenizer(tokenizer, self.trained, self.template, positions)
         make_readable(self.trained)

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sft.data.llama_tokenizer import MADE_FROM_MERGES
 from sft.data.template import TEMPLATE_FILES, Template, split_form
+from sft.outside import read_object
 
 CHAT_TEMPLATE_FILE, SENTENCEPIECE_FILE, MODELFILE = "chat_template.jinja", "tokenizer.model", "Modelfile"
 # of the machine or the moment, not of the tokenizer: transformers 5.23 writes the first two, older ones wrote the others
@@ -34,16 +35,12 @@ def write_tokenizer(
         positions: how many the model has: the longest text that a client may send.
     """
     tokenizer.save_pretrained(folder)
-    for name in (
-        CHAT_TEMPLATE_FILE,
-        SENTENCEPIECE_FILE,
-        MODELFILE,
-        *TEMPLATE_FILES,
-    ):  # the base's template was not trained
+    # the base's template was not trained
+    for name in (CHAT_TEMPLATE_FILE, SENTENCEPIECE_FILE, MODELFILE, *TEMPLATE_FILES):
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / "additional_chat_templates", ignore_errors=True)
     (folder / template.file_name).write_text(template.text, encoding="utf-8", newline="")
-    config = read_json(folder / "tokenizer_config.json")
+    config = read_object(folder / "tokenizer_config.json")
     config = {
         key: value for key, value in config.items() if value is not None and key not in (*PASSING, "chat_template")
     }
@@ -52,7 +49,7 @@ def write_tokenizer(
         config |= _settings_for_every_reader(tokenizer)
         # two names of one list: transformers 4 fails on the new one
         config |= {"additional_special_tokens": extra} if (extra := config.pop("extra_special_tokens", None)) else {}
-        backend = read_json(folder / "tokenizer.json") | {"truncation": None, "padding": None}
+        backend = read_object(folder / "tokenizer.json") | {"truncation": None, "padding": None}
         if template.forms:  # a later turn follows an EOS, behind which training put no prefix
             backend["pre_tokenizer"] = _prefix_after_bos(backend["pre_tokenizer"])
         write_json(folder / "tokenizer.json", backend)
@@ -90,9 +87,8 @@ def _settings_for_every_reader(tokenizer: PreTrainedTokenizerBase) -> dict[str, 
     # llama.cpp reads here which tokens follow those of tokenizer.model
     settings["added_tokens_decoder"] = {i: t.__getstate__() for i, t in tokenizer.added_tokens_decoder.items()}
     if (ids := tokenizer("").input_ids) in ([], [tokenizer.bos_token_id]):
-        settings["add_bos_token"] = bool(
-            ids
-        )  # llama.cpp and onnxruntime-genai put one before a SentencePiece prompt otherwise
+        # llama.cpp and onnxruntime-genai put one before a SentencePiece prompt otherwise
+        settings["add_bos_token"] = bool(ids)
     return settings | {"add_prefix_space": _puts_space(tokenizer)}
 
 
@@ -155,7 +151,7 @@ def _from_merges(tokenizer: PreTrainedTokenizerBase, backend: dict) -> bytes:
 
 def finish_config(folder: Path, dtype: torch.dtype) -> None:
     """Write into config.json the type of the saved weights, and the rope's numbers where transformers 4 reads them too."""
-    config = read_json(folder / "config.json")
+    config = read_object(folder / "config.json")
     config["dtype"] = str(dtype).removeprefix("torch.")  # save_pretrained (5.23) writes the type of the live weights
     rope = config.get("rope_parameters") or {}
     config |= {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
@@ -175,10 +171,6 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     for file in source.iterdir():
         if COPIED.fullmatch(file.name):
             shutil.copyfile(file, target / file.name)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

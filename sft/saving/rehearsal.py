@@ -64,16 +64,13 @@ def rehearse(trainer, model_args: ModelArguments, export_dtype: torch.dtype, tem
     exporter.folder = exporter.trained = scratch / folder
     with all_ranks_or_none(), loading.whole_models(args):
         if rank() == 0:
-            if not any(exporter.folder.glob("*.safetensors")):
-                raise UserError(
-                    "save rehearsal: no model.safetensors was written, so this run would end without a model."
-                )
-            problems, _ = exporter.check()
+            problems = ["save rehearsal: no model.safetensors was written, so this run would end without a model."]
+            if any(exporter.folder.glob("*.safetensors")):
+                refused, _ = exporter.check()
+                problems = [f"save rehearsal: the model would be refused at the end: {problem}" for problem in refused]
             shutil.rmtree(scratch.parent, ignore_errors=True)
             if problems:
-                raise UserError(
-                    [f"save rehearsal: the model would be refused at the end: {problem}" for problem in problems]
-                )
+                raise UserError(problems)
     return "whole" if small else "a sample"
 
 

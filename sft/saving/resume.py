@@ -49,7 +49,7 @@ def choose_checkpoint(training_args) -> str | None:
 
 
 def _is_only_a_model(checkpoint: Path) -> bool:
-    manifest = json.loads((checkpoint / MANIFEST).read_text("utf-8"))
+    manifest = read_object(checkpoint / MANIFEST)
     return bool(missing_parts(list(manifest["files"]), manifest["world_size"]))
 
 

@@ -47,9 +47,8 @@ class PackedCollator:
             nothing = [IGNORE_INDEX] * PLACEHOLDER_TOKENS
             batch = self([{"input_ids": [0] * PLACEHOLDER_TOKENS, "labels": nothing}])
             batch["label_positions"] = torch.zeros(1, dtype=torch.int64)
-            batch["label_targets"] = torch.full(
-                (1,), IGNORE_INDEX
-            )  # the head still runs: the gradient is zero, not absent
+            # the head still runs: the gradient is zero, not absent
+            batch["label_targets"] = torch.full((1,), IGNORE_INDEX)
             return batch
         left_out = [0] * len(examples)
         if self.share:

@@ -21,7 +21,7 @@ from torch.distributed.run import get_args_parser
 import utils
 from sft import flags, flags_2023, generate, job
 from sft.data.llama_tokenizer import load_llama_tokenizer
-from sft.flags import ModelArguments
+from sft.flags import DataArguments, ModelArguments, TrainingArguments
 
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
@@ -253,14 +253,35 @@ def test_the_messages_of_the_troubleshooting_table_exist():
         assert any(re.search(pattern, known) for known in texts), f"no code says {text!r}"
 
 
-def test_the_row_becomes_the_tokens_shown(tmp_path):
+@pytest.fixture(scope="module")
+def facts() -> list[list[str]]:
     with open(ROOT / "examples/facts.csv", encoding="utf-8", newline="") as file:
-        rows = list(csv.reader(file))[1:]
+        return list(csv.reader(file))[1:]
+
+
+@pytest.fixture(scope="module")
+def demo_tokenizer(facts, tmp_path_factory):
+    folder, texts = tmp_path_factory.mktemp("demo"), [text for row in facts for text in row]
+    (folder / "tokenizer.model").write_bytes(make_tiny_llama.train_tokenizer(texts, vocab_size=1024))
+    (folder / "config.json").write_text('{"model_type": "llama", "eos_token_id": 2}')
+    return load_llama_tokenizer(ModelArguments(model_name_or_path=str(folder)))
+
+
+def test_the_conversation_of_the_page_of_data_prints_what_stands_there(demo_tokenizer, tmp_path, monkeypatch, capsys):
+    page = PAGES["docs/data.md"]
+    monkeypatch.chdir(tmp_path)
+    conversation = json.loads(re.search(r"```json\n(.*?)```", page, re.S)[1])
+    Path("dialogs.jsonl").write_text(json.dumps(conversation) + "\n")
+    flags = ["--data_path", "dialogs.jsonl", "--messages", "messages", "--data_cache_dir", "cache"]
+    kinds = DataArguments, TrainingArguments
+    parsed = transformers.HfArgumentParser(kinds).parse_args_into_dataclasses([*flags, "--output_dir", "out"])
+    utils.make_supervised_data_module(demo_tokenizer, *parsed)
+    assert re.search(r"```text\n(dialogs.jsonl.*?)```", page, re.S)[1] in capsys.readouterr().out
+
+
+def test_the_row_becomes_the_tokens_shown(facts, demo_tokenizer):
+    rows, tokenizer = facts, demo_tokenizer
     assert f"the {len(rows)} rows of [examples/facts.csv]" in README
-    texts = [text for row in rows for text in row]
-    (tmp_path / "tokenizer.model").write_bytes(make_tiny_llama.train_tokenizer(texts, vocab_size=1024))
-    (tmp_path / "config.json").write_text('{"model_type": "llama", "eos_token_id": 2}')
-    tokenizer = load_llama_tokenizer(ModelArguments(model_name_or_path=str(tmp_path)))
     batch = utils.tokenize([rows[0]], tokenizer, False, 128)
     ids, prompt = batch.tokens.tolist(), int(batch.prompt_lengths[0])
     shown: dict[str, list[str]] = {"token": [], "input_ids": [], "labels": []}
@@ -270,9 +291,8 @@ def test_the_row_becomes_the_tokens_shown(tmp_path):
     assert shown["token"] == tokenizer.convert_ids_to_tokens(ids)
     assert shown["input_ids"] == [str(token) for token in ids]
     assert shown["labels"] == ["-100"] * prompt + [str(token) for token in ids[prompt:]]
-    assert (
-        f"### Instruction:\n{rows[0][0]}\n\n### Response:\n```" in PAGES["docs/data.md"]
-    )  # the Alpaca prompt of the same row
+    # the Alpaca prompt of the same row
+    assert f"### Instruction:\n{rows[0][0]}\n\n### Response:\n```" in PAGES["docs/data.md"]
 
 
 def test_the_speed_table_is_the_results_file():
