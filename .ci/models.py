@@ -50,7 +50,9 @@ def examples() -> list[dict[str, torch.Tensor]]:
 def tried(kind: str, kernel: str | None) -> Proof | str:
     """The proof, or why there is none."""
     model_args = SimpleNamespace(model_name_or_path=None, trust_remote_code=False)
-    args = SimpleNamespace(device=torch.device("cpu"), bf16=False, fp16=False, deepspeed=None)
+    args = SimpleNamespace(
+        device=torch.device("cpu"), bf16=False, fp16=False, deepspeed=None, per_device_train_batch_size=2
+    )
     try:
         config = transformers.AutoConfig.for_model(kind, **(SIZES | MODELS[kind]))
         return prove(model_args, args, config, examples(), kernel)[-1]

@@ -5,17 +5,17 @@ What is claimed of packing is claimed of the model at hand, so it is tried on it
 
 import math
 from collections.abc import Callable
-from functools import partial
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from sft import IGNORE_INDEX
 from sft.arithmetic import compute_dtype
 from sft.flags import ModelArguments, TrainingArguments
+from sft.job import swapped
 from sft.model import headers, loading
 from sft.model.safe_loads import safe_loads
 from sft.plan.model_sizes import with_layers
@@ -25,17 +25,23 @@ from sft.step.modules import exchange
 from sft.step.packed_rows import PackedCollator
 
 Example = dict[str, torch.Tensor]  # input_ids, labels: (tokens,)
-# (examples, which) -> the summed loss of one, computed together with the others
-Way = Callable[[list[Example], int], torch.Tensor]
+# (examples, which) -> the summed loss of one, computed together with the others, or of all (None)
+Way = Callable[[list[Example], int | None], torch.Tensor]
 # enough for a border on each side of an example; a few hundred tokens take a fraction of a second
 EXAMPLES, TOKENS = 3, 64
 # Whole rows cost more: at most 1 % of a run's. Each example is passed 7 times through the model in a row of all (forward and backward, and
-# three times forward), and once alone: 21 forward passes of all, where the run makes 3 of each of its tokens.
-LONGEST, PASSES = 1024, 21
+# three times forward), and once alone; 22 forward passes of all, where the run makes 3 of each of its tokens.
+LONGEST, PASSES = 1024, 22
+# The whole model is tried on two beginnings: 16 forward passes of both.
+WHOLE_EXAMPLES, WHOLE_PASSES = 2, 16
+FREE_FLOPS = 1e11  # a second or two of a CPU
 
 
 class Proof(NamedTuple):
-    """Largest relative differences found, and what they may be in the compute type."""
+    """Largest relative differences found, and what they may be in the compute type.
+
+    An example's differences count by its mean loss where that is below 1: of a text that is known by heart nothing but rounding is left.
+    """
 
     loss: float  # of an example's loss, against the example alone
     gradient: float  # of its gradient's norm
@@ -44,6 +50,7 @@ class Proof(NamedTuple):
     rounding: float
     weights: str = ""  # which, in words
     tokens: tuple[int, ...] = ()  # of each example
+    mixture: bool = False  # whose experts may be others after rounding, here and there
 
     @property
     def fault(self) -> str | None:
@@ -51,7 +58,7 @@ class Proof(NamedTuple):
         if math.isnan(self.loss):
             return "an example's loss is not a number"
         # the same sums of the same numbers: nothing is rounded otherwise but in a mixture's experts, which others' tokens share
-        sees = max(1e-5, self.rounding / 20)
+        sees = max(1e-5, self.rounding / (1 if self.mixture else 20))
         if not self.causality <= sees:
             return f"a token sees later ones (the loss of an example's first tokens moves by {100 * self.causality:.2g} % with the last ones)"
         if not self.isolation <= sees:
@@ -69,9 +76,10 @@ def in_a_line(proofs: list[Proof]) -> str:
     """The largest differences of all proofs, and what they were tried on."""
     loss, gradient, isolation, causality = (max(values) for values in list(zip(*proofs))[:4])
     lengths = [tokens for proof in proofs for tokens in proof.tokens]
+    *most, last = dict.fromkeys(proof.weights for proof in proofs)
     return (
-        f"losses within {loss:.0e} and gradients within {gradient:.0e} of each example alone; other examples move a loss by {isolation:.0e}, "
-        f"later tokens by {causality:.0e} (with {' and '.join(dict.fromkeys(proof.weights for proof in proofs))}, on rows of "
+        f"proof: losses within {loss:.0e} and gradients within {gradient:.0e} of each example alone; other examples move a loss by {isolation:.0e}, "
+        f"later tokens by {causality:.0e} (with {' and '.join([*filter(None, [', '.join(most)]), last])}, on rows of "
         f"{min(lengths)} to {max(lengths):,} tokens; rounding may be {proofs[-1].rounding:.0e})"
     )
 
@@ -112,22 +120,73 @@ def prove(
         with torch.random.fork_rng(cuda), loading.whole_models(args):
             torch.manual_seed(0)
             small = with_layers(config, layers)
-            if getattr(small, "output_router_logits", False):
-                # its loss is a mean over all tokens of a batch: each way has its own
+            routed = {"output_router_logits": True} if getattr(small, "output_router_logits", False) else {}
+            if routed:
+                # its loss is a mean over all tokens of a batch: each way has its own, unless an example is alone
                 small.output_router_logits = False
             model = (random_layers if random else loaded_layers)(model_args, args, small).eval()
             with torch.autocast(args.device.type, dtype, enabled=dtype != torch.float32):
-                # a batch's longest row may decide the frequencies of a rope: alone it is as long, padded
-                alone = losses_alone(model, rows, 0 if tried else max(len(row["input_ids"]) for row in rows))
-                way: Way = partial(stock, model)
+                alone = losses_alone(model, rows)
+                with swapped(model.config, **routed):
+                    with_router = stock(model, rows[:1], 0).item() if routed else 0.0
+                way = padded(model, args.per_device_train_batch_size > 1)
                 if tried:
                     model.set_attn_implementation(tried)
                     way = packed(model, exchange(model), PackedCollator())
                 proof = try_out(model, way, rows, alone)
+                if routed and not proof.fault:
+                    with swapped(model.config, **routed):
+                        proof = proof._replace(loss=max(proof.loss, _off(way(rows[:1], 0).item(), with_router)))
         found.append(proof._replace(weights=weights, tokens=tuple(len(row["input_ids"]) for row in rows)))
         if proof.fault:
             break
     return found
+
+
+def prove_whole(
+    model: Any,
+    head: torch.nn.Module | None,
+    collator: PackedCollator,
+    examples: list[Example],
+    half: bool,
+    together: bool,
+    loss_of: Callable | None = None,
+) -> Proof:
+    """Try the model that will be trained, as it is in memory: its layers, adapters, number types, kernels. It stays as it was.
+
+    Args:
+        model: whole on this rank, not wrapped.
+        head: from `modules.exchange`; None in a padded run.
+        collator: the run's, of packed rows.
+        half: the run computes in 16 bits.
+        together: a padded batch has several examples.
+        loss_of: (outputs, labels) -> the mean loss, where it is not the model's own (label smoothing).
+    """
+    training = model.training
+    with ExitStack() as stack:
+        # compiled layers would be compiled for these rows too
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if getattr(model.config, "output_router_logits", False):
+            stack.enter_context(swapped(model.config, output_router_logits=False))
+        model.eval()
+        stack.callback(model.train, training)
+        way = packed(model, head, collator) if head else padded(model, together, loss_of)
+        with attention.stock_attention(model) if head else ExitStack():
+            alone = losses_alone(model, examples, loss_of=loss_of)
+        found = try_out(model, way, examples, alone)
+    torch.cuda.empty_cache()
+    # rounding of all layers adds up
+    mixture = half and any(weight.dim() == 3 for weight in model.parameters())
+    tokens = tuple(len(row["input_ids"]) for row in examples)
+    return found._replace(rounding=5e-2 if half else 1e-4, weights="the whole model", tokens=tokens, mixture=mixture)
+
+
+def rows_for_the_whole(dataset: Any, parameters: int, run_tokens: float, device: str) -> list[Example]:
+    """The rows that the whole model is tried on before the first step; none where that costs more than 1 % of a run on a CPU."""
+    tokens = WHOLE_PASSES * WHOLE_EXAMPLES * TOKENS
+    if device == "cpu" and 2 * parameters * tokens > FREE_FLOPS and tokens > 0.01 * 3 * run_tokens:
+        return []
+    return first_rows(dataset, run_tokens=0)[:WHOLE_EXAMPLES]
 
 
 def random_layers(model_args: ModelArguments, args: TrainingArguments, small: PreTrainedConfig) -> Any:
@@ -163,59 +222,65 @@ def try_out(model: torch.nn.Module, way: Way, examples: list[Example], alone: li
     losses, gradients, isolation, causality = [], [], [], []
     for which, (loss_alone, norm_alone) in enumerate(alone):
         together = way(examples, which)
-        losses.append(_off(together.item(), loss_alone))
-        gradients.append(_off(_gradient_norm(model, together), norm_alone))
+        known = min(1.0, abs(loss_alone) / _trained([examples[which]]))
+        losses.append(known * _off(together.item(), loss_alone))
+        gradients.append(known * _off(_gradient_norm(model, together), norm_alone))
         with torch.no_grad():
             others = [one if number == which else _changed(one, half=False) for number, one in enumerate(examples)]
-            isolation.append(_off(way(others, which).item(), together.item()))
+            isolation.append(known * _off(way(others, which).item(), together.item()))
             early, changed = (list(examples) for _ in range(2))
             early[which], changed[which] = _early(examples[which]), _changed(_early(examples[which]), half=True)
-            causality.append(_off(way(changed, which).item(), way(early, which).item()))
+            causality.append(known * _off(way(changed, which).item(), way(early, which).item()))
+    with torch.no_grad():  # where all of them have labels, as in a run
+        summed = sum(loss for loss, _ in alone)
+        losses.append(min(1.0, abs(summed) / _trained(examples)) * _off(way(examples, None).item(), summed))
     # max() would lose a NaN that is not the first
     found = (losses, gradients, isolation, causality)
     loss, gradient, seen, later = (math.nan if any(map(math.isnan, each)) else max(each) for each in found)
     return Proof(loss, gradient, seen, later, rounding)
 
 
-def losses_alone(model: Any, examples: list[Example], longest: int = 0) -> list[tuple[float, float]]:
-    """(loss summed over trained tokens, norm of its gradient) of each example by the model's stock forward and its own loss.
-
-    Args:
-        longest: pad each to so many tokens.
-    """
+def losses_alone(model: Any, examples: list[Example], loss_of: Callable | None = None) -> list[tuple[float, float]]:
+    """(loss summed over trained tokens, norm of its gradient) of each example by the model's stock forward and its own loss."""
     found = []
     for example in examples:
-        loss = stock(model, [example], 0, longest)
+        loss = stock(model, [example], 0, loss_of)
         found.append((loss.item(), _gradient_norm(model, loss)))
     return found
 
 
-def stock(model: Any, examples: list[Example], which: int, longest: int = 0) -> torch.Tensor:
-    """One example's loss in a padded batch, as the stock Trainer has it computed."""
-    labels = [
-        one["labels"] if number == which else one["labels"] * 0 + IGNORE_INDEX for number, one in enumerate(examples)
-    ]
+def stock(model: Any, examples: list[Example], which: int | None, loss_of: Callable | None = None) -> torch.Tensor:
+    """One example's loss in a padded batch, or all of theirs, as the stock Trainer has it computed."""
+    examples = _labelled(examples, which)
+    labels = [one["labels"] for one in examples]
     lengths = torch.tensor([len(one["input_ids"]) for one in examples])
-    missing = (0, max(0, longest - int(lengths.max())))
     batch = {
         "input_ids": pad_sequence([one["input_ids"] for one in examples], batch_first=True),
         "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
         "attention_mask": (torch.arange(lengths.max()) < lengths[:, None]).long(),
     }
-    batch = {name: F.pad(rows, missing, value=IGNORE_INDEX if name == "labels" else 0) for name, rows in batch.items()}
-    trained = int((labels[which][1:] != IGNORE_INDEX).sum())
-    return model(**_to(batch, _device(model)), use_cache=False).loss * trained
+    batch = _to(batch, _device(model))
+    outputs = model(**batch, use_cache=False)
+    return (loss_of(outputs, batch["labels"]) if loss_of else outputs.loss) * _trained(examples)
+
+
+def padded(model: Any, together: bool, loss_of: Callable | None = None) -> Way:
+    """The way of a padded run: examples in one batch, or each in its own. A batch's longest row may decide a rope's frequencies."""
+
+    def way(examples: list[Example], which: int | None) -> torch.Tensor:
+        if together:
+            return stock(model, examples, which, loss_of)
+        numbers = range(len(examples)) if which is None else [which]
+        return torch.stack([stock(model, [examples[number]], 0, loss_of) for number in numbers]).sum()
+
+    return way
 
 
 def packed(model: Any, head: torch.nn.Module, collator: PackedCollator) -> Way:
     """The run's own way: examples in one row, its kernel, its loss."""
 
-    def way(examples: list[Example], which: int) -> torch.Tensor:
-        only = [
-            one if number == which else one | {"labels": one["labels"] * 0 + IGNORE_INDEX}
-            for number, one in enumerate(examples)
-        ]
-        return summed_loss(model, head, _to(collator(only), _device(model)))
+    def way(examples: list[Example], which: int | None) -> torch.Tensor:
+        return summed_loss(model, head, _to(collator(_labelled(examples, which)), _device(model)))
 
     return way
 
@@ -240,6 +305,18 @@ def beginnings(rows: list[Example], tokens: int) -> list[Example]:
             ids, labels = ids.repeat(4), labels.repeat(4)
         examples.append({"input_ids": ids, "labels": labels})
     return examples * EXAMPLES if len(examples) == 1 else examples
+
+
+def _labelled(examples: list[Example], which: int | None) -> list[Example]:
+    """The examples with the labels of one of them only, or of all (None)."""
+    return [
+        one if which in (None, number) else one | {"labels": one["labels"] * 0 + IGNORE_INDEX}
+        for number, one in enumerate(examples)
+    ]
+
+
+def _trained(examples: list[Example]) -> int:
+    return sum(int((one["labels"][1:] != IGNORE_INDEX).sum()) for one in examples)
 
 
 def _early(example: Example) -> Example:

@@ -14,7 +14,7 @@ from sft.job import Choice, UserError, rank, say
 from sft.model import loading
 from sft.plan import memory, memory_ladder
 from sft.plan.micro_batch_tokens import measured_tokens
-from sft.plan.proof import Example, Proof, first_rows, in_a_line, prove
+from sft.plan.proof import Example, Proof, first_rows, in_a_line, prove, rows_for_the_whole
 from sft.step import attention, rotary
 from sft.step.compiled_layers import choose_compilation, compile_layers, keep_residual_in_compute_type
 from sft.step.loss import loss_kernel
@@ -38,6 +38,9 @@ class Settled:
     sampler: PackedBatchSampler | None  # the run's micro-batches; None with --train_sampling_strategy
     packing: Packing | None  # what they hold; None in a padded run
     proofs: list[Proof]  # that examples are computed together as each alone
+    whole_tried_on: list[
+        Example
+    ]  # rows for the whole model, before the first step; none where it is split or that is dear
     memory_plan: memory.Plan | None  # for these micro-batches
 
     def record(self) -> dict[str, dict[str, Any]]:
@@ -74,7 +77,12 @@ def settle(model_args: ModelArguments, args: TrainingArguments, dataset: Any) ->
     with loading.whole_models(args):
         skeleton = loading.skeleton(model_args, config)
     run_tokens = arithmetic.steps * arithmetic.examples_per_step * lengths.mean() if args.do_train else 0
-    kernel_of_attention, proofs = packed_or_padded(model_args, args, config, first_rows(dataset, run_tokens))
+    kernel_of_attention, proofs = packed_or_padded(model_args, args, config, first_rows(dataset, run_tokens), lengths)
+    whole_tried_on: list[Example] = []
+    if not args.do_train:
+        say(in_a_line(proofs))
+    elif engine(args) not in ("FSDP", "DeepSpeed ZeRO 3"):
+        whole_tried_on = rows_for_the_whole(dataset, skeleton.num_parameters(), run_tokens, args.device.type)
     compilation = Choice("compiled layers", False, "--packing False")
     if args.packing:
         compilation = choose_compilation(args, skeleton.num_parameters(), model_args.load_in_4bit, run_tokens)
@@ -85,12 +93,13 @@ def settle(model_args: ModelArguments, args: TrainingArguments, dataset: Any) ->
     dropout = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in skeleton.modules())
     dropout |= getattr(config, "attention_dropout", 0.0) > 0 or (model_args.use_lora and model_args.lora_dropout != 0)
     dropout |= getattr(config, "output_router_logits", False)  # its mean is over the tokens of a row
-    limit = rotary.changes_beyond(config)
-    length_decides = limit is not None and bool(lengths.max() > limit)
-    if length_decides and not args.packing:
-        refuse_padded_rope(args, config, limit, lengths)
     prefixes = choose_prefixes(
-        args, config, kernel_of_attention.value, attention.SHARE_PREFIXES, dropout, length_decides
+        args,
+        config,
+        kernel_of_attention.value,
+        attention.SHARE_PREFIXES,
+        dropout,
+        bool(longer_than_rope(config, lengths)),
     )
 
     def prepare(probe: PreTrainedModel) -> LossHead:
@@ -142,28 +151,41 @@ def settle(model_args: ModelArguments, args: TrainingArguments, dataset: Any) ->
         sampler=sampler,
         packing=packing,
         proofs=proofs,
+        whole_tried_on=whole_tried_on,
         memory_plan=memory_plan,
     )
 
 
-def refuse_padded_rope(args: TrainingArguments, config: PreTrainedConfig, limit: int, lengths: Any) -> None:
+def longer_than_rope(config: PreTrainedConfig, lengths: Any) -> int:
+    """How many examples are longer than the length above which rope's frequencies are others."""
+    limit = rotary.changes_beyond(config)
+    return 0 if limit is None else int((lengths > limit).sum())
+
+
+def refuse_padded_rope(args: TrainingArguments, config: PreTrainedConfig, lengths: Any) -> None:
     """Raise a UserError unless each example is alone in its batch: the longest row decides on rope's frequencies for all."""
+    if not (longer := longer_than_rope(config, lengths)):
+        return
+    limit = rotary.changes_beyond(config)
     dynamic = config.rope_parameters.get("rope_type") == "dynamic"  # it keeps those of an earlier, longer batch as well
     if dynamic or max(args.per_device_train_batch_size, args.per_device_eval_batch_size) > 1:
         alone = "" if dynamic else ", give --per_device_train_batch_size 1 --per_device_eval_batch_size 1"
         raise UserError(
-            f"{(lengths > limit).sum():,} of {len(lengths):,} examples are longer than {limit:,} tokens, above which this model's rope takes other "
+            f"{longer:,} of {len(lengths):,} examples are longer than {limit:,} tokens, above which this model's rope takes other "
             f"frequencies, and in a padded run the longest example decides for others too. Leave --packing False out{alone}, or give "
             f"--model_max_length {limit}."
         )
 
 
 def packed_or_padded(
-    model_args: ModelArguments, args: TrainingArguments, config: PreTrainedConfig, examples: list[Example]
+    model_args: ModelArguments, args: TrainingArguments, config: PreTrainedConfig, examples: list[Example], lengths: Any
 ) -> tuple[Choice, list[Proof]]:
     """The attention kernel, and the proofs that examples are computed with it as each is alone.
 
     A model that cannot be packed is padded, with the reason printed; `args.packing` is set to match.
+
+    Args:
+        lengths: of all examples.
 
     Raises:
         UserError: it can be computed in neither way.
@@ -183,7 +205,6 @@ def packed_or_padded(
             proofs, why = _proved(model_args, args, config, examples, choice.value)
         if why is None:
             say(choice)
-            say(f"proof: {in_a_line(proofs)}")
             return choice, proofs
         if model_args.attn_implementation:
             raise UserError(
@@ -193,6 +214,7 @@ def packed_or_padded(
             raise UserError(f"--packing True: {why}. Remove the flag, and the run is padded.")
         say(f"packing: off, this run is padded: {why}")
         args.packing = False
+    refuse_padded_rope(args, config, lengths)
     proofs, why = _proved(model_args, args, config, examples, None)
     if why:
         raise UserError(
@@ -200,7 +222,6 @@ def packed_or_padded(
         )
     asked = model_args.attn_implementation
     choice = Choice("attention", asked, "--attn_implementation" if asked else "transformers' choice for padded batches")
-    say(f"proof: {in_a_line(proofs)}")
     return choice, proofs
 
 

@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from sft.flags import DataArguments, ModelArguments, TrainingArguments
 from sft.job import UserError, all_ranks_or_none, complain, differences_from_rank_0, rank, say
 from sft.model import loading, lora, safe_loads
 from sft.outside import reading
-from sft.plan import memory
+from sft.plan import memory, proof
 from sft.plan.deepspeed_file import check_deepspeed
 from sft.plan.memory_ladder import explain_out_of_memory, stop_after_plan
 from sft.plan.settle import Settled, engine
@@ -177,7 +178,7 @@ class Run:
             head=head,
             meter=meter,
             write_checkpoint=self._write_checkpoint,
-            before_first_step=self._rehearse if args.save_rehearsal else None,
+            before_first_step=partial(self._try_out, settled=settled),
             callbacks=callbacks,
             **data_module,
         )
@@ -189,11 +190,32 @@ class Run:
         with self.report.phase("checkpoints"):
             checkpoint.save_whole(trainer, identity, write)
 
+    def _try_out(self, trainer: SupervisedTrainer, settled: Settled) -> None:
+        """Before the first step prove what the model computes, and rehearse its saving."""
+        # a reloaded adapter draws its first weights: without this, another dropout
+        with torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else []):
+            self._prove(trainer, settled)
+            if self.args.save_rehearsal:
+                self._rehearse(trainer)
+
+    def _prove(self, trainer: SupervisedTrainer, settled: Settled) -> None:
+        proofs = list(settled.proofs)
+        with self.report.phase("plan"), all_ranks_or_none():
+            if settled.whole_tried_on and rank() == 0:
+                half = compute_dtype(self.args) != torch.float32
+                smoothed = trainer.label_smoother and partial(trainer.label_smoother, shift_labels=True)
+                how = trainer.head, trainer.data_collator.collator, settled.whole_tried_on, half
+                together = self.args.per_device_train_batch_size > 1
+                proofs.append(proof.prove_whole(trainer.model, *how, together, smoothed))
+                if fault := proofs[-1].fault:
+                    cure = " Give --packing False." if self.args.packing else ""
+                    raise UserError(f"the model as it is in memory cannot be trained right: {fault}.{cure}")
+        say(proof.in_a_line(proofs))
+        self.report.note("proof", tried=[one._asdict() for one in proofs])
+
     def _rehearse(self, trainer: SupervisedTrainer) -> None:
         began = time.perf_counter()
-        # a reloaded adapter draws its first weights: without this, another dropout
-        drawn = torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else [])
-        with self.report.phase("rehearsal"), drawn:
+        with self.report.phase("rehearsal"):
             what = rehearse(trainer, self.model_args, export_dtype(self.args), self.template)
         say(f"save rehearsal: {what}, {time.perf_counter() - began:.1f} s")
 

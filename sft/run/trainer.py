@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
+from sft import IGNORE_INDEX
 from sft.flags import TrainingArguments
 from sft.job import UserError, say
 from sft.run.evaluation import EvalBatchSampler, token_weighted_loop
@@ -137,7 +138,12 @@ class SupervisedTrainer(Trainer):
             return loss * (self.accelerator.num_processes / num_items_in_batch)
         if num_items_in_batch is None:  # the model's loss is a mean: a class of its own that takes no count
             return super().compute_loss(model, inputs)
-        return super().compute_loss(model, inputs, num_items_in_batch=1) / num_items_in_batch
+        share = 1
+        if getattr(self.model.config, "output_router_logits", False):
+            # the model adds its router's loss once: it counts by the trained tokens of its batch, as in a packed run
+            share = int((inputs["labels"][:, 1:] != IGNORE_INDEX).sum())
+        loss = super().compute_loss(model, inputs, num_items_in_batch=max(share, 1))
+        return loss * share / num_items_in_batch
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)

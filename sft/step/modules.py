@@ -30,7 +30,7 @@ def exchange(model: PreTrainedModel, kernel: Callable = losses_and_gradient, fus
         head.plain = type(head) is torch.nn.Linear
         _become(head, LossHead)
     head.kernel, head.neutral = _with_the_models_logits(model, kernel)
-    head.auxiliary = getattr(model.config, "router_aux_loss_coef", 0.0)
+    head.auxiliary = getattr(model.config, "router_aux_loss_coef", getattr(model.config, "aux_loss_coef", 0.0))
     last = [None, *(module for module in model.modules() if isinstance(module, LlamaDecoderLayer))][-1]
     if type(last) is LlamaDecoderLayer:  # a class derived from it may have another forward
         _become(last, LabelledLayer)

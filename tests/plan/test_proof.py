@@ -6,7 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from packed_models import rows, small_llama
+from peft import LoraConfig, get_peft_model
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers.trainer_pt_utils import LabelSmoother
 
 from sft import IGNORE_INDEX
 from sft.flags import parser
@@ -15,8 +17,9 @@ from sft.model import loading
 from sft.plan import proof
 from sft.plan.settle import packed_or_padded
 from sft.step.attention import PER_EXAMPLE, per_example
+from sft.step.loss import losses_and_gradient
 from sft.step.modules import exchange
-from sft.step.packed_rows import PackedCollator
+from sft.step.packed_rows import PackedCollator, group_by_prefix
 
 SHAPE = {
     "vocab_size": 211,
@@ -27,6 +30,8 @@ SHAPE = {
 }
 SHAPE |= {"num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0}
 ON_A_CPU = SimpleNamespace(device=torch.device("cpu"), bf16=False, fp16=False, deepspeed=None)
+LENGTHS = torch.tensor([60])  # of examples
+ON_A_CPU.per_device_train_batch_size = 2
 
 
 def proved(kind: str, kernel: str | None = PER_EXAMPLE, **config) -> proof.Proof:
@@ -135,9 +140,9 @@ def test_each_difference_is_a_fault_from_its_own_bound_on(name, rounding, passes
 def test_the_bound_is_the_compute_types():
     model = large_weights()
     examples, alone = way_of(model)
-    assert proof.try_out(model, partial(proof.stock, model), examples, alone).rounding == 1e-5
+    assert proof.try_out(model, proof.padded(model, True), examples, alone).rounding == 1e-5
     with torch.autocast("cpu", torch.bfloat16):
-        assert proof.try_out(model, partial(proof.stock, model), examples, alone).rounding == 2e-2
+        assert proof.try_out(model, proof.padded(model, True), examples, alone).rounding == 2e-2
 
 
 def test_a_gradient_that_is_not_a_number_alone_is_a_fault():
@@ -156,7 +161,7 @@ def test_rows_of_three_tokens_are_proved_on():
     short = [{"input_ids": ids + n, "labels": torch.where(torch.arange(3) > 0, ids + n, -100)} for n in range(3)]
     model = large_weights()
     examples = proof.beginnings(short, proof.TOKENS)
-    found = proof.try_out(model, partial(proof.stock, model), examples, proof.losses_alone(model, examples))
+    found = proof.try_out(model, proof.padded(model, True), examples, proof.losses_alone(model, examples))
     assert found.fault is None
     assert len(examples) == 3
 
@@ -166,8 +171,8 @@ def test_a_token_that_sees_later_ones_is_seen():
     examples, alone = way_of(model)
 
     def way(batch: list[dict], which: int) -> torch.Tensor:
-        ids = batch[which]["input_ids"]
-        return proof.stock(model, [batch[which] | {"input_ids": torch.cat([ids[-1:], ids[1:]])}], 0)
+        seen = [one | {"input_ids": torch.cat([one["input_ids"][-1:], one["input_ids"][1:]])} for one in batch]
+        return proof.stock(model, seen, which)
 
     assert "a token sees later ones" in proof.try_out(model, way, examples, alone).fault
 
@@ -216,9 +221,9 @@ def test_a_kernel_of_the_users_must_keep_examples_apart(tiny_llama):
     for kernel in ("leaky", "flash_attention_2"):
         args.attn_implementation = kernel
         with pytest.raises(UserError, match=f"--attn_implementation {kernel} cannot be used with packing: .*"):
-            packed_or_padded(args, args, loading.load_config(args), dataset)
+            packed_or_padded(args, args, loading.load_config(args), dataset, LENGTHS)
     args.attn_implementation = None
-    assert packed_or_padded(args, args, loading.load_config(args), dataset)[0].value == PER_EXAMPLE
+    assert packed_or_padded(args, args, loading.load_config(args), dataset, LENGTHS)[0].value == PER_EXAMPLE
 
 
 def test_a_model_that_cannot_be_packed_is_padded_unless_packing_was_asked_for(tiny_llama, monkeypatch, capsys):
@@ -227,19 +232,19 @@ def test_a_model_that_cannot_be_packed_is_padded_unless_packing_was_asked_for(ti
     args.model_name_or_path = None  # of another architecture
     args.packing_asked = True
     with pytest.raises(UserError, match=r"--packing True: examples see each other .*the run is padded"):
-        packed_or_padded(args, args, config, rows(3, seed=1))
+        packed_or_padded(args, args, config, rows(3, seed=1), LENGTHS)
     args.packing_asked = False
-    packed_or_padded(args, args, config, rows(3, seed=1))
+    packed_or_padded(args, args, config, rows(3, seed=1), LENGTHS)
     assert (
         args.packing is False and "packing: off, this run is padded: examples see each other" in capsys.readouterr().out
     )
     monkeypatch.setattr(
         "sft.plan.proof.stock",
-        lambda model, examples, which, longest=0: 2 * len(examples) * next(model.parameters()).sum(),
+        lambda model, examples, which, **how: 2 * len(examples) * next(model.parameters()).sum(),
     )
     args.packing = True
     with pytest.raises(UserError, match="cannot be trained right here, not even padded"):
-        packed_or_padded(args, args, config, rows(3, seed=1))
+        packed_or_padded(args, args, config, rows(3, seed=1), LENGTHS)
 
 
 def test_beginnings_have_something_trained_and_something_before_it():
@@ -264,13 +269,26 @@ def test_the_routers_loss_is_added_by_its_share_of_trained_tokens():
     assert 0.5 * trained < float(with_it - without) < 4 * 0.5 * trained  # a balanced router's loss is about its top-k
 
 
+def test_a_routers_loss_with_another_weight_is_seen(monkeypatch):
+    mixture = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None, "output_router_logits": True}
+    assert proved("mixtral", router_aux_loss_coef=0.1, **mixture).fault is None
+    monkeypatch.setattr(proof, "exchange", lambda model: swap_weight(exchange(model)))
+    assert "an example's loss is off" in proved("mixtral", router_aux_loss_coef=0.1, **mixture).fault
+
+
+def swap_weight(head):
+    head.auxiliary = 0.0
+    return head
+
+
 # ---- with the weights as loaded
 
 
-def loaded(folder, examples=None, kernel=PER_EXAMPLE) -> list[proof.Proof]:
+def loaded(folder, examples=None, kernel=PER_EXAMPLE, batch=2) -> list[proof.Proof]:
     model_args = SimpleNamespace(model_name_or_path=str(folder), cache_dir=None, trust_remote_code=False)
     config = AutoConfig.from_pretrained(folder)
-    return proof.prove(model_args, ON_A_CPU, config, examples or rows(3, seed=1), kernel)
+    args = SimpleNamespace(**vars(ON_A_CPU) | {"per_device_train_batch_size": batch})
+    return proof.prove(model_args, args, config, examples or rows(3, seed=1), kernel)
 
 
 def test_the_first_layers_of_a_checkpoint_are_proved_on_whole_rows(tmp_path):
@@ -348,7 +366,8 @@ def test_a_rope_that_depends_on_the_longest_row_is_seen_on_whole_rows(tmp_path, 
     ids = torch.arange(100) * 7 % 200
     examples = [{"input_ids": ids[:size], "labels": ids[:size]} for size in (30, 40, 100)]
     assert [one.fault for one in loaded(tmp_path, examples)] == [None, None]
-    assert loaded(tmp_path, examples, kernel=None)[-1].fault is None
+    together, apart = (loaded(tmp_path, examples, kernel=None, batch=size)[-1].fault for size in (2, 1))
+    assert together.startswith("an example's loss is off") and apart is None
     monkeypatch.setattr("sft.step.modules.depends_on_length", lambda module: False)
     found = loaded(tmp_path, examples)
     assert found[0].fault is None and found[1].fault.startswith("an example's loss is off")
@@ -361,7 +380,7 @@ def test_the_longest_row_is_tried_too_and_cut_where_it_would_cost_too_much():
     ids = torch.arange(500) % 200
     data = Rows({"input_ids": ids[:size], "labels": ids[:size]} for size in Rows.lengths.tolist())
     assert [len(row["input_ids"]) for row in proof.first_rows(data, run_tokens=1e7)] == [10, 12, 500]
-    assert [len(row["input_ids"]) for row in proof.first_rows(data, run_tokens=210_000)] == [10, 12, 100]
+    assert [len(row["input_ids"]) for row in proof.first_rows(data, run_tokens=220_000)] == [10, 12, 100]
     assert [len(row["input_ids"]) for row in proof.first_rows(data, run_tokens=552)] == [10, 12, 64]
 
 
@@ -376,10 +395,111 @@ def test_a_fault_of_the_loaded_weights_alone_pads_the_run(tiny_llama, monkeypatc
 
     monkeypatch.setattr(proof, "loaded_layers", spoilt)
     args.packing_asked = False
-    choice, found = packed_or_padded(args, args, loading.load_config(args), rows(3, seed=1))
+    choice, found = packed_or_padded(args, args, loading.load_config(args), rows(3, seed=1), LENGTHS)
     said = capsys.readouterr().out
     assert args.packing is False and choice.value is None and found[-1].fault is None
     assert "examples see each other" in said and "with the checkpoint's first 2 of 2 layers" in said
     args.packing, args.packing_asked = True, True
     with pytest.raises(UserError, match="--packing True: examples see each other"):
-        packed_or_padded(args, args, loading.load_config(args), rows(3, seed=1))
+        packed_or_padded(args, args, loading.load_config(args), rows(3, seed=1), LENGTHS)
+
+
+# ---- the whole model, as it is in memory
+
+
+def whole(model, packed=True, half=False, **how) -> proof.Proof:
+    examples = proof.beginnings(rows(3, seed=1), proof.TOKENS)[: proof.WHOLE_EXAMPLES]
+    head = exchange(model) if packed else None
+    if packed:
+        model.set_attn_implementation(PER_EXAMPLE)
+    return proof.prove_whole(model, head, PackedCollator(group_by_prefix), examples, half, True, **how)
+
+
+def with_adapters(model):
+    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.5, task_type="CAUSAL_LM"))
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:  # zeros at the start
+            weight.data.normal_(0, 0.1)
+    return model
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+@pytest.mark.parametrize("packed", [True, False])
+def test_the_whole_model_is_tried_and_stays_as_it_was(packed, adapters):
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    positions = 30 if packed else 256  # a padded run whose rows change such a rope is refused
+    model = small_llama(rope_parameters=rope, max_position_embeddings=positions, attention_dropout=0.5)
+    model = (with_adapters(model) if adapters else model).train()
+    before = {
+        name: value.clone() for name, value in [*model.named_parameters(), *model.named_buffers(remove_duplicate=False)]
+    }
+    drawn, config = torch.get_rng_state(), model.config.to_dict()
+    if packed:
+        model.set_attn_implementation(PER_EXAMPLE)
+        config = model.config.to_dict()
+    found = whole(model, packed)
+    assert found.fault is None and found.weights == "the whole model" and len(found.tokens) == proof.WHOLE_EXAMPLES
+    after = dict([*model.named_parameters(), *model.named_buffers(remove_duplicate=False)])
+    assert before.keys() == after.keys() and all(torch.equal(value, after[name]) for name, value in before.items())
+    assert torch.equal(drawn, torch.get_rng_state()) and model.config.to_dict() == config
+    assert all(module.training for module in model.modules())
+    assert all(weight.grad is None for weight in model.parameters())
+
+
+def leak_in_the_last_adapter(model) -> None:
+    """Behind the last attention only positions with a label are computed: examples meet there when several have labels."""
+    adapter = model.base_model.model.model.layers[-1].mlp.down_proj.lora_A["default"]
+    adapter.register_forward_hook(lambda module, inputs, out: out + out.cumsum(1))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "fault"),
+    [
+        (lambda model: beside(model.base_model.model, 1), "examples see each other"),
+        (lambda model: beside(model.base_model.model, -1), "a token sees later ones"),
+        (leak_in_the_last_adapter, "an example's loss is off"),
+        (lambda model: None, None),
+    ],
+)
+def test_each_property_fails_in_the_whole_model_when_it_is_broken(spoil, fault):
+    model = with_adapters(large_weights())
+    spoil(model)
+    found = whole(model)
+    assert found.fault is None if fault is None else found.fault.startswith(fault)
+
+
+def test_smoothed_labels_are_compared_with_transformers_own():
+    smoother = LabelSmoother(0.3)
+    model = small_llama()
+    model.set_attn_implementation(PER_EXAMPLE)
+    head = exchange(model, partial(losses_and_gradient, smoothing=0.3))
+    examples = proof.beginnings(rows(3, seed=1), proof.TOKENS)[:2]
+    how = model, head, PackedCollator(), examples, False, True
+    assert proof.prove_whole(*how, partial(smoother, shift_labels=True)).fault is None
+    assert "an example's loss is off" in proof.prove_whole(*how).fault
+
+
+def test_what_is_known_by_heart_is_no_fault():
+    """Of a loss of nearly nothing only rounding is left, which is large next to it."""
+    model = large_weights()
+    examples, alone = way_of(model)
+    known = [(1e-5 * loss, 1e-5 * norm) for loss, norm in alone]
+
+    def way(batch, which):
+        return 1e-5 * proof.stock(model, batch, which) * (1 + 1e-3)
+
+    assert proof.try_out(model, way, examples, known).fault is None
+    assert proof.try_out(model, lambda batch, which: 1e5 * way(batch, which), examples, alone).fault
+
+
+@pytest.mark.parametrize(
+    ("parameters", "run_tokens", "device", "tried"),
+    [(10**9, 1e5, "cpu", True), (10**9, 1e4, "cpu", False), (10**6, 100, "cpu", True), (10**10, 100, "cuda", True)],
+)
+def test_the_whole_model_is_tried_where_it_is_cheap(parameters, run_tokens, device, tried):
+    class Rows(list):
+        lengths = torch.tensor([70, 70, 70])
+
+    data = Rows({"input_ids": torch.arange(70), "labels": torch.arange(70)} for _ in range(3))
+    found = proof.rows_for_the_whole(data, parameters, run_tokens, device)
+    assert [len(row["input_ids"]) for row in found] == [proof.TOKENS] * proof.WHOLE_EXAMPLES * tried

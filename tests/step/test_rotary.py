@@ -88,7 +88,7 @@ def test_a_padded_run_is_refused_where_the_longest_example_decides(kind):
     args = SimpleNamespace(per_device_train_batch_size=2, per_device_eval_batch_size=1)
     cure = "" if kind == "dynamic" else ", give --per_device_train_batch_size 1 --per_device_eval_batch_size 1"
     with pytest.raises(UserError, match="3 of 6 examples are longer than 16 tokens.* Leave --packing False out" + cure):
-        settle.refuse_padded_rope(args, config, 16, lengths)
+        settle.refuse_padded_rope(args, config, lengths)
     args.per_device_train_batch_size = 1
     with pytest.raises(UserError) if kind == "dynamic" else nullcontext():
-        settle.refuse_padded_rope(args, config, 16, lengths)
+        settle.refuse_padded_rope(args, config, lengths)
