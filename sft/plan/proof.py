@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from sft import IGNORE_INDEX
 from sft.arithmetic import compute_dtype
 from sft.flags import ModelArguments, TrainingArguments
-from sft.job import swapped
+from sft.job import UserError, swapped
 from sft.model import headers, loading
 from sft.model.safe_loads import safe_loads
 from sft.plan.model_sizes import with_layers
@@ -35,6 +35,10 @@ LONGEST, PASSES = 1024, 22
 # The whole model is tried on two beginnings: 16 forward passes of both.
 WHOLE_EXAMPLES, WHOLE_PASSES = 2, 16
 FREE_FLOPS = 1e11  # a second or two of a CPU
+
+
+class NotFinite(UserError):
+    """Weights hold NaN or infinity, so that nothing can be proved."""
 
 
 class Proof(NamedTuple):
@@ -137,6 +141,8 @@ def prove(
                 if routed and not proof.fault:
                     with swapped(model.config, **routed):
                         proof = proof._replace(loss=max(proof.loss, _off(way(rows[:1], 0).item(), with_router)))
+        if not random:
+            refuse_broken_weights(model_args.model_name_or_path, model, proof)
         found.append(proof._replace(weights=weights, tokens=tuple(len(row["input_ids"]) for row in rows)))
         if proof.fault:
             break
@@ -175,10 +181,23 @@ def prove_whole(
             alone = losses_alone(model, examples, loss_of=loss_of)
         found = try_out(model, way, examples, alone)
     torch.cuda.empty_cache()
+    refuse_broken_weights("the model in memory", model, found)
     # rounding of all layers adds up
     mixture = half and any(weight.dim() == 3 for weight in model.parameters())
     tokens = tuple(len(row["input_ids"]) for row in examples)
     return found._replace(rounding=5e-2 if half else 1e-4, weights="the whole model", tokens=tokens, mixture=mixture)
+
+
+def refuse_broken_weights(where: str, model: torch.nn.Module, found: Proof) -> None:
+    """Raise NotFinite where that is why a difference is no number."""
+    broken = []
+    if not all(map(math.isfinite, found[:4])):
+        broken = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
+    if broken:
+        raise NotFinite(
+            f"{where}: {len(broken)} of the weights hold NaN or infinity, such as {broken[0]}: nothing can be trained from them. Take a "
+            "checkpoint from before that."
+        )
 
 
 def rows_for_the_whole(dataset: Any, parameters: int, run_tokens: float, device: str) -> list[Example]:

@@ -14,7 +14,7 @@ from sft.job import Choice, UserError, rank, say
 from sft.model import loading
 from sft.plan import memory, memory_ladder
 from sft.plan.micro_batch_tokens import measured_tokens
-from sft.plan.proof import Example, Proof, first_rows, in_a_line, prove, rows_for_the_whole
+from sft.plan.proof import Example, NotFinite, Proof, first_rows, in_a_line, prove, rows_for_the_whole
 from sft.step import attention, rotary
 from sft.step.compiled_layers import choose_compilation, compile_layers, keep_residual_in_compute_type
 from sft.step.loss import loss_kernel
@@ -232,10 +232,14 @@ def _proved(*how: Any) -> tuple[list[Proof], str | None]:
         try:
             proofs = prove(*how)
             found = [proofs, proofs[-1].fault and f"{proofs[-1].fault}, with {proofs[-1].weights}"]
+        except NotFinite as error:
+            found[1] = error.problems
         except Exception as error:  # of a kernel or a model that these rows do not fit: the reason is printed
             found[1] = _in_words(error)
     if torch.distributed.is_initialized():
         torch.distributed.broadcast_object_list(found)
+    if isinstance(found[1], list):
+        raise UserError(found[1])
     return found[0], found[1]
 
 

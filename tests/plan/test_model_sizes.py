@@ -161,3 +161,13 @@ def test_a_mixture_of_experts_keeps_what_is_counted_without_memory():
             model.base_model(input_ids=torch.zeros(1, model_sizes.MEASURED_TOKENS, dtype=torch.int64), use_cache=False)
         real.append(sum(tensor.untyped_storage().nbytes() for tensor in kept.values()))
     assert planned == pytest.approx((real[0] - real[1]) / model_sizes.MEASURED_TOKENS, rel=0.02)
+
+
+def test_a_mixtures_float32_weights_are_measured_in_16_bits_without_a_traceback(caplog):
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = MixtralConfig(num_hidden_layers=2, vocab_size=1000, num_local_experts=8, sliding_window=None, **shape)
+    of = model_sizes.Shape(config)
+    held = model_sizes.kept_by_a_layer(of, True, False, False)
+    assert model_sizes.kept_by_a_layer(of, False, False, False) == 2 * held
+    assert model_sizes.kept_by_a_layer(of, True, True, False) == 1.2 * held
+    assert not caplog.records

@@ -338,7 +338,6 @@ def scaled(model, of_loss: float = 1.0) -> None:
         (lambda model: beside(model, -1), "a token sees later ones"),
         (scaled, "an example's loss is off"),
         (lambda model: scaled(model, 0.5), "an example's gradient is off"),
-        (lambda model: model.get_output_embeddings().weight.data.fill_(float("nan")), "an example's loss is not"),
         (lambda model: None, None),
     ],
 )
@@ -402,6 +401,21 @@ def test_a_fault_of_the_loaded_weights_alone_pads_the_run(tiny_llama, monkeypatc
     args.packing, args.packing_asked = True, True
     with pytest.raises(UserError, match="--packing True: examples see each other"):
         packed_or_padded(args, args, loading.load_config(args), rows(3, seed=1), LENGTHS)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(tiny_llama, tmp_path, value, capsys):
+    """An embedding that only the changed tokens have looked like a token that sees later ones."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    examples = rows(3, seed=1)
+    last = max(int(one["input_ids"].max()) for one in examples)
+    model.model.embed_tokens.weight.data[last] = value
+    model.save_pretrained(tmp_path)
+    args = parser().parse_known_args(["--use_cpu", "True", "--model_name_or_path", str(tmp_path)])[0]
+    args.device = torch.device("cpu")
+    with pytest.raises(UserError, match=r"1 of the weights hold NaN or infinity, such as model\.embed_tokens\.weight"):
+        packed_or_padded(args, args, loading.load_config(args), examples, LENGTHS)
+    assert capsys.readouterr().out == ""
 
 
 # ---- the whole model, as it is in memory
@@ -503,3 +517,12 @@ def test_the_whole_model_is_tried_where_it_is_cheap(parameters, run_tokens, devi
     data = Rows({"input_ids": torch.arange(70), "labels": torch.arange(70)} for _ in range(3))
     found = proof.rows_for_the_whole(data, parameters, run_tokens, device)
     assert [len(row["input_ids"]) for row in found] == [proof.TOKENS] * proof.WHOLE_EXAMPLES * tried
+
+
+def test_weights_that_are_not_finite_in_a_later_layer_are_named():
+    model = small_llama()
+    model.model.layers[2].mlp.down_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(
+        proof.NotFinite, match=r"the model in memory: 1 of the weights .* model\.layers\.2\.mlp\.down_proj"
+    ):
+        whole(model)
