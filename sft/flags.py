@@ -19,7 +19,7 @@ import transformers
 from sft import VERSION
 from sft.flags_2023 import is_true, names_in, read_json, translate, unknown_flags
 from sft.job import UserError, all_ranks_or_none, commit, differences_from_rank_0, say, world_size
-from sft.launchers import read_environment
+from sft.launchers import read_environment, shard_inside_machines
 from sft.trainer_flags import FIELDS, OTHER_DEFAULTS, trainer_problems
 
 
@@ -325,7 +325,8 @@ def _read(
         problems += check(flags)
     if problems:
         raise UserError(problems)
-    return flags, notices + _drop_fsdp_where_nothing_is_sharded(flags)
+    notices += _drop_fsdp_where_nothing_is_sharded(flags)
+    return flags, notices + shard_inside_machines(flags)
 
 
 def _read_fsdp_config(flags) -> list[str]:
@@ -338,9 +339,19 @@ def _read_fsdp_config(flags) -> list[str]:
     given, flags.fsdp_config = flags.fsdp_config, None
     try:
         flags.fsdp_config = read_json("--fsdp_config", given) if given else None
-        return []
     except ValueError as error:
         return [str(error)]
+    if flags.fsdp:  # without the prefix that Accelerate's own files have
+        config = {name.removeprefix("fsdp_"): value for name, value in (flags.fsdp_config or {}).items()}
+        if int(config.get("version", 2)) == 2 and not checkpoints_are_models(flags):
+            config.setdefault("state_dict_type", "SHARDED_STATE_DICT")  # each rank writes its own part
+        flags.fsdp_config = config
+    return []
+
+
+def checkpoints_are_models(flags) -> bool:
+    """Whether a checkpoint must be a model that can be loaded: where it is nothing else, or is uploaded as one."""
+    return flags.save_only_model or (flags.push_to_hub and flags.hub_strategy != "end")
 
 
 def _drop_fsdp_where_nothing_is_sharded(flags) -> list[str]:

@@ -26,6 +26,7 @@ WRAP_CLASS = ("fsdp_transformer_layer_cls_to_wrap", "fsdp_transformer_later_cls_
 FSDP_WORDS = {
     "full_shard": True,
     "shard_grad_op": False,
+    "hybrid_shard": True,
     "auto_wrap": True,
     "offload": True,
 }  # -> reshard_after_forward
@@ -135,7 +136,8 @@ def _fsdp_words(words: list[str]) -> dict[str, object]:
     if unknown:
         raise ValueError(f"FSDP2 has no {unknown[0]!r}. Known words: {', '.join(FSDP_WORDS)}.")
     config: dict[str, object] = {"reshard_after_forward": all(FSDP_WORDS[word] for word in words)}
-    return config | ({"cpu_offload": True} if "offload" in words else {})
+    asked = {"offload": "cpu_offload", "hybrid_shard": "hybrid_shard"}
+    return config | {name: True for word, name in asked.items() if word in words}
 
 
 def read_json(flag: str, given: str) -> dict:

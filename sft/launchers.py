@@ -2,6 +2,10 @@
 
 import os
 
+from accelerate.parallelism_config import ParallelismConfig
+
+from sft.job import UserError, world_size
+
 # `accelerate launch` sets these, and Accelerate obeys them. Read at import, because the Trainer sets some of them too.
 ACCELERATE = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
 
@@ -49,3 +53,24 @@ def read_environment(flags, argv: list[str]) -> tuple[list[str], list[str]]:
             )
             break
     return notices, problems
+
+
+def shard_inside_machines(flags) -> list[str]:
+    """`--fsdp hybrid_shard`: sharded among the ranks of a machine, copied between machines, which meet once in a step."""
+    if not (flags.fsdp and flags.fsdp_config.get("hybrid_shard")) or flags.plan_only:
+        return []
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    machines, rest = divmod(world_size(), here)
+    if rest:
+        raise UserError(
+            f"--fsdp hybrid_shard: {world_size()} ranks, {here} of them on this machine. Start as many on each."
+        )
+    if machines == 1:
+        return ["--fsdp hybrid_shard: on one machine it is full_shard"]
+    if here == 1:
+        flags.fsdp, flags.fsdp_config = None, None
+        return [
+            "--fsdp hybrid_shard: one rank on each machine shards with nobody: plain DDP, each process holds the whole model"
+        ]
+    flags.parallelism_config = ParallelismConfig(dp_replicate_size=machines, dp_shard_size=here)
+    return [f"--fsdp hybrid_shard: each of {machines} machines holds the whole model, sharded among its {here} ranks"]

@@ -31,7 +31,8 @@ def test_a_flag_that_is_given_twice_is_told():
 
 def test_json_on_the_command_line_may_be_long():
     config = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"] * 300}
-    seen = (lambda flags: [str(flags.fsdp_config == config)],)
+    sharded = config | {"state_dict_type": "SHARDED_STATE_DICT"}
+    seen = (lambda flags: [str(flags.fsdp_config == sharded)],)
     assert problems_of("--fsdp", "true", "--fsdp_config", json.dumps(config), checks=seen) == ["True"]
     argv, _, problems = translate(["--fsdp", "full_shard", "--fsdp_config", json.dumps(config)])
     assert problems == [] and json.loads(argv[-1])["transformer_layer_cls_to_wrap"] == ["LlamaDecoderLayer"] * 300

@@ -59,6 +59,7 @@ class Setting(SimpleNamespace):
             self.gpu_there = torch.cuda.get_device_properties(0).total_memory
         self.ranks = self.plan_world_size or world_size()
         self.ranks_here = min(self.ranks, 8 if self.plan_world_size else int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        self.shards = self.ranks_here if fsdp.get("hybrid_shard") else self.ranks
         self.floor_tokens = self.per_device_train_batch_size * self.model_max_length  # the padded run's
         self.step_tokens = step_tokens or self.floor_tokens * self.gradient_accumulation_steps
         self.compute = torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
@@ -78,6 +79,8 @@ class Setting(SimpleNamespace):
         # rank 0 alone reads the weights, and the others get their shards from it
         from_rank_0 = fsdp.get("version", 2) == 2 and fsdp.get("cpu_ram_efficient_loading")
         self.read_once = self.stage == 3 or (self.engine == "fsdp" and from_rank_0)
+        # a checkpoint in one piece is made on rank 0, in float32
+        self.gathers = self.engine == "fsdp" and fsdp.get("state_dict_type") != "SHARDED_STATE_DICT"
         self.lora_rank = (self.lora_r or 16) if self.use_lora else 0
         self.masks = self.lora_dropout is None or self.lora_dropout > 0
 
@@ -184,7 +187,7 @@ def add_up(shape: Shape, s: Setting, tokens: int, several: bool) -> Plan:
     trained, frozen = (shape.parameters, 0) if full else (shape.adapters * s.lora_rank, shape.parameters)
     head_weights = shape.vocabulary * shape.hidden
     layer = (shape.parameters - shape.embedding - shape.head) / shape.layers
-    sharded = s.ranks if s.engine != "ddp" else 1
+    sharded = s.shards if s.engine != "ddp" else 1
 
     # Weights: float32 where they are trained; under ZeRO in the compute type, with a float32 copy next to the optimizer.
     frozen_bytes, gathered = compute * frozen, 0.0
@@ -264,12 +267,12 @@ def host_bytes(shape: Shape, s: Setting, trained: float) -> dict[str, float]:
     loads = s.compute if s.lora_rank else torch.float32
     loading = shape.parameters * (loads != shape.config.dtype) * loads.itemsize * (1 if s.read_once else s.ranks_here)
     saving = 0 if s.lora_rank else compute * shape.parameters
-    saving += 4 * trained * (s.engine == "fsdp")  # gathered in float32 on rank 0, then cast
-    share, parts = trained / s.ranks, {}
+    saving += 4 * trained * s.gathers
+    share, parts = trained / s.shards, {}
     if s.offload_optimizer:
         weights = gradients = 4 * share
         if s.engine == "fsdp":
-            weights += compute * shape.parameters / s.ranks * (s.lora_rank > 0)
+            weights += compute * shape.parameters / s.shards * (s.lora_rank > 0)
         else:
             # deepspeed 0.19.8, stage_1_and_2.py: float32 weights, their 16-bit copy on its way back to the GPU and float32
             # gradients are page-locked, and PyTorch rounds such a block up to a power of two

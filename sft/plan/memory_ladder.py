@@ -32,7 +32,10 @@ def cheaper_runs(plan: Plan) -> Iterator[tuple[str, Plan]]:
     s = plan.setting
     fewer, many, sharded = max(s.model_max_length, plan.tokens // 2), s.ranks > 1, {"fsdp": "", "deepspeed": None}
     optim = "adamw_torch_8bit" if s.engine == "fsdp" or many else "adamw_bnb_8bit"  # it knows no sharded weights
-    fsdp = {"fsdp": "full_shard", "fsdp_config": {"cpu_ram_efficient_loading": True}}
+    fsdp = {
+        "fsdp": "full_shard",
+        "fsdp_config": {"cpu_ram_efficient_loading": True, "state_dict_type": "SHARDED_STATE_DICT"},
+    }
     offload = {"fsdp": "", "deepspeed": OFFLOAD, "optim": "adamw_torch"}
     # name: already so, possible, what to paste, the flags with their new values
     changes: dict[str, tuple[bool, bool, str, dict[str, Any]]] = {

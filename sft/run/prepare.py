@@ -126,6 +126,7 @@ class Run:
         self.before = resume.saved_identity(self.resume) if self.resume else {}
         longest = int(data_module["train_dataset"].lengths.max())
         resume.keep_token_budget(self.resume, self.before, self.args, longest)
+        resume.keep_layout(self.resume, self.args)
         return self.resume
 
     def refuse_changes(self, settled: Settled, data_module: dict[str, Any]) -> None:

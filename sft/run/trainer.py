@@ -10,11 +10,11 @@ import torch
 from accelerate.utils import DistributedType, send_to_device
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
 from sft import IGNORE_INDEX
-from sft.flags import TrainingArguments
+from sft.flags import TrainingArguments, checkpoints_are_models
 from sft.job import UserError, say
 from sft.run.evaluation import EvalBatchSampler, token_weighted_loop
 from sft.run.finite_check import explain_non_finite, what_to_try
@@ -53,7 +53,7 @@ class SupervisedTrainer(Trainer):
         **stock: Any,
     ):
         self.sampler, self.head, self.meter, self.write_checkpoint = sampler, head, meter, write_checkpoint
-        self.stops = StopRequests()
+        self.stops, self.checkpoints_are_models = StopRequests(), checkpoints_are_models(args)
         self.loss_since_log = 0.0  # summed over steps, the mean over ranks
         self.counts: torch.Tensor  # (ranks, numbers): what each rank counted until the last step
         self.source: tuple  # where the next step's micro-batches come from
@@ -218,8 +218,19 @@ class SupervisedTrainer(Trainer):
         ranks = self.args.world_size if self.args.average_tokens_across_devices else 1
         return self.compute_loss(model, inputs, num_items_in_batch=1) / ranks
 
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        # each rank saved its own. On another number of ranks none fits, and no step may draw what the first one drew
+        if checkpoint and len([*Path(checkpoint).glob("rng_state*.pth")]) != self.args.world_size:
+            set_seed(self.args.seed + self.state.global_step)
+
     def create_model_card(self, **kwargs) -> None:
         """Skip the Trainer's model card; a run writes its own."""
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the stock one, but not into a checkpoint of DeepSpeed's: its own files hold the weights, and rank 0 would gather them."""
+        if not (_internal_call and self.is_deepspeed_enabled) or self.checkpoints_are_models:
+            super().save_model(output_dir, _internal_call)
 
     def _save_checkpoint(self, model, trial) -> None:
         stock = partial(super()._save_checkpoint, model, trial)

@@ -83,9 +83,8 @@ def model_bytes(trainer, export_dtype: torch.dtype) -> int:
 def checkpoint_bytes(trainer) -> int:
     """Size of one checkpoint: what is trained, in float32, and two AdamW moments; under DeepSpeed its own layout."""
     each = 12
-    if trainer.is_deepspeed_enabled:
-        # the Trainer's copy and DeepSpeed's in the compute type; float32 master and moments
-        each += 2 * trainer.model.dtype.itemsize
+    if trainer.is_deepspeed_enabled:  # in the compute type next to the float32 master, and as a model where it is one
+        each += (1 + trainer.checkpoints_are_models) * trainer.model.dtype.itemsize
     elif trainer.is_fsdp_enabled and "FULL" in str(trainer.accelerator.state.fsdp_plugin.state_dict_type):
         each = 16
     return (4 if trainer.args.save_only_model else each) * count_weights(trainer.model)[1]

@@ -135,7 +135,6 @@ EFFECT_OF_CHANGE = {
     "adapter": "the saved adapter has other shapes or other layers",
     "base_weights": "the adapter continues on other weights than it was trained on",
     "world_size": "examples meet other ranks, random states are missing, and a sharded optimizer may not load at all",
-    "engine": "the optimizer's state is stored in another layout and may not load at all",
     "examples_per_step": "optimizer steps hold other examples, the position in the data moves, and the schedule has another length",
     **dict.fromkeys(("micro_batch", "packing", "tokens_per_micro_batch", "share_prefixes"), LAST_DIGITS),
     "seed": "the remaining steps draw their examples from another permutation: rows can be seen twice or never",
@@ -150,7 +149,7 @@ EFFECT_OF_CHANGE = {
 # cannot change the weights: where and what is written, logged and uploaded, on which device, what happens at the end.
 HELD = re.compile(
     "data_path|source|target|messages|train_on|allow_numbers|prompt_template|eval_split|allow_control_tokens|gpt2_files|model_name_or_path|use_lora|lora_.*|fsdp|"
-    "load_in_4bit|attn_implementation|per_device_train_batch_size|gradient_accumulation_steps|data_seed|lr_scheduler_type|warmup_steps|max_steps|"
+    "load_in_4bit|attn_implementation|parallelism_config|per_device_train_batch_size|gradient_accumulation_steps|data_seed|lr_scheduler_type|warmup_steps|max_steps|"
     "num_train_epochs|optim|adam_.*|weight_decay|bf16|fp16|activation_checkpointing(_kwargs)?|"  # the last: 5.23's other names
     "(log|logging|hub|trackio|save|plan|resume|do)_.*|cache_dir|data_cache_dir|trust_remote_code|merge_lora|check_data|output_dir|"
     "overwrite_output_dir|restore_callback_states_from_checkpoint|disable_tqdm|report_to|run_name|project|enable_jit_checkpoint|"
@@ -214,6 +213,9 @@ def run_identity(
         "share_prefixes": str(args.share_prefixes) if args.packing else "-",
     }
     given = {**vars(model_args), **vars(data_args), **args.to_dict()}
+    if args.fsdp_config:  # without where weights lie, on the disk and on the ranks
+        lie = ("state_dict_type", "hybrid_shard")
+        given["fsdp_config"] = {name: value for name, value in args.fsdp_config.items() if name not in lie}
     if args.deepspeed:
         is_file = isinstance(args.deepspeed, str)
         given["deepspeed"] = _short(Path(args.deepspeed).read_text("utf-8") if is_file else _as_text(args.deepspeed))
@@ -234,13 +236,66 @@ def run_identity(
 def keep_token_budget(checkpoint: str | None, before: dict[str, str], args, longest: int) -> None:
     """`--tokens_per_micro_batch auto` measures the GPU's memory; a continued run takes the number that the run began with."""
     kept = before.get("tokens_per_micro_batch", "-")
-    if args.packing and args.tokens_per_micro_batch is None and kept != "-" and longest <= int(kept):
+    alike = before.get("world_size", "") == str(
+        args.world_size
+    )  # another number of ranks leaves another amount of memory
+    if args.packing and args.tokens_per_micro_batch is None and alike and kept != "-" and longest <= int(kept):
         args.tokens_per_micro_batch = int(kept)
         say(f"--tokens_per_micro_batch auto: {args.tokens_per_micro_batch}, as in {checkpoint}")
 
 
+def keep_layout(checkpoint: str | None, args) -> None:
+    """Load a checkpoint of FSDP's in the layout that it has, and save the run's further ones in the same."""
+    plugin = args.fsdp_plugin_args
+    if checkpoint is None or not plugin:
+        return
+    whole = Path(checkpoint, "pytorch_model_fsdp.bin").is_file()  # as these scripts saved until December 2026
+    layout = "FULL_STATE_DICT" if whole else "SHARDED_STATE_DICT"
+    if plugin["state_dict_type"] != layout:
+        plugin["state_dict_type"] = layout
+        how = "rank 0 gathers and writes everything" if whole else "each rank writes its own part"
+        say(f"resume: {how} of this run's checkpoints, as it was for {checkpoint}")
+
+
+def on_another_number_of_ranks(
+    checkpoint: str, before: dict[str, str], now: dict[str, str], go_on: bool
+) -> dict[str, str]:
+    """What is left to compare where the number of ranks has changed: `before`, with all that must change with it as it is now.
+
+    The same examples are in each optimizer step as long as ranks x per device x accumulation is what it was.
+
+    Raises:
+        UserError: the engine cannot, or steps would hold other examples.
+    """
+    was, ranks = before.get("world_size"), now["world_size"]
+    if was is None or was == ranks or now["engine"].startswith("DeepSpeed"):
+        return before
+    step, there = before["examples_per_step"], "1 rank" if was == "1" else f"{was} ranks"
+    problem = f"{checkpoint} was saved by {there}, and this run has {ranks}. "
+    if step != now["examples_per_step"]:
+        if go_on:
+            return before
+        each, rest = divmod(int(step), int(ranks))
+        cure = f"--per_device_train_batch_size x --gradient_accumulation_steps must be {each}"
+        cure = f"{step} cannot be divided by {ranks}: start another number of ranks" if rest else cure
+        raise UserError(
+            f"{problem}Each optimizer step must keep its {step} examples (it has {now['examples_per_step']}): {cure}."
+        )
+    say(
+        f"resume: {problem}Each optimizer step keeps its {step} examples. Losses differ in the last digits, and random numbers "
+        "(dropout) are drawn anew, from --seed and the step."
+    )
+    return before | {name: now[name] for name in ("world_size", "micro_batch", "tokens_per_micro_batch")}
+
+
 def refuse_changes(checkpoint: str, before: dict[str, str], now: dict[str, str], go_on: bool) -> None:
     """Compare the run that wrote a checkpoint with this one: print each difference and what it does; stop unless told to go on."""
+    was, engine = before.get("engine", now["engine"]), now["engine"]
+    if was != engine:
+        cure = " (FSDP with one rank: torchrun --nproc_per_node=1)" * (was == "FSDP")
+        cure = f"Start this run as that one was started{cure}."
+        raise UserError(f"{checkpoint} was saved by {was}, and this run is {engine}, which cannot read it. {cure}")
+    before = on_another_number_of_ranks(checkpoint, before, now, go_on)
     unknown = ", ".join(sorted(key for key in before.keys() ^ now.keys() if not key.startswith("--")))
     if unknown:
         other = f"{checkpoint} is of another version of these scripts"

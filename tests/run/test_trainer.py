@@ -4,6 +4,7 @@ import ast
 from types import SimpleNamespace
 
 import pytest
+import torch
 from scripts import ROOT
 from transformers import Trainer
 
@@ -99,6 +100,24 @@ def test_each_epoch_has_an_order_of_its_own():
     for epoch in (0, 1):
         SupervisedTrainer._run_epoch(run, epoch=epoch)  # at the run's end, where no step more is taken
     assert epochs == [0, 1]
+
+
+def test_dropout_on_another_number_of_ranks_draws_what_no_step_drew(tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "_load_rng_state", lambda *_: torch.manual_seed(99))  # as if its own file were there
+    trainer = object.__new__(SupervisedTrainer)
+    trainer.args, trainer.state = SimpleNamespace(seed=3, world_size=2), SimpleNamespace(global_step=5)
+    for rank in range(2):
+        (tmp_path / f"rng_state_{rank}.pth").touch()
+
+    def drawn(seed: int) -> torch.Tensor:
+        return torch.rand(2, generator=torch.Generator().manual_seed(seed))
+
+    with torch.random.fork_rng():
+        trainer._load_rng_state(str(tmp_path))
+        assert torch.equal(torch.rand(2), drawn(99))
+        (tmp_path / "rng_state_2.pth").touch()
+        trainer._load_rng_state(str(tmp_path))
+        assert torch.equal(torch.rand(2), drawn(3 + 5))
 
 
 def test_few_private_methods_are_overridden():

@@ -99,7 +99,8 @@ def test_a_rehearsal_leaves_the_state_as_it_was(tiny_llama, questions_csv, tmp_p
     [
         ({}, 12),  # float32 weight and two moments
         ({"only_model": True}, 4),
-        ({"deepspeed": True}, 12 + 2 * 2),  # and two copies in bfloat16
+        ({"deepspeed": True}, 12 + 2),  # and a copy in bfloat16
+        ({"deepspeed": True, "models": True}, 12 + 2 * 2),  # and a model to upload
         ({"fsdp": "FULL_STATE_DICT"}, 16),
         ({"fsdp": "SHARDED_STATE_DICT"}, 12),
         ({"fsdp": "FULL_STATE_DICT", "only_model": True}, 4),
@@ -114,6 +115,7 @@ def test_what_a_checkpoint_takes_for_each_trained_weight(about, each):
         model=model,
         is_deepspeed_enabled="deepspeed" in about,
         is_fsdp_enabled="fsdp" in about,
+        checkpoints_are_models="models" in about,
         args=SimpleNamespace(save_only_model="only_model" in about),
         accelerator=SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)),
     )

@@ -69,12 +69,13 @@ def test_each_setting_changes_its_own_part(flags, config, changed):
 
 def test_a_measured_budget_is_kept_while_every_row_fits_in_it(capsys):
     def kept(longest: int, number="60", **given) -> int | None:
-        args = SimpleNamespace(**{"packing": True, "tokens_per_micro_batch": None} | given)
-        resume.keep_token_budget("checkpoint-3", {"tokens_per_micro_batch": number}, args, longest)
+        args = SimpleNamespace(**{"packing": True, "tokens_per_micro_batch": None, "world_size": 2} | given)
+        resume.keep_token_budget("checkpoint-3", {"tokens_per_micro_batch": number, "world_size": "2"}, args, longest)
         return args.tokens_per_micro_batch
 
     assert [kept(59), kept(60), kept(61)] == [60, 60, None]
     assert (kept(5, number="-"), kept(5, packing=False), kept(5, tokens_per_micro_batch=9)) == (None, None, 9)
+    assert kept(5, world_size=4) is None  # other memory is left
     assert capsys.readouterr().out == "--tokens_per_micro_batch auto: 60, as in checkpoint-3\n" * 2
 
 

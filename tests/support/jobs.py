@@ -87,7 +87,7 @@ class Job:
 
     Args:
         flags: the command line after the script's name.
-        ranks: number of processes; 1 runs without torch.distributed.
+        ranks: number of processes; 1 runs without torch.distributed, but with WORLD_SIZE="1", as under torchrun.
         log: file that all ranks write their output to.
         prepare: a function (importable) that each rank calls before it trains; it knows its rank from RANK.
         script: the project's script that each rank runs.
@@ -106,7 +106,11 @@ class Job:
         shared["MASTER_PORT"] = str(port)
         self.ranks = []
         for rank in range(ranks):
-            mine = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else environment
+            mine = (
+                {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                if "WORLD_SIZE" in environment or ranks > 1
+                else environment
+            )
             process = _server().Process(target=_rank, args=(script, flags, mine, str(log), prepare))
             process.start()
             self.ranks.append(process)

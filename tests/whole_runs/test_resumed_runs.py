@@ -147,20 +147,35 @@ def test_a_run_that_is_resumed_at_its_end_takes_no_step_more(tiny_llama, questio
 
 def test_a_changed_run_is_listed_with_its_effects_and_refused(two_checkpoints, capsys):
     before = resume.saved_identity(str(two_checkpoints / "checkpoint-16"))
-    assert set(before) == {*resume.EFFECT_OF_CHANGE, "--attn_implementation"}  # chosen; other flags have their defaults
+    assert set(before) == {
+        *resume.EFFECT_OF_CHANGE,
+        "engine",
+        "--attn_implementation",
+    }  # chosen; other flags have their defaults
     resume.refuse_changes("checkpoint-16", before, before, go_on=False)
-    now = before | {"seed": "4, data None", "world_size": "2"}
+    now = before | {"seed": "4, data None", "precision": "bf16"}
     with pytest.raises(UserError) as refused:
         resume.refuse_changes("checkpoint-16", before, now, go_on=False)
     assert refused.value.problems[:2] == [
-        "checkpoint-16 was made by a different run. world_size was '1' and is now '2': examples meet other ranks, random "
-        "states are missing, and a sharded optimizer may not load at all",
         "checkpoint-16 was made by a different run. seed was '3, data None' and is now '4, data None': the remaining steps "
         "draw their examples from another permutation: rows can be seen twice or never",
+        "checkpoint-16 was made by a different run. precision was 'float32' and is now 'bf16': steps are computed in another number "
+        "format",
     ]
     assert "--resume_with_changes True" in refused.value.problems[2]
     resume.refuse_changes("checkpoint-16", before, now, go_on=True)
     assert capsys.readouterr().out.count("warning: resuming a changed run: ") == 2
+
+
+@pytest.mark.parametrize("go_on", [False, True])
+def test_another_engine_does_not_read_the_checkpoint(two_checkpoints, go_on):
+    before = resume.saved_identity(str(two_checkpoints / "checkpoint-16")) | {"engine": "FSDP"}
+    with pytest.raises(UserError) as refused:
+        resume.refuse_changes("checkpoint-16", before, before | {"engine": "DDP", "world_size": "1"}, go_on)
+    assert refused.value.problems == [
+        "checkpoint-16 was saved by FSDP, and this run is DDP, which cannot read it. Start this run as that one was started (FSDP with "
+        "one rank: torchrun --nproc_per_node=1)."
+    ]
 
 
 @pytest.mark.parametrize(
