@@ -44,5 +44,5 @@ srun torchrun \
     --warmup_ratio 0.05 \
     --lr_scheduler_type cosine \
     --logging_steps 1 \
-    --fsdp "full_shard auto_wrap" \
+    --fsdp "hybrid_shard auto_wrap" \
     --fsdp_transformer_layer_cls_to_wrap LlamaDecoderLayer

@@ -9,13 +9,16 @@ import fsdp_over_gloo
 import jobs
 import pytest
 import torch
+from accelerate.utils import merge_fsdp_weights
 from safetensors.torch import load_file
 from saved_runs import flags_for, losses, same_weights
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from sft.run.trainer import SupervisedTrainer
 
-FSDP = ["--use_cpu", "True", "--fsdp", "full_shard auto_wrap", "--resume_from_checkpoint", "True"]
+WHAT = ("pytorch_model_fsdp_0", "optimizer_0")
+ALWAYS = ["--use_cpu", "True", "--resume_from_checkpoint", "True"]
 
 
 def shard_and_stop() -> None:
@@ -38,8 +41,10 @@ class Started:
     def __init__(self, model, csv, folder):
         self.model, self.csv, self.folder = model, csv, folder
 
-    def __call__(self, name: str, ranks: int, *more: str, expect: int = 0, **environment: str) -> str:
-        flags = flags_for(self.model, self.csv, self.folder / name, *FSDP)
+    def __call__(
+        self, name: str, ranks: int, *more: str, expect=0, how="full_shard auto_wrap", **environment: str
+    ) -> str:
+        flags = flags_for(self.model, self.csv, self.folder / name, *ALWAYS, "--fsdp", how)
         flags += ["--gradient_accumulation_steps", str(4 // ranks), "--save_steps", "6", *more]
         log = self.folder / f"{name}-{len([*self.folder.glob(f'{name}-*.log')])}.log"
         return jobs.run(flags, ranks, log, shard_and_stop, expect, WORLD_SIZE=str(ranks), **environment)
@@ -57,21 +62,27 @@ def whole(start):
     return start.folder / "whole"
 
 
+def parts_of(folder) -> dict[str, list[int]]:
+    """The numbers in each part of each tensor."""
+    kept = FileSystemReader(folder).read_metadata().state_dict_metadata
+    tensors = {name: tensor for name, tensor in kept.items() if isinstance(tensor, TensorStorageMetadata)}
+    parts = {name: [chunk.sizes.numel() for chunk in tensor.chunks] for name, tensor in tensors.items()}
+    return {name: sizes for name, sizes in parts.items() if not name.endswith(".step")}
+
+
 @pytest.mark.slow
-def test_a_checkpoint_holds_each_weight_once_and_each_ranks_part(whole):
+def test_a_checkpoint_holds_each_weight_once_and_each_ranks_part(whole, tmp_path):
     checkpoint = whole / "checkpoint-12"
-    parts = {f"{what}_0/__{rank}_0.distcp" for what in ("pytorch_model_fsdp", "optimizer") for rank in (0, 1)}
+    parts = {f"{what}/__{rank}_0.distcp" for what in WHAT for rank in (0, 1)}
     held = {
         file.relative_to(checkpoint).as_posix(): file.stat().st_size for file in checkpoint.rglob("*") if file.is_file()
     }
     assert {name for name in held if name.endswith(("distcp", "safetensors", "bin"))} == parts
     weights = sum(weight.numel() for weight in load_file(whole / "model.safetensors").values())
-    found = {}
-    for what in ("pytorch_model_fsdp", "optimizer"):
-        metadata = FileSystemReader(checkpoint / f"{what}_0").read_metadata()
-        tensors = {name: kept for name, kept in metadata.state_dict_metadata.items() if not name.endswith(".step")}
-        found[what] = sum(chunk.sizes.numel() for kept in tensors.values() for chunk in getattr(kept, "chunks", ()))
-    assert found == {"pytorch_model_fsdp": weights, "optimizer": 2 * weights}
+    found = {what: sum(sum(parts) for parts in parts_of(checkpoint / what).values()) for what in WHAT}
+    assert found == {"pytorch_model_fsdp_0": weights, "optimizer_0": 2 * weights}
+    merge_fsdp_weights(str(checkpoint / "pytorch_model_fsdp_0"), str(tmp_path))  # as docs/output.md says
+    assert load_file(tmp_path / "model.safetensors").keys() == load_file(whole / "model.safetensors").keys()
 
 
 @pytest.mark.slow
@@ -102,6 +113,18 @@ def test_a_run_goes_on_with_another_number_of_ranks(start, whole, packing):
     weights, reference = (load_file(folder / "model.safetensors") for folder in (start.folder / name, whole))
     for key, weight in weights.items():
         torch.testing.assert_close(weight, reference[key], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_hybrid_shard_shards_inside_a_machine_and_copies_between_two(start, whole):
+    printed = start("hybrid", 4, how="hybrid_shard auto_wrap", LOCAL_WORLD_SIZE="2", STOP_AT="5")
+    assert "--fsdp hybrid_shard: each of 2 machines holds the whole model, sharded among its 2 ranks" in printed
+    parts = parts_of(start.folder / "hybrid" / "checkpoint-5" / "pytorch_model_fsdp_0")
+    assert {len(sizes) for sizes in parts.values()} == {2}, "halves, each once"
+    printed = start("hybrid", 2)  # and goes on as full_shard
+    assert "checkpoint-5 was saved by 4 ranks, and this run has 2." in printed
+    for step, reference in zip(losses(start.folder / "hybrid"), losses(whole), strict=True):
+        assert step == pytest.approx(reference, rel=2e-5)
 
 
 @pytest.mark.slow

@@ -191,18 +191,25 @@ def test_the_xgen_script_in_two_ranks(questions_csv, tmp_path):
 
 @pytest.mark.slow
 def test_two_machines(padded_run, tiny_llama, questions_csv, tmp_path):
-    """Two agents on one machine stand for two machines."""
+    """Two agents on one machine stand for two machines, with the flag for FSDP that docs/several_machines.md has."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     flags = flags_for(
         tiny_llama, questions_csv, tmp_path / "model", "--per_device_train_batch_size", "4", "--packing", "False"
     )
+    flags += ["--fsdp", "hybrid_shard auto_wrap"]
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_id=test"]
-    command += ["--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", str(ROOT / "llama_training.py"), *flags]
+    command += [
+        "--rdzv_backend=c10d",
+        f"--rdzv_endpoint=127.0.0.1:{port}",
+        str(ROOT / "tests/support/fsdp_over_gloo.py"),
+        *flags,
+    ]
     agents = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
     printed = "".join(agent.communicate(timeout=300)[0] for agent in agents)
     assert [agent.returncode for agent in agents] == [0, 0], printed
+    assert "--fsdp hybrid_shard: one rank on each machine shards with nobody: plain DDP" in printed
     assert printed_losses(printed)[:8] == pytest.approx(losses_of(padded_run[0]), rel=2e-3)
 
 
