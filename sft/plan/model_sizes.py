@@ -57,10 +57,11 @@ class Shape:
 
 def with_layers(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
     """The config of a model of the same shape with so many layers."""
-    config = copy.deepcopy(config)
+    config, each = copy.deepcopy(config), config.num_hidden_layers
     config.num_hidden_layers = layers
-    if vars(config).get("layer_types"):  # some configs compute it
-        config.layer_types = config.layer_types[:layers]
+    for name, value in list(vars(config).items()):
+        if "layer" in name and isinstance(value, list) and len(value) == each:  # such as layer_types
+            setattr(config, name, value[:layers])
     return config
 
 

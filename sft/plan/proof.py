@@ -106,8 +106,8 @@ def prove(
 
     Returns: proofs up to the first that has a fault.
     """
-    kinds = getattr(config, "layer_types", None) or []
-    layers = min(max([2, *(kinds.index(kind) + 1 for kind in set(kinds))]), config.num_hidden_layers)
+    kinds = kinds_of_layers(loading.skeleton(model_args, config), config)
+    layers = min(max([2, *(kinds.index(kind) + 1 for kind in kinds)]), config.num_hidden_layers)
     half = compute_dtype(args) if kernel in (attention.TRITON, attention.VARLEN) else torch.float32
     tries = [("random weights", kernel, half)]
     if half != torch.float32:
@@ -147,6 +147,17 @@ def prove(
         if proof.fault:
             break
     return found
+
+
+def kinds_of_layers(model: torch.nn.Module, config: PreTrainedConfig) -> list[tuple]:
+    """What each decoder layer is, by its name in the config and by its modules and shapes: the first ones may have no experts."""
+    count = config.num_hidden_layers
+    lists = (module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module) == count)
+    parts = [
+        tuple((name, type(part)) for name, part in layer.named_modules())
+        for layer in next(lists, [torch.nn.Module()] * count)
+    ]
+    return list(zip(getattr(config, "layer_types", None) or [None] * count, parts))
 
 
 def prove_whole(

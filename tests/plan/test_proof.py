@@ -191,20 +191,22 @@ def slightly_leaky(*args, **kwargs):
 
 
 @pytest.mark.parametrize(
-    ("kinds", "layers", "tried"),
+    ("kind", "layers", "config", "tried"),
     [
-        (["full_attention", "full_attention", "sliding_attention", "full_attention"], 4, 3),  # one of each kind
-        (["full_attention"] * 5, 5, 2),
-        (["full_attention"], 1, 1),
+        ("qwen3", 4, {"layer_types": ["full_attention", "full_attention", "sliding_attention", "full_attention"]}, 3),
+        ("qwen3", 5, {"layer_types": ["full_attention"] * 5}, 2),
+        ("qwen3", 1, {"layer_types": ["full_attention"]}, 1),
+        ("qwen3_moe", 6, {"mlp_only_layers": [0, 1, 2], "num_experts": 2, "num_experts_per_tok": 1}, 4),  # dense first
+        ("deepseek_v3", 6, {"first_k_dense_replace": 4, "n_routed_experts": 2, "n_group": 1, "topk_group": 1}, 5),
     ],
 )
-def test_a_layer_of_each_kind_is_tried(kinds, layers, tried, monkeypatch):
+def test_a_layer_of_each_kind_is_tried(kind, layers, config, tried, monkeypatch):
     def stop(config, layers):
         raise RuntimeError(layers)
 
     monkeypatch.setattr(proof, "with_layers", stop)
     with pytest.raises(RuntimeError, match=f"^{tried}$"):
-        proved("qwen3", num_hidden_layers=layers, layer_types=kinds, sliding_window=8)
+        proved(kind, num_hidden_layers=layers, sliding_window=8, **config)
 
 
 def test_a_slight_leak_is_seen():
