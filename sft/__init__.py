@@ -19,17 +19,6 @@ from typing import Any
 IGNORE_INDEX = -100  # a label that is not trained on, as in PyTorch's cross-entropy
 VERSION = "0.1.0"  # of CHANGELOG.md and pyproject.toml
 
-missing = [
-    name for name in ("torch", "transformers", "accelerate", "sentencepiece") if not importlib.util.find_spec(name)
-]
-if missing:
-    print(
-        f"error: {', '.join(missing)}: not installed for {sys.executable}. Activate the environment first (source .venv/bin/activate), "
-        "or run: pip install -r requirements.txt",
-        file=sys.stderr,
-    )
-    raise SystemExit(2)
-
 
 def _in_one_line(kind: type[BaseException], *error: Any) -> None:
     """Ctrl-C while a command still imports; later `job.one_message_for_user_errors` sees it."""
@@ -41,3 +30,14 @@ def _in_one_line(kind: type[BaseException], *error: Any) -> None:
 
 if sys.excepthook is sys.__excepthook__:
     sys.excepthook = _in_one_line
+
+missing = [
+    name for name in ("torch", "transformers", "accelerate", "sentencepiece") if not importlib.util.find_spec(name)
+]
+if missing:
+    print(
+        f"error: {', '.join(missing)}: not installed for {sys.executable}. Activate the environment first (source .venv/bin/activate), "
+        "or run: pip install -r requirements.txt",
+        file=sys.stderr,
+    )
+    raise SystemExit(2)

@@ -13,7 +13,10 @@ import contextlib
 import csv
 import difflib
 import importlib.util
+import io
+import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -252,17 +255,36 @@ def answer_csv(models: dict[str, TunedModel], args: argparse.Namespace) -> None:
     ]
     empty = len(questions) - len(asked)
     complain(f"{args.data_path}: {empty} of {len(questions)} rows have an empty {args.source!r} and get no answer")
-    for name, tuned in models.items():
-        prompts = tuned.prompts([questions[index] for index in asked])
-        made = tuned.answers(prompts, args.max_new_tokens, args.batch_size)
-        done = list(tqdm(made, total=len(asked), desc=f"{name}: answers", disable=None))
-        answers, cut = {asked[position]: text for position, text, _ in done}, sum(cut for _, _, cut in done)
-        complain(f"{name}: {cut} of {len(asked)} answers are cut after {args.max_new_tokens} tokens, --max_new_tokens")
-        header.append(columns[name])
-        rows = [[*row, answers.get(index, "")] if row else row for index, row in enumerate(rows)]
-    with open(args.output_path, "w", encoding="utf-8", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([header, *rows])
-    complain(f"{args.output_path}: {len(asked)} answers")
+    answers: dict[str, dict[int, str]] = {name: {} for name in models}
+    try:
+        for name, tuned in models.items():
+            prompts, cut = tuned.prompts([questions[index] for index in asked]), 0
+            made = tuned.answers(prompts, args.max_new_tokens, args.batch_size)
+            for position, text, is_cut in tqdm(made, total=len(asked), desc=f"{name}: answers", disable=None):
+                answers[name][asked[position]] = text
+                cut += is_cut
+            complain(
+                f"{name}: {cut} of {len(asked)} answers are cut after {args.max_new_tokens} tokens, --max_new_tokens"
+            )
+    finally:  # after Ctrl-C and errors too: answers take hours
+        count = max(map(len, answers.values()))
+        if count or not asked:
+            found = [[answers[name].get(index, "") for name in models] for index in range(len(rows))]
+            rows = [row + new if row else row for row, new in zip(rows, found)]
+            write_csv(args.output_path, [header + [columns[name] for name in models], *rows])
+            complain(f"{args.output_path}: {count} answers")
+
+
+def write_csv(path: str, rows: list[list[str]]) -> None:
+    """Write a CSV. Raises UserError where it cannot be written, with its place in the folder for temporary files."""
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    try:
+        Path(path).write_text(text.getvalue(), "utf-8", newline="")
+    except OSError as error:
+        instead = Path(tempfile.mkdtemp(), Path(path).name)
+        instead.write_text(text.getvalue(), "utf-8", newline="")
+        raise UserError(f"{path}: it cannot be written ({error}). The answers are in {instead}.") from error
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -279,13 +301,18 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         advice = f"Did you mean --{near[0]}?" if near else "A value with spaces needs quotes. See --help."
         problems.append(f"unknown flag {word}. {advice}")
     asked, given = flags.instruction is not None, flags.output_path
+    folder = Path(given).resolve().parent
     mistakes = [
         (not flags.model, "--model is missing: the tuned model, its folder or a hub repository."),
         (bool(flags.data_path) != bool(given), "--data_path and --output_path go together: a CSV in, a CSV out."),
         (flags.data_path and asked, "--instruction and --data_path are two kinds of questions. Give one of them."),
         (asked and not flags.instruction.strip(), "--instruction is empty. Leave the flag out for a chat."),
         (given and Path(given).exists(), f"--output_path {given}: it exists. Name another file, or remove it."),
-        (not Path(given).resolve().parent.is_dir(), f"--output_path {given}: no such folder. Make it first."),
+        (not folder.is_dir(), f"--output_path {given}: no such folder. Make it first."),
+        (
+            folder.is_dir() and not os.access(folder, os.W_OK),
+            f"--output_path {given}: its folder cannot be written to. Name another.",
+        ),
         (flags.max_new_tokens < 1, f"--max_new_tokens {flags.max_new_tokens}: it must be at least 1."),
         (flags.batch_size < 1, f"--batch_size {flags.batch_size}: it must be at least 1."),
     ]

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sft.job import UserError, one_message_for_user_errors, say
@@ -17,7 +18,7 @@ from sft.outside import read_object, reading
 from sft.report.record import REPORT_NAME
 from sft.saving import export_files
 from sft.saving.checkpoint import make_readable
-from sft.saving.export import complete
+from sft.saving.export import COMPLETE, complete
 from sft.saving.model_card import write_card
 
 
@@ -52,6 +53,7 @@ def merge(adapter: str, output: str, base: str | None = None, dtype=torch.float3
         raise RuntimeError(f"the merged model differs from base + adapter by {difference:.2e} of the logits: not saved")
     if (folder / "tokenizer_config.json").is_file():
         export_files.end_as_trained(merged, AutoTokenizer.from_pretrained(folder))
+    (Path(output) / COMPLETE).unlink(missing_ok=True)  # it claims what lay there before
     merged.to(dtype).save_pretrained(output)
     if folder.resolve() != Path(output).resolve():
         export_files.copy_tokenizer(folder, Path(output))
@@ -77,10 +79,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--save_dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
     args = parser.parse_args(argv)
     with one_message_for_user_errors():
-        difference = merge(args.adapter, args.output, args.base, getattr(torch, args.save_dtype), args.cache_dir)
-        proof = f"logits differ from base + adapter by {difference:.1e} in float32"
-        if Path(args.adapter, REPORT_NAME).is_file():  # there is none while the run that trained it still merges
-            claim(Path(args.adapter), Path(args.output), proof)
+        try:
+            difference = merge(args.adapter, args.output, args.base, getattr(torch, args.save_dtype), args.cache_dir)
+            proof = f"logits differ from base + adapter by {difference:.1e} in float32"
+            if Path(args.adapter, REPORT_NAME).is_file():  # there is none while the run that trained it still merges
+                claim(Path(args.adapter), Path(args.output), proof)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"--output {args.output}: the merged model cannot be written there ({error})") from error
         say(f"merged: {args.output} ({args.save_dtype}); {proof}")
 
 

@@ -3,10 +3,12 @@
 import csv
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -246,7 +248,7 @@ def test_the_column_of_answers_can_have_another_name(tuned, base, tmp_path):
 def test_a_byte_order_mark_is_no_part_of_a_columns_name(tmp_path):
     (tmp_path / "in.csv").write_bytes(b"\xef\xbb\xbfprompt,id\na,1\n")
     args = {"data_path": str(tmp_path / "in.csv"), "output_path": str(tmp_path / "out.csv"), "source": "prompt"}
-    silent = SimpleNamespace(template=load_template("none"), prompts=lambda rows: [], answers=lambda *asked: [])
+    silent = SimpleNamespace(template=load_template("none"), prompts=len, answers=lambda *asked: [(0, "", False)])
     generate.answer_csv({"tuned": silent}, SimpleNamespace(**args, **DEFAULTS))
     assert (tmp_path / "out.csv").read_bytes() == b"prompt,id,answer\na,1,\n"
 
@@ -258,6 +260,36 @@ def test_a_blank_line_stays_blank(tmp_path):
     args = {"data_path": str(tmp_path / "in.csv"), "output_path": str(tmp_path / "out.csv"), "source": "prompt"}
     generate.answer_csv({"tuned": tuned}, SimpleNamespace(**args, **DEFAULTS))
     assert (tmp_path / "out.csv").read_text() == "prompt,answer\na,yes\n\nb,yes\n"
+
+
+def test_what_is_answered_is_kept_when_it_is_interrupted_or_the_folder_is_gone(tmp_path, capsys):
+    (tmp_path / "in.csv").write_text("prompt\na\nb\n")
+
+    def answers(*_):
+        yield 1, "yes", False
+        raise KeyboardInterrupt
+
+    tuned = SimpleNamespace(template=load_template("none"), prompts=list, answers=answers)
+    args = SimpleNamespace(data_path=str(tmp_path / "in.csv"), source="prompt", **DEFAULTS)
+    args.output_path = str(tmp_path / "out.csv")
+    with pytest.raises(KeyboardInterrupt):
+        generate.answer_csv({"tuned": tuned}, args)
+    assert (tmp_path / "out.csv").read_text() == "prompt,answer\na,\nb,yes\n"
+    assert capsys.readouterr().err.endswith("out.csv: 1 answers\n")
+    args.output_path = str(tmp_path / "gone" / "out.csv")
+    with pytest.raises(UserError, match=r"gone/out\.csv: it cannot be written .* The answers are in ") as gone:
+        generate.answer_csv({"tuned": tuned}, args)
+    kept = Path(str(gone.value).partition("The answers are in ")[2].rstrip("."))
+    assert kept.read_text() == "prompt,answer\na,\nb,yes\n"
+    shutil.rmtree(kept.parent)
+
+
+def test_a_folder_that_cannot_be_written_to_is_seen_before_a_model_is_loaded(tmp_path, monkeypatch):
+    (tmp_path / "in.csv").write_text("prompt\nw\n")
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
+    assert problems("--model", "m", "--data_path", tmp_path / "in.csv", "--output_path", tmp_path / "out.csv") == [
+        f"--output_path {tmp_path / 'out.csv'}: its folder cannot be written to. Name another."
+    ]
 
 
 def test_batches_are_sorted_by_length_and_change_no_answer(tiny_llama):

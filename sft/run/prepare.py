@@ -228,6 +228,7 @@ class Run:
         stack = contextlib.ExitStack()
         stack.enter_context(self.phase("train"))
         stack.callback(trainer.stops.restore)  # also where training ends in an error
+        stack.enter_context(resume.loading(self.resume))
         stack.enter_context(safe_loads.safe_loads(self.resume, bool(self.args.deepspeed)))
         if settled.compilation.value:
             stack.enter_context(compiled_layers.more_graphs())

@@ -25,6 +25,12 @@ from sft.outside import read_object
 
 MANIFEST = "manifest.json"
 INCOMPLETE = "incomplete"  # folder in output_dir for checkpoints that are being written; safe to delete
+OF_STATE: dict[str, Any] = {
+    "log_history": list,
+    "stateful_callbacks": dict,
+    "total_flos": int | float,
+    "best_metric": int | float | None,
+}
 PIECE_BYTES = 64 * 2**20  # a file is hashed in pieces, so that many threads hash one file of 28 GB
 
 
@@ -132,6 +138,8 @@ def _problem_here(folder: Path, name: str) -> str | None:
             return f"its {file} is damaged ({error})"
         if file == "trainer_state.json" and held.get("global_step") != step:
             return f"its {file} is of step {held.get('global_step')}"
+        if file == "trainer_state.json" and any(not isinstance(held.get(key), kind) for key, kind in OF_STATE.items()):
+            return f"its {file} is damaged (not each of {', '.join(OF_STATE)} is what it should be)"
     for file in _my_share(sorted(files, key=lambda file: -files[file][0])):
         if files[file][1] is not None and digest(home / file) != files[file][1]:
             return f"{file} does not have the hash that it was saved with: its bytes have changed"

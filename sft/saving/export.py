@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.core_model_loading import revert_weight_conversion
 
 from sft.data.template import Template
-from sft.job import UserError, say
+from sft.job import UserError, say, sync
 from sft.model import headers, lora
 from sft.model.loading import numel
 from sft.outside import read_object
@@ -54,8 +54,10 @@ def is_already_finished(training_args) -> bool:
 
 
 def complete(output_dir: str, step: int, proved: list[str]) -> None:
-    """Write COMPLETE.json; rank 0 calls it when nothing else is left to write."""
+    """Write COMPLETE.json when the model is on the disk; rank 0 calls it when nothing else is left to write."""
     folder = Path(output_dir)
+    written = [file for file in (*folder.iterdir(), *folder.glob("adapter/*")) if file.is_file()]
+    sync(*written, *{file.parent for file in written})
     files = {name: describe_file(folder / name) for name in weight_files(folder)}
     write_json(folder / COMPLETE, {"step": step, "proved": proved, "files": files})
 

@@ -9,9 +9,13 @@ import json
 import os
 import re
 import shutil
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy
+import torch
 
 from sft.job import UserError, rank, say
 from sft.model import lora
@@ -118,6 +122,27 @@ def _why_not_made(folder: Path) -> str | None:
     finally:
         for parent in reversed(made):
             parent.rmdir()
+
+
+@contextmanager
+def loading(checkpoint: str | None) -> Iterator[None]:
+    """End in a sentence what fails while the Trainer loads a checkpoint: its files are as its manifest says, and may hold anything."""
+    try:
+        yield
+    except Exception as error:
+        names = " ".join(frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__))
+        known = isinstance(error, (UserError, torch.OutOfMemoryError))
+        if (
+            checkpoint is None
+            or known
+            or not re.search("_load_|load_from_json|load_checkpoint|_init_training_state", names)
+        ):
+            raise
+        reason = (str(error).strip().splitlines() or [""])[0][:300]
+        raise UserError(
+            f"{checkpoint}: its files are those that its manifest.json lists, but cannot be loaded: {type(error).__name__}: {reason}. "
+            "Remove it: the run then continues from an older one, or from the beginning."
+        ) from error
 
 
 def saved_identity(checkpoint: str) -> dict[str, str]:

@@ -7,11 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from scripts import save_llama
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from sft import merge_lora
 from sft.flags import ModelArguments, TrainingArguments, parser
-from sft.job import UserError
+from sft.job import UserError, swapped
 from sft.model import lora
 
 peft = pytest.importorskip("peft")
@@ -121,10 +121,19 @@ def test_a_merged_model_is_base_plus_adapter(base, tmp_path):
     assert {weight.dtype for weight in half.values()} == {torch.bfloat16}
 
 
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
 def test_a_merged_model_has_all_that_an_export_has(watched_adapter, tmp_path, capsys):
     adapter, merged = watched_adapter.folder, tmp_path / "merged"
     merge_lora.main(["--adapter", str(adapter), "--output", str(merged)])
     assert "merged: " in capsys.readouterr().out
+    before = (merged / "COMPLETE.json").read_text()
+    with pytest.raises(KeyboardInterrupt), swapped(LlamaForCausalLM, save_pretrained=interrupt):
+        merge_lora.merge(str(adapter), str(merged))
+    assert not (merged / "COMPLETE.json").exists(), "it claims a model that is no longer there"
+    (merged / "COMPLETE.json").write_text(before)
     made = {path.name: path.stat().st_mode & 0o777 for path in merged.iterdir()}
     assert len(set(made.values())) == 1, made
     assert made.keys() >= {"chat_template.jinja", "prompt_template.txt", "tokenizer.model", "Modelfile"}
@@ -203,6 +212,11 @@ def test_the_command_line_ends_in_one_message(base, tmp_path, capsys):
         merge_lora.main(["--adapter", str(tmp_path), "--output", str(tmp_path / "merged")])
     assert ended.value.code == 2
     assert capsys.readouterr().err.startswith(f"error: {tmp_path}: no adapter_config.json there.")
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as ended:
+        merge_lora.main(["--adapter", str(adapter), "--output", str(tmp_path / "file" / "merged")])
+    printed = capsys.readouterr().err
+    assert ended.value.code == 2 and "the merged model cannot be written there ([Errno 20] Not a directory" in printed
     merge_lora.main(["--adapter", str(adapter), "--output", str(tmp_path / "merged"), "--save_dtype", "float32"])
     assert f"merged: {tmp_path / 'merged'} (float32); logits differ from base + adapter by" in capsys.readouterr().out
 

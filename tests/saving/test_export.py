@@ -1,6 +1,7 @@
 """An export is read back and proved, and every way in which it could be wrong is seen."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -23,6 +24,29 @@ def test_complete_json_says_what_was_proved(whole_run):
     assert complete["step"] == 16
     assert complete["files"] == {"model.safetensors": checkpoint.describe_file(whole_run / "model.safetensors")}
     assert [line.split(" ")[0] for line in complete["proved"]] == ["21", "21", "the", "the", "tokenizer.model", "the"]
+
+
+def test_a_model_is_on_the_disk_before_complete_json_claims_it(tmp_path, monkeypatch):
+    for name in (
+        "model.safetensors",
+        "tokenizer.json",
+        "adapter/adapter_model.safetensors",
+        "checkpoint-3/optimizer.pt",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("of a run")
+    events: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def noted_fsync(handle) -> None:
+        events.append(os.path.relpath(os.readlink(f"/proc/self/fd/{handle}"), tmp_path))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "replace", lambda old, new: (events.append("COMPLETE.json"), replace(old, new)))
+    export.complete(str(tmp_path), 3, [])
+    written = [".", "adapter", "adapter/adapter_model.safetensors", "model.safetensors", "tokenizer.json"]
+    assert sorted(events[:5]) == written and events[5:] == [".COMPLETE.json.new", "COMPLETE.json", "."]
 
 
 def damaged(change):

@@ -4,9 +4,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from transformers import LlamaConfig
 
 from sft.flags import parse
+from sft.job import UserError
 from sft.saving import resume
 
 
@@ -86,3 +88,25 @@ def test_a_folder_that_rank_0_tries_and_removes_meanwhile_is_none(tmp_path, monk
     monkeypatch.setattr(resume, "newest_first", gone)
     flags = {"output_dir": str(tmp_path / "out"), "check_data": False, "overwrite_output_dir": False, "do_train": True}
     assert resume.output_dir_problems(SimpleNamespace(**flags, resume_from_checkpoint=None)) == []
+
+
+def test_whatever_fails_while_a_checkpoint_is_loaded_is_one_sentence():
+    def _load_rng_state(error: Exception):
+        raise error
+
+    def training_step(error: Exception):
+        raise error
+
+    def fails(step, error, checkpoint="out/checkpoint-3"):
+        with pytest.raises(Exception) as found, resume.loading(checkpoint):
+            step(error)
+        return str(found.value) if isinstance(found.value, UserError) else found.type
+
+    assert fails(_load_rng_state, RuntimeError("no central directory\nmore")) == (
+        "out/checkpoint-3: its files are those that its manifest.json lists, but cannot be loaded: RuntimeError: no central directory. "
+        "Remove it: the run then continues from an older one, or from the beginning."
+    )
+    assert fails(_load_rng_state, UserError("it could run code")) == "it could run code"
+    assert fails(_load_rng_state, torch.OutOfMemoryError()) is torch.OutOfMemoryError
+    assert fails(_load_rng_state, KeyError("x"), checkpoint=None) is KeyError
+    assert fails(training_step, KeyError("x")) is KeyError
