@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from sft import merge_lora
 from sft.model import loading
+from sft.run.trainer import SupervisedTrainer
 
 STEPS, HALFWAY = 12, 6
 RECIPE = f"""
@@ -68,6 +69,23 @@ def edited_deepspeed_file(folder: Path, stage: int, more: str = "") -> str:
     return str(file)
 
 
+def worse_later() -> None:
+    """In a rank: each evaluation finds a larger loss than the one before, so that the checkpoint in the middle is the best."""
+    real = SupervisedTrainer.evaluation_loop
+
+    def evaluation_loop(self, *args, **kwargs):
+        found = real(self, *args, **kwargs)
+        found.metrics["eval_loss"] += self.state.global_step
+        return found
+
+    SupervisedTrainer.evaluation_loop = evaluation_loop
+
+
+def worse_later_and_shard() -> None:
+    worse_later()
+    fsdp_over_gloo.prepare_rank()
+
+
 def shares_its_gpu(words: list[str]) -> bool:
     """Whether both ranks of a run must share the one GPU of the machine: NCCL refuses that, gloo does not."""
     return "cuda" in words and "alone" not in words and torch.cuda.device_count() < 2
@@ -97,6 +115,7 @@ class Runs:
             flags += ["--deepspeed", edited_deepspeed_file(self.folder, stage, more)] * (f"zero{stage}" in words)
         flags += ["--eval_split", "0.2", "--eval_steps", f"{HALFWAY}"] * ("evaluated" in words)
         flags += ["--eval_strategy", "steps"] * ("evaluated" in words)
+        flags += ["--load_best_model_at_end", "True"] * ("best" in words)
         if "fsdp" in words:
             flags += ["--fsdp", "full_shard auto_wrap" + " offload" * ("offload" in words)]
             flags += ["--fsdp_transformer_layer_cls_to_wrap", "LlamaDecoderLayer"]
@@ -151,6 +170,7 @@ class Runs:
         else:
             prepare = fsdp_over_gloo.prepare_rank if "fsdp" in words else None
             prepare = four_bits_on_a_cpu.prepare_rank if "4bit" in words else prepare
+            prepare = (worse_later_and_shard if "fsdp" in words else worse_later) if "best" in words else prepare
             environment = {"GATHER_BY_ITSELF": "CPU"} if "apart" in words else {}
             printed = jobs.run(flags, 2, Path(f"{output}.log"), prepare, **environment)
         return Run(output, printed)
@@ -219,6 +239,21 @@ def test_zero3_saves_after_an_evaluation_with_weights_that_it_fetches_ahead(runs
     run = runs.get("zero3 ahead evaluated")
     assert (run.folder / f"checkpoint-{HALFWAY}" / "manifest.json").is_file()
     assert "the reloaded model gives the trained model's logits" in run.printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["fsdp", "zero2", "zero3"])
+def test_the_best_checkpoint_is_exported_and_not_the_last_under_every_engine(runs, engine):
+    if engine.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    run, reference = runs.get(f"{engine} evaluated best"), runs.get("ddp evaluated best")
+    assert "the reloaded model gives the trained model's logits" in run.printed
+    state = json.loads((run.folder / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())
+    assert state["best_global_step"] == HALFWAY
+    assert_whole(run, reference, atol=2e-4)
+    last = runs.get("ddp evaluated").weights
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(run.weights["lm_head.weight"], last["lm_head.weight"], rtol=0.02, atol=2e-4)
 
 
 @pytest.mark.slow
