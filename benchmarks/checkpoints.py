@@ -60,7 +60,8 @@ def save(args: argparse.Namespace, model: Path, rows: Path, output: Path) -> dic
         "--save_strategy no", "--save_strategy steps --save_steps 2 --max_steps 2"
     ).split()
     words = [str(script), "--model_name_or_path", str(model), "--data_path", str(rows), "--output_dir", str(output)]
-    words += [*recipe, *FSDP.replace('"', "").replace("full_shard auto_wrap", "full_shard").split()]
+    words += [*recipe, "--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "1"]
+    words += [*FSDP.replace('"', "").replace("full_shard auto_wrap", "full_shard").split()]
     words += ["--fsdp_config", json.dumps({"state_dict_type": args.layout})] + ["--use_cpu", "True"] * (not gpus)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0"]
     whole_s = timed([[*launcher, f"--nproc_per_node={args.ranks}", *words]], output.with_suffix(".log"), args.timeout_s)

@@ -32,7 +32,7 @@ from transformers import AutoConfig, LlamaForCausalLM
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "support"))
 RECIPE = """
-    --max_steps 8 --learning_rate 0.3 --optim sgd --lr_scheduler_type constant --logging_steps 1 --model_max_length 128
+    --max_steps 8 --learning_rate 0.1 --optim sgd --lr_scheduler_type constant --logging_steps 1 --model_max_length 128
     --per_device_train_batch_size 2 --save_strategy no --save_rehearsal False --save_dtype float32 --disable_tqdm True
 """
 EXAMPLES, PER_DEVICE = 16, 2

@@ -343,7 +343,7 @@ def _read_fsdp_config(flags) -> list[str]:
         return [str(error)]
     if flags.fsdp:  # without the prefix that Accelerate's own files have
         config = {name.removeprefix("fsdp_"): value for name, value in (flags.fsdp_config or {}).items()}
-        if int(config.get("version", 2)) == 2 and not checkpoints_are_models(flags):
+        if str(config.get("version", 2)) == "2" and not checkpoints_are_models(flags):
             config.setdefault("state_dict_type", "SHARDED_STATE_DICT")  # each rank writes its own part
         flags.fsdp_config = config
     return []

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from sft import launchers
+from sft.job import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -73,3 +74,29 @@ def test_tasks_of_srun_that_know_no_rank_are_refused(monkeypatch):
     monkeypatch.delenv("RANK")
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
     assert read(monkeypatch)[2] == []
+
+
+@pytest.mark.parametrize(
+    ("ranks", "here", "said", "sizes"),
+    [
+        (4, 2, "each of 2 machines holds the whole model, sharded among its 2 ranks", (2, 2)),
+        (4, 4, "on one machine it is full_shard", None),
+        (2, 1, "one rank on each machine shards with nobody: plain DDP, each process holds the whole model", None),
+    ],
+)
+def test_hybrid_shard_shards_among_the_ranks_of_a_machine(monkeypatch, ranks, here, said, sizes):
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(here))
+    flags = SimpleNamespace(fsdp=True, fsdp_config={"hybrid_shard": True}, plan_only=False, parallelism_config=None)
+    assert launchers.shard_inside_machines(flags) == [f"--fsdp hybrid_shard: {said}"]
+    asked = flags.parallelism_config
+    assert (asked and (asked.dp_replicate_size, asked.dp_shard_size)) == sizes
+    assert bool(flags.fsdp) == (here > 1)
+
+
+def test_hybrid_shard_takes_as_many_ranks_on_each_machine(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    flags = SimpleNamespace(fsdp=True, fsdp_config={"hybrid_shard": True}, plan_only=False)
+    with pytest.raises(UserError, match="3 ranks, 2 of them on this machine"):
+        launchers.shard_inside_machines(flags)

@@ -75,6 +75,10 @@ def test_ranks_share_what_the_engine_shards():
     assert ddp.host["loading or saving"] == 4 * 4 * size, "each rank reads the model"
     # float32 weights, gathered on rank 0, and what is written of them: more than its reading of the model
     assert fsdp.host["loading or saving"] == (4 + 2) * size
+    parts = '{"cpu_ram_efficient_loading": true, "state_dict_type": "SHARDED_STATE_DICT", "hybrid_shard": true}'
+    hybrid = plan_of(OPEN_LLAMA_7B, *words[:3], "16", "--fsdp", "true", "--fsdp_config", parts)
+    assert hybrid.gpu["weights"] == size / 2, "of the eight ranks of a machine"
+    assert hybrid.host["loading or saving"] == 4 * size, "nothing is gathered for a checkpoint"
     words += ["--use_lora", "True", "--fsdp", "true", "--fsdp_config"]
     once, each = (plan_of(OPEN_LLAMA_7B, *words, f'{{"cpu_ram_efficient_loading": {on}}}') for on in ("true", "false"))
     assert once.host["loading or saving"] == 2 * size and each.host["loading or saving"] == 4 * 2 * size

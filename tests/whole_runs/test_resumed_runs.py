@@ -98,6 +98,16 @@ def test_two_ranks_continue_bit_for_bit(tiny_llama, questions_csv, tmp_path, how
     assert same_weights(tmp_path / "stopped", tmp_path / "whole")
 
 
+@pytest.mark.slow
+def test_plain_data_parallel_goes_on_alone(whole_run, tiny_llama, questions_csv, tmp_path):
+    flags = flags_for(tiny_llama, questions_csv, tmp_path / "out", "--resume_from_checkpoint", "True")
+    halved = [*flags, "--gradient_accumulation_steps", "2"]
+    jobs.run(halved, 2, tmp_path / "log", signal_rank_1_at_steps, SIGNAL_AT="5")
+    train(*flags)
+    for step, reference in zip(losses(tmp_path / "out"), losses(whole_run), strict=True):
+        assert step == pytest.approx(reference, rel=2e-5)
+
+
 def test_a_checkpoint_without_an_optimizer_is_not_continued(two_checkpoints):
     """As --save_only_model True leaves it: the learning rate would begin anew."""
     newest = two_checkpoints / "checkpoint-16"

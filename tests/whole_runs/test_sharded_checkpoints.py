@@ -144,8 +144,12 @@ def test_a_checkpoint_that_rank_0_wrote_whole_is_continued_as_it_was(start, whol
     """As these scripts saved until December 2026: the model twice, once in a file of FSDP's, once as model.safetensors."""
     asked = ["--fsdp_config", json.dumps({"state_dict_type": "FULL_STATE_DICT"})]
     start("old", 2, *asked, STOP_AT="5")
+    shutil.copytree(start.folder / "old", start.folder / "old-alone")
     assert (start.folder / "old" / "checkpoint-5" / "pytorch_model_fsdp.bin").is_file()
     printed = start("old", 2)
     assert "resume: rank 0 gathers and writes everything of this run's checkpoints, as it was for " in printed
     assert losses(start.folder / "old") == losses(whole)
     assert same_weights(start.folder / "old", whole)
+    start("old-alone", 1)  # and on another number of ranks
+    for step, reference in zip(losses(start.folder / "old-alone"), losses(whole), strict=True):
+        assert step == pytest.approx(reference, rel=2e-5)

@@ -198,7 +198,7 @@ def test_two_machines(padded_run, tiny_llama, questions_csv, tmp_path):
     flags = flags_for(
         tiny_llama, questions_csv, tmp_path / "model", "--per_device_train_batch_size", "4", "--packing", "False"
     )
-    flags += ["--fsdp", "hybrid_shard auto_wrap"]
+    flags += ["--use_cpu", "True", "--fsdp", "hybrid_shard auto_wrap"]
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_id=test"]
     command += [
         "--rdzv_backend=c10d",
