@@ -217,7 +217,10 @@ def values_of(output: Path) -> dict[str, str]:
         for entry in entries:
             at = f"{file}, step {entry['step']}, {entry.get('prompt', '')}"
             found |= {at + name: repr(entry[name]) for name in LOGGED if name in entry}
-    for path in sorted([*output.glob("*.safetensors"), *last.rglob("*")]):
+    kept = last.rglob("*")
+    if any(last.glob("global_step*")):  # until December 2026 a checkpoint of DeepSpeed's held the model once more
+        kept = (path for path in last.rglob("*") if path.suffix != ".safetensors")
+    for path in sorted([*output.glob("*.safetensors"), *kept]):
         tensors: Any = {}
         if path.suffix == ".safetensors":
             tensors = load_file(path)
