@@ -27,7 +27,13 @@ def greedy_answers(
     ends = {"max_new_tokens": max_new_tokens, "eos_token_id": eos, "pad_token_id": pad}
     was_training = model.training
     model.eval()
-    with torch.no_grad():
+
+    def moved(_: Any, args: tuple, inputs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        return args, {name: value.to(device) if torch.is_tensor(value) else value for name, value in inputs.items()}
+
+    # transformers (5.23) moves the inputs to where the weights lie, which is the host when FSDP or ZeRO-3 offloads them
+    generating = getattr(model, "get_base_model", lambda: model)()
+    with torch.no_grad(), generating.register_forward_pre_hook(moved, with_kwargs=True):
         output = model.generate(
             input_ids=torch.tensor([[pad] * (width - len(ids)) + ids for ids in prompts], device=device),
             attention_mask=torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device),

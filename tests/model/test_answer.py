@@ -29,3 +29,21 @@ def test_answers_in_a_padded_batch_are_those_of_each_prompt_alone():
     assert greedy_answers(model.eval(), Ids, prompts[:1], torch.device("cpu"), 9) == expected[:1]
     assert not model.training
     assert len({tuple(answer) for answer, _ in expected}) > 1 and {cut for _, cut in expected} == {True, False}
+
+
+def test_inputs_arrive_where_the_run_computes_though_the_weights_lie_elsewhere():
+    """transformers moves them to the weights, which are in the host when FSDP or ZeRO-3 offloads them."""
+
+    class Offloaded(torch.nn.Module):
+        def generate(self, input_ids: torch.Tensor, **kwargs) -> torch.Tensor:
+            self(input_ids=torch.zeros(input_ids.shape), cache=None)
+            return torch.zeros(1, input_ids.shape[1] + 2, dtype=torch.long)
+
+        def forward(self, input_ids: torch.Tensor, cache: None) -> None:
+            arrived.append(input_ids.device.type)
+
+    arrived: list[str] = []
+    model = Offloaded()
+    greedy_answers(model, Ids, [[1, 3]], torch.device("meta"), 2)
+    model(input_ids=torch.zeros(1), cache=None)
+    assert arrived == ["meta", "cpu"], "and only while it answers"
