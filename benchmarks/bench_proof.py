@@ -88,6 +88,8 @@ def measure(name: str, device: torch.device) -> list[str]:
                                       lora_target_modules=None)  # fmt: skip
     half, examples = compute_dtype(args), rows(config.vocab_size)
     kernel = choose_attention(config, device, half).value
+    if cuda:
+        from sft.step import attention_kernel  # noqa: F401  registers its operator
 
     def layers(_: Any, __: Any, small: Any) -> Any:
         with torch.device(device):
