@@ -86,7 +86,8 @@ class Watch(transformers.TrainerCallback):
     """Notes the plan and the peak after the last step, and ends the process."""
 
     def __init__(self, trainer: Any, plan: Any, result: str, explain: bool):
-        self.trainer, self.plan, self.result, self.explain, self.losses = trainer, plan, result, explain, []
+        self.trainer, self.plan, self.result, self.explain = trainer, plan, result, explain
+        self.losses: list[float | None] = []
 
     def on_train_begin(self, args, state, control, **kwargs):
         if isinstance(wrapped := self.trainer.model_wrapped, torch.nn.parallel.DistributedDataParallel):

@@ -165,14 +165,16 @@ class TrainingArguments(transformers.TrainingArguments):
         "Compile the decoder layers of a packed run (torch.compile): the first step takes about 30 s longer, the "
         "others little more than half as long. auto: on a GPU, when the run is long enough. True or False.",
     )
+    keep_gathered_weights: bool | None = flag(
+        None,
+        "With --fsdp full_shard: do not gather weights again for the backward pass. Same numbers. auto: if memory has room.",
+    )
     save_dtype: str | None = flag(
         None,
         "Type of the exported weights: float32, bfloat16 or float16. Default: the compute type. "
         "Checkpoints to resume from are always float32.",
     )
-    overwrite_output_dir: bool = flag(
-        False, "Train into a folder that already holds a finished model, and replace that."
-    )
+    overwrite_output_dir: bool = flag(False, "Train into a folder that holds a finished model, and replace that.")
     plan_only: bool = flag(False, "Print the memory plan and stop. Reads the model's config: no GPU, weights or data.")
     plan_gpu_gib: float | None = flag(None, "With --plan_only: plan for a GPU of this many GiB. Default: the one here.")
     plan_world_size: int | None = flag(None, "With --plan_only: plan for this many GPUs. Default: torchrun's number.")
@@ -221,7 +223,7 @@ def _auto_or(read: Callable[[str], Any], values: str, text: str) -> Any:
 
 AUTO = {  # flags that are None where the user wrote auto, or nothing, and how they are read
     "tokens_per_micro_batch": partial(_auto_or, _tokens, "a number of tokens"),
-    "compile_layers": partial(_auto_or, is_true, "True or False"),
+    **dict.fromkeys(("compile_layers", "keep_gathered_weights"), partial(_auto_or, is_true, "True or False")),
 }
 
 

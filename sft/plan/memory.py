@@ -60,6 +60,7 @@ class Setting(SimpleNamespace):
         self.ranks = self.plan_world_size or world_size()
         self.ranks_here = min(self.ranks, 8 if self.plan_world_size else int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         self.shards = self.ranks_here if fsdp.get("hybrid_shard") else self.ranks
+        self.keeps_gathered = str(fsdp.get("reshard_after_forward", True)).lower() == "false"
         self.floor_tokens = self.per_device_train_batch_size * self.model_max_length  # the padded run's
         self.step_tokens = step_tokens or self.floor_tokens * self.gradient_accumulation_steps
         self.compute = torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
@@ -102,11 +103,18 @@ class Plan:
         s = self.setting
         self.gpu_usable = s.gpu_there * (1 - FRAGMENTS) - OUTSIDE if s.cuda else 0.0
         self.gpu_peak, self.host_peak = sum(self.gpu.values()), sum(self.host.values())
+        self.has_spare_room = self.gpu_peak <= s.gpu_there * (1 - SPARE) - OUTSIDE
         self.fits = self.gpu_peak <= self.gpu_usable and self.host_peak <= s.host_there
 
     def at(self, tokens: int, micro_batches: int) -> "Plan":
         """The plan of the same run for micro-batches of so many tokens, and so many in a step."""
         return add_up(self.shape, self.setting, tokens, micro_batches > 1)
+
+    def keeping_gathered(self) -> "Plan":
+        """The plan of the same run with FSDP2's `reshard_after_forward` false."""
+        config = (self.setting.fsdp_config or {}) | {"reshard_after_forward": False}
+        setting = Setting(self.setting.flags | {"fsdp_config": config}, self.setting.step_tokens, self.setting.compiled)
+        return add_up(self.shape, setting, self.tokens, self.several)
 
     def not_for_activations(self, tokens: int) -> float:
         """Bytes of PyTorch's share of the GPU that activations cannot have when a micro-batch holds so many tokens."""
@@ -201,6 +209,9 @@ def add_up(shape: Shape, s: Setting, tokens: int, several: bool) -> Plan:
     copies, cast = copied * (shape.linear + shape.experts), copied * head_weights
     if s.engine == "fsdp":  # the layer at work and the next one, each with the buffer it arrives in
         gathered += compute * (4 * layer + head_weights)
+        copies += (
+            compute * s.keeps_gathered * max(0, shape.parameters - 4 * layer - head_weights)
+        )  # until a layer's backward pass
     if s.stage == 3:
         gathered += compute * min(shape.parameters, ZERO3_LIVE)
 

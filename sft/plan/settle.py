@@ -131,6 +131,12 @@ def settle(model_args: ModelArguments, args: TrainingArguments, dataset: Any) ->
             budget.reason,
         )
         memory_plan = asked and asked.at(packing.fullest, packing.micro_batches)
+    gathered = choose_gathered(args, memory_plan)
+    if gathered and gathered.value:
+        args.fsdp_plugin_args["reshard_after_forward"] = False
+        memory_plan = memory_plan and memory_plan.keeping_gathered()
+    if gathered and args.do_train:
+        say(gathered)
     if memory_plan and args.do_train:
         say(memory_ladder.describe(memory_plan))
     if packing and args.do_train:
@@ -154,6 +160,26 @@ def settle(model_args: ModelArguments, args: TrainingArguments, dataset: Any) ->
         whole_tried_on=whole_tried_on,
         memory_plan=memory_plan,
     )
+
+
+def choose_gathered(args: TrainingArguments, plan: memory.Plan | None) -> Choice | None:
+    """Whether FSDP2 keeps the weights that a forward pass has gathered until its backward pass, in place of gathering them again.
+
+    No number changes. None where nothing is to be chosen: another engine, or --fsdp_config keeps them already.
+    """
+    what, resharded = (
+        "gathered weights kept for the backward pass",
+        (args.fsdp_plugin_args or {}).get("reshard_after_forward"),
+    )
+    if resharded is not True or engine(args) != "FSDP" or args.world_size == 1:
+        return None
+    if args.keep_gathered_weights is not None:
+        return Choice(what, args.keep_gathered_weights, "--keep_gathered_weights")
+    if plan is None or args.device.type != "cuda":
+        return Choice(what, False, "no memory plan says that there is room" if plan is None else "not on a CPU")
+    kept = plan.keeping_gathered()
+    room = f"{(kept.gpu_peak - plan.gpu_peak) / memory.GIB:.1f} GiB more on each GPU"
+    return Choice(what, kept.has_spare_room, room + ("" if kept.has_spare_room else ", which are not there"))
 
 
 def longer_than_rope(config: PreTrainedConfig, lengths: Any) -> int:

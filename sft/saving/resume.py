@@ -179,7 +179,7 @@ HELD = re.compile(
     "(log|logging|hub|trackio|save|plan|resume|do)_.*|cache_dir|data_cache_dir|trust_remote_code|merge_lora|check_data|output_dir|"
     "overwrite_output_dir|restore_callback_states_from_checkpoint|disable_tqdm|report_to|run_name|project|enable_jit_checkpoint|"
     "push_to_hub|use_cpu|local_rank|ddp_backend|ddp_timeout|accelerator_config|torch_empty_cache_steps|debug|skip_memory_metrics|"
-    "include_num_input_tokens_seen|eval_samples|"
+    "include_num_input_tokens_seen|eval_samples|keep_gathered_weights|"
     "dataloader_(num_workers|pin_memory|persistent_workers|prefetch_factor|multiprocessing_context)"
 )
 # These matter only where an evaluation decides when the run ends or what is exported.

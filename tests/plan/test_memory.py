@@ -75,15 +75,23 @@ def test_ranks_share_what_the_engine_shards():
     assert ddp.host["loading or saving"] == 4 * 4 * size, "each rank reads the model"
     # float32 weights, gathered on rank 0, and what is written of them: more than its reading of the model
     assert fsdp.host["loading or saving"] == (4 + 2) * size
-    parts = '{"cpu_ram_efficient_loading": true, "state_dict_type": "SHARDED_STATE_DICT", "hybrid_shard": true}'
-    hybrid = plan_of(OPEN_LLAMA_7B, *words[:3], "16", "--fsdp", "true", "--fsdp_config", parts)
-    assert hybrid.gpu["weights"] == size / 2, "of the eight ranks of a machine"
-    assert hybrid.host["loading or saving"] == 4 * size, "nothing is gathered for a checkpoint"
     words += ["--use_lora", "True", "--fsdp", "true", "--fsdp_config"]
     once, each = (plan_of(OPEN_LLAMA_7B, *words, f'{{"cpu_ram_efficient_loading": {on}}}') for on in ("true", "false"))
     assert once.host["loading or saving"] == 2 * size and each.host["loading or saving"] == 4 * 2 * size
     assert zero.host["optimizer"] == 8 * size
     assert not ddp.fits and fsdp.fits and zero.fits
+
+
+def test_gathered_weights_that_are_kept_lie_next_to_the_activations():
+    words = ["--tokens_per_micro_batch", "4096", "--plan_world_size", "2", "--fsdp", "true"]
+    again = plan_of(OPEN_LLAMA_7B, *words, "--bf16", "True", step_tokens=4096)
+    kept = plan_of(
+        OPEN_LLAMA_7B, *words, "--bf16", "True", "--fsdp_config", '{"reshard_after_forward": false}', step_tokens=4096
+    )
+    assert again.keeping_gathered().gpu == kept.gpu
+    layer, head = 4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096, 32_000 * 4096
+    more = kept.gpu_peak - again.gpu_peak
+    assert more == pytest.approx(2 * (again.shape.parameters - 4 * layer - head), rel=1e-6)
 
 
 def test_ligers_chunks_are_smaller_and_compiled_layers_do_not_use_them(installed):

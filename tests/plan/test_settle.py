@@ -146,6 +146,30 @@ def test_the_token_budget_and_its_reason(monkeypatch):
     assert budget(tokens=70) == (70, "--tokens_per_micro_batch")
 
 
+def test_gathered_weights_are_kept_where_there_is_room():
+    def chosen(fits=True, device="cuda", asked=None, ranks=2, reshard=True, plan=True) -> tuple | None:
+        args = {
+            "fsdp": True,
+            "deepspeed": None,
+            "fsdp_plugin_args": {"reshard_after_forward": reshard},
+            "world_size": ranks,
+        }
+        args = SimpleNamespace(**args, keep_gathered_weights=asked, device=torch.device(device))
+        kept = SimpleNamespace(gpu_peak=30 * 2**30, has_spare_room=fits)
+        found = settle.choose_gathered(
+            args, SimpleNamespace(gpu_peak=20 * 2**30, keeping_gathered=lambda: kept) if plan else None
+        )
+        return found and found[1:]
+
+    assert chosen() == (True, "10.0 GiB more on each GPU")
+    assert chosen(fits=False) == (False, "10.0 GiB more on each GPU, which are not there")
+    assert chosen(asked=False) == (False, "--keep_gathered_weights")
+    assert chosen(fits=False, asked=True)[0] is True
+    assert not chosen(device="cpu")[0] and not chosen(plan=False)[0]
+    assert chosen(ranks=1) is None, "nothing is gathered"
+    assert chosen(reshard=False) is None, "--fsdp_config keeps them"
+
+
 def test_what_is_settled_cannot_be_changed(run):
     for field in dataclasses.fields(settle.Settled):
         with pytest.raises(dataclasses.FrozenInstanceError):

@@ -35,15 +35,17 @@ def test_ddp_adds_the_gradients_up_once_in_each_step(tiny_llama, questions_csv, 
 
 
 @pytest.mark.slow
-def test_fsdp_gathers_each_unit_twice_for_each_micro_batch_and_adds_its_gradient_up_once(
-    tiny_llama, questions_csv, tmp_path
+@pytest.mark.parametrize("kept", [False, True])
+def test_fsdp_gathers_each_unit_twice_for_each_micro_batch_or_keeps_it_and_adds_its_gradient_up_once(
+    tiny_llama, questions_csv, tmp_path, kept
 ):
-    flags = "--fsdp", "true"
+    flags = "--fsdp", "true", "--keep_gathered_weights", str(kept)
+    each = 1 if kept else 2
     micro_batches, sent = counted(collectives.shard_and_count, tiny_llama, questions_csv, tmp_path, *flags)
     assert micro_batches > 1
     gathers = {  # halves: of two ranks
-        f"all_gather {EMBEDDING // 2}": 2 * micro_batches,
-        f"all_gather {LAYER // 2}": 4 * micro_batches,
+        f"all_gather {EMBEDDING // 2}": each * micro_batches,
+        f"all_gather {LAYER // 2}": 2 * each * micro_batches,
         f"all_gather {HEAD // 2}": micro_batches,  # the root of the model keeps it for the backward pass
     }
     sums = {f"all_reduce {EMBEDDING}": 1, f"all_reduce {LAYER}": 2, f"all_reduce {HEAD}": 1}
