@@ -18,8 +18,8 @@ import transformers
 
 from sft import VERSION
 from sft.flags_2023 import is_true, names_in, read_json, translate, unknown_flags
-from sft.job import UserError, all_ranks_or_none, commit, differences_from_rank_0, say, world_size
-from sft.launchers import read_environment, shard_inside_machines
+from sft.job import UserError, all_ranks_or_none, commit, differences_from_rank_0, say
+from sft.launchers import drop_fsdp_where_nothing_is_sharded, read_environment, shard_inside_machines
 from sft.trainer_flags import FIELDS, OTHER_DEFAULTS, trainer_problems
 
 
@@ -178,6 +178,9 @@ class TrainingArguments(transformers.TrainingArguments):
     plan_only: bool = flag(False, "Print the memory plan and stop. Reads the model's config: no GPU, weights or data.")
     plan_gpu_gib: float | None = flag(None, "With --plan_only: plan for a GPU of this many GiB. Default: the one here.")
     plan_world_size: int | None = flag(None, "With --plan_only: plan for this many GPUs. Default: torchrun's number.")
+    plan_network_gb_s: float | None = flag(
+        None, "GB/s of each GPU to other machines, for the plan's line on communication."
+    )
     save_rehearsal: bool = flag(
         True,
         "Before the first step, gather and save once into a scratch folder and compare the disk's free space with "
@@ -327,7 +330,7 @@ def _read(
         problems += check(flags)
     if problems:
         raise UserError(problems)
-    notices += _drop_fsdp_where_nothing_is_sharded(flags)
+    notices += drop_fsdp_where_nothing_is_sharded(flags)
     return flags, notices + shard_inside_machines(flags)
 
 
@@ -354,16 +357,6 @@ def _read_fsdp_config(flags) -> list[str]:
 def checkpoints_are_models(flags) -> bool:
     """Whether a checkpoint must be a model that can be loaded: where it is nothing else, or is uploaded as one."""
     return flags.save_only_model or (flags.push_to_hub and flags.hub_strategy != "end")
-
-
-def _drop_fsdp_where_nothing_is_sharded(flags) -> list[str]:
-    """accelerate 1.15 does not shard on the CPU and falls back to DDP without a word; here it is said."""
-    if not flags.fsdp or not (flags.use_cpu or "WORLD_SIZE" not in os.environ):
-        return []
-    flags.fsdp, flags.fsdp_config = None, None
-    where = "on the CPU" if flags.use_cpu else "in a process without torchrun"
-    kind = "this run is plain DDP, each process holds" if world_size() > 1 else "this process holds"
-    return [f"--fsdp: Accelerate does not shard {where}: {kind} the whole model"]
 
 
 def _contradictions(flags) -> list[str]:

@@ -55,6 +55,16 @@ def read_environment(flags, argv: list[str]) -> tuple[list[str], list[str]]:
     return notices, problems
 
 
+def drop_fsdp_where_nothing_is_sharded(flags) -> list[str]:
+    """accelerate 1.15 does not shard on the CPU and falls back to DDP without a word; here it is printed."""
+    if not flags.fsdp or not (flags.use_cpu or "WORLD_SIZE" not in os.environ):
+        return []
+    flags.fsdp, flags.fsdp_config = None, None
+    where = "on the CPU" if flags.use_cpu else "in a process without torchrun"
+    kind = "this run is plain DDP, each process holds" if world_size() > 1 else "this process holds"
+    return [f"--fsdp: Accelerate does not shard {where}: {kind} the whole model"]
+
+
 def shard_inside_machines(flags) -> list[str]:
     """`--fsdp hybrid_shard`: sharded among the ranks of a machine, copied between machines, which meet once in a step."""
     if not (flags.fsdp and flags.fsdp_config.get("hybrid_shard")) or flags.plan_only:

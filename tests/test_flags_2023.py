@@ -71,7 +71,7 @@ def test_of_two_configs_the_last_counts_and_beats_the_old_words():
 
 def test_the_trainer_accepts_the_translated_fsdp_flags(monkeypatch):
     # on a CPU they are dropped before the Trainer sees them; here they are not
-    monkeypatch.setattr(flags, "_drop_fsdp_where_nothing_is_sharded", lambda flags: [])
+    monkeypatch.setattr(flags, "drop_fsdp_where_nothing_is_sharded", lambda flags: [])
     words = ["--fsdp", "full_shard auto_wrap", "--fsdp_transformer_layer_cls_to_wrap", "LlamaDecoderLayer"]
     required = ["--model_name_or_path", "m", "--data_path", "d.csv", "--output_dir", "o"]
     args = parse([*required, "--use_cpu", "True", *words])[2]

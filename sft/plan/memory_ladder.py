@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 
 from sft.job import UserError, complain, rank, say
 from sft.model.loading import load_config
+from sft.plan import communication
 from sft.plan.deepspeed_file import Unreadable
 from sft.plan.memory import GIB, Plan, Setting, make
 from sft.plan.model_sizes import NotMeasured, Shape
@@ -85,7 +86,7 @@ def describe_full(error: BaseException, plan: Plan | None, where: str) -> str:
 
 def describe(plan: Plan) -> str:
     """The plan as a run prints it."""
-    return "\n".join([*plan.table(), f"  {verdict(plan)}"])
+    return "\n".join([*plan.table(), *communication.lines(plan), f"  {verdict(plan)}"])
 
 
 def verdict(plan: Plan) -> str:

@@ -82,7 +82,7 @@ def test_plan_only_needs_the_config_alone(tmp_path, capsys):
     assert ended.value.code == 0
     said = capsys.readouterr().out
     assert "memory plan: 6.74 B parameters, 4 x 80.0 GiB GPU, FSDP\n" in said
-    assert said[said.index("memory plan") :].count("\n") == 5 and "it fits" in said
+    assert said[said.index("memory plan") :].count("\n") == 6 and "it fits" in said
     with pytest.raises(SystemExit):
         utils.train(
             load_llama_tokenizer, [*words, "--deepspeed", str(ROOT / "ds_config.json"), "--plan_world_size", "4"]

@@ -48,7 +48,7 @@ def prepare_and_shard(self, *args, fsdp_plugin=None, **kwargs):
 def shard_on_a_cpu() -> None:
     """Undo Accelerate's refusal and the scripts' own."""
     accelerate.state.AcceleratorState.__init__ = prepare_and_shard
-    flags._drop_fsdp_where_nothing_is_sharded = lambda flags: []
+    flags.drop_fsdp_where_nothing_is_sharded = lambda flags: []
 
 
 def load_and_say_how_much(*args):
