@@ -271,6 +271,7 @@ def train(load_tokenizer: LoadTokenizer, argv: list[str] | None = None) -> prepa
     with run.phase("load"):
         model = load_model(model_args, args, tokenizer, settled)
         head = settle.prepare_step(model, settled)
+        settled = settle.rehearse_fullest(model, head, settled, args, data_module["train_dataset"].lengths)
         trainer = run.build_trainer(model, head, settled, tokenizer, data_module)
     with run.training(trainer, settled):
         trainer.train(resume_from_checkpoint=resume) if args.do_train else run.evaluate(trainer)

@@ -71,12 +71,18 @@ SCENARIOS = {
     "7b": Scenario("7B-shaped, 8 layers", 16, 8, 1024, GPU_VARIANTS, (6, 16), (1, 2)),
     "cpu": Scenario("tiny", 2, 8, 128, ("ancestor", "ours", "ours_unshared"), (2, 20), (2, 20)),
 }
-OURS = {"ancestor": ["--packing", "False"], "ours": [], "ours_unshared": ["--share_prefixes", "False"]}  # their flags
+OURS = {  # their flags
+    "ancestor": ["--packing", "False"],
+    "ours": [],
+    "ours_unshared": ["--share_prefixes", "False"],
+    "ours_launched": ["--capture_steps", "False"],
+}
 SLOW = ("ancestor", "trl_default")
 WHAT = {
     "ancestor": "padded, stock attention and loss (--packing False)",
     "ours": "this project's defaults",
     "ours_unshared": "this project with --share_prefixes False",
+    "ours_launched": "this project with --capture_steps False",
     "trl_default": "SFTTrainer's defaults: padded, gradient checkpointing",
     "trl_best": "SFTTrainer: packed rows, Liger, no checkpointing, our attention kernel; 2 rows x 3 micro-batches",
     "trl_best_whole": "the same, the whole step in one micro-batch",
@@ -251,11 +257,19 @@ class Clock(transformers.TrainerCallback):
         self.seconds = self.began = self.first = 0.0
         self.measuring = False
         self.batches: list[dict] = []  # of the measured steps; counted afterwards, when it costs no time
+        self.meter: Any = None  # ours counts by itself
+        self.before: tuple[int, ...] = ()
 
     def watch(self, trainer: transformers.Trainer) -> "Clock":
-        trainer.model.register_forward_pre_hook(self._look, with_kwargs=True)
+        self.meter = getattr(trainer, "meter", None)
+        if self.meter is None:
+            trainer.model.register_forward_pre_hook(self._look, with_kwargs=True)
         trainer.add_callback(self)
         return self
+
+    def _so_far(self) -> tuple[int, ...]:
+        pairs = zip(*map(dataclasses.astuple, (self.meter.total, self.meter.counts))) if self.meter else ()
+        return tuple(map(sum, pairs))
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.measuring = self.warm_up <= state.global_step < self.warm_up + self.steps
@@ -274,13 +288,16 @@ class Clock(transformers.TrainerCallback):
         if state.global_step == 1:
             self.first = self.now()
         if state.global_step == self.warm_up:
-            self.began = self.now()
+            self.began, self.before = self.now(), self._so_far()
         if state.global_step == self.warm_up + self.steps:
             self.seconds = self.now() - self.began
+            self.before = tuple(now - then for now, then in zip(self._so_far(), self.before))
             control.should_training_stop = True
 
     def counts(self) -> TokenCounts:
         """What the measured steps held."""
+        if self.meter:
+            return TokenCounts(*self.before)
         total = TokenCounts()
         for batch in self.batches:
             ids = batch["input_ids"]

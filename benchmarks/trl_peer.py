@@ -1,9 +1,10 @@
 """TRL's SFTTrainer at its best on the model, the rows and the tokens per optimizer step of a run of this project.
 
-    torchrun --nproc_per_node=4 benchmarks/trl_peer.py MODEL ROWS.csv RESULT.json STEPS [EXAMPLES_PER_STEP]
+    torchrun --nproc_per_node=4 benchmarks/trl_peer.py MODEL ROWS.csv RESULT.json STEPS [EXAMPLES_PER_STEP [FOLDER]]
 
 Packed rows, Liger, no activation checkpointing, this project's attention kernel, FSDP2 where there is more than one GPU.
-Writes a JSON object with the median of the second half of the steps.
+STEPS may be "epoch"; the model is saved in FOLDER, if one is given. Writes a JSON object with the median of the second half of the
+steps and the seconds of each phase since the process began.
 """
 
 import itertools
@@ -15,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import transformers
 from datasets import load_dataset
@@ -39,8 +41,9 @@ class Clock(transformers.TrainerCallback):
         self.ends.append(time.perf_counter())
 
 
-def main(model: str, rows: str, result: str, steps: str, examples_per_step: str = "64") -> None:
+def main(model: str, rows: str, result: str, steps: str, examples_per_step: str = "64", folder: str = "") -> None:
     cuda = torch.cuda.is_available()
+    marks = [time.perf_counter() - (time.time() - psutil.Process().create_time()), time.perf_counter()]
     if cuda:
         from sft.step import attention_kernel  # noqa: F401  registers its operator
     table = load_dataset("csv", data_files=rows, split="train").rename_column("response", "completion")
@@ -56,8 +59,8 @@ def main(model: str, rows: str, result: str, steps: str, examples_per_step: str 
         layers = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "reshard_after_forward": True}
         sharding = {"fsdp": True, "fsdp_config": layers}
     config = SFTConfig(
-        output_dir=tempfile.mkdtemp(),
-        max_steps=int(steps),
+        output_dir=folder or tempfile.mkdtemp(),
+        **({"num_train_epochs": 1} if steps == "epoch" else {"max_steps": int(steps)}),
         per_device_train_batch_size=1,
         max_length=tokens,
         packing=True,
@@ -77,7 +80,13 @@ def main(model: str, rows: str, result: str, steps: str, examples_per_step: str 
     )
     clock = Clock()
     trainer = SFTTrainer(model=model, args=config, train_dataset=table, processing_class=tokenizer, callbacks=[clock])
+    marks.append(time.perf_counter())
     trainer.train()
+    marks += [clock.ends[0], time.perf_counter()]
+    if folder:
+        trainer.save_model()
+    marks.append(time.perf_counter())
+    names = ("start", "data_and_model", "first_step", "steps", "save")
     ends = clock.ends[len(clock.ends) // 2 :]
     seconds = statistics.median(end - start for start, end in itertools.pairwise(ends))
     if rank() == 0:
@@ -85,6 +94,9 @@ def main(model: str, rows: str, result: str, steps: str, examples_per_step: str 
         found = {
             "tokens_per_step": tokens * world_size(),
             "fill": statistics.fmean(packed) / tokens,
+            "steps": len(clock.ends),
+            "step_s": seconds,
+            "phases": {name: end - start for name, (start, end) in zip(names, itertools.pairwise(marks))},
             "tokens_per_s_per_gpu": statistics.fmean(packed) / seconds,
             "peak_memory_gib": peak_memory_gib(config.device),
         }

@@ -162,13 +162,13 @@ class TrainingArguments(transformers.TrainingArguments):
     )
     compile_layers: bool | None = flag(
         None,
-        "Compile the decoder layers of a packed run (torch.compile): the first step takes about 30 s longer, the "
-        "others little more than half as long. auto: on a GPU, when the run is long enough. True or False.",
+        "Compile the decoder layers: the first step takes 30 s longer, the others half as long. auto: on a GPU, in a long run.",
     )
     keep_gathered_weights: bool | None = flag(
         None,
         "With --fsdp full_shard: do not gather weights again for the backward pass. Same numbers. auto: if memory has room.",
     )
+    capture_steps: bool | None = flag(None, "Replay small steps as CUDA graphs. auto: on one GPU, where it is faster.")
     save_dtype: str | None = flag(
         None,
         "Type of the exported weights: float32, bfloat16 or float16. Default: the compute type. "
@@ -217,7 +217,7 @@ def _tokens(text: str) -> int:
     return int(text)
 
 
-def _auto_or(read: Callable[[str], Any], values: str, text: str) -> Any:
+def _auto_or(text: str, read: Callable[[str], Any] = is_true, values: str = "True or False") -> Any:
     try:
         return None if text == "auto" else read(text)
     except (ValueError, ArgumentTypeError):
@@ -225,8 +225,8 @@ def _auto_or(read: Callable[[str], Any], values: str, text: str) -> Any:
 
 
 AUTO = {  # flags that are None where the user wrote auto, or nothing, and how they are read
-    "tokens_per_micro_batch": partial(_auto_or, _tokens, "a number of tokens"),
-    **dict.fromkeys(("compile_layers", "keep_gathered_weights"), partial(_auto_or, is_true, "True or False")),
+    "tokens_per_micro_batch": partial(_auto_or, read=_tokens, values="a number of tokens"),
+    **dict.fromkeys(("compile_layers", "keep_gathered_weights", "capture_steps"), _auto_or),
 }
 
 

@@ -18,7 +18,7 @@ from sft.outside import read_object, reading
 from sft.report.record import REPORT_NAME
 from sft.saving import export_files
 from sft.saving.checkpoint import make_readable
-from sft.saving.export import COMPLETE, complete
+from sft.saving.export import COMPLETE, complete, describe_files
 from sft.saving.model_card import write_card
 
 
@@ -67,7 +67,7 @@ def claim(adapter: Path, output: Path, proof: str) -> None:
     record = read_object(adapter / REPORT_NAME)
     shutil.copyfile(adapter / REPORT_NAME, output / REPORT_NAME)
     write_card(output, record)
-    complete(str(output), record["final"]["steps"], [proof])
+    complete(str(output), record["final"]["steps"], [proof], describe_files(output))
 
 
 def main(argv: list[str] | None = None) -> None:

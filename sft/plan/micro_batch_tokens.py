@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import math
 from collections.abc import Callable
 
 import torch
@@ -96,12 +97,39 @@ def small_model(
     return probe.train()
 
 
-def run_once(probe: PreTrainedModel, head: torch.nn.Module, tokens: int, args: TrainingArguments) -> None:
-    """Forward and backward on one packed row, under autocast as Accelerate will wrap the run's model."""
+def fullest_peak(
+    model: PreTrainedModel, head: torch.nn.Module, tokens: int, times: int, others: float, args: TrainingArguments
+) -> int:
+    """Peak bytes on the GPU of such micro-batches, one after the other, next to so many bytes that do not exist yet.
+
+    Args:
+        times: 2 where gradients lie next to the activations of a second micro-batch.
+        others: of the optimizer's state, in pieces as large as its tensors.
+    """
+    largest = max(weight.nbytes for weight in model.parameters())
+    held = [torch.empty(largest, dtype=torch.uint8, device=args.device) for _ in range(math.ceil(others / largest))]
+    torch.cuda.reset_peak_memory_stats(args.device)
+    model.train()
+    for _ in range(times):
+        run_once(model, head, tokens, args, keep=True)
+    model.zero_grad()
+    del held
+    return torch.cuda.max_memory_allocated(args.device)
+
+
+def run_once(
+    probe: PreTrainedModel, head: torch.nn.Module, tokens: int, args: TrainingArguments, keep: bool = False
+) -> None:
+    """Forward and backward on one packed row, under autocast as Accelerate will wrap the run's model.
+
+    Args:
+        keep: the gradients.
+    """
     ids, dtype = torch.zeros(256, dtype=torch.int64), compute_dtype(args)
-    batch = PackedCollator()([{"input_ids": ids, "labels": ids}] * (tokens // 256))
+    batch = PackedCollator()([{"input_ids": ids, "labels": ids}] * math.ceil(tokens / 256))
     batch = {key: value.to(args.device) if torch.is_tensor(value) else value for key, value in batch.items()}
     with torch.autocast(args.device.type, dtype, enabled=dtype != torch.float32):
         loss = summed_loss(probe, head, batch)
     loss.backward()
-    probe.zero_grad(set_to_none=True)
+    if not keep:
+        probe.zero_grad(set_to_none=True)

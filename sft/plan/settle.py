@@ -1,7 +1,7 @@
 """Make every choice of a run once, before a weight is loaded, and print each with its reason."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -13,11 +13,12 @@ from sft.flags import ModelArguments, TrainingArguments
 from sft.job import Choice, UserError, rank, say
 from sft.model import loading
 from sft.plan import memory, memory_ladder
-from sft.plan.micro_batch_tokens import measured_tokens
+from sft.plan.micro_batch_tokens import fullest_peak, measured_tokens
 from sft.plan.proof import Example, NotFinite, Proof, first_rows, in_a_line, prove, rows_for_the_whole
 from sft.step import attention, rotary
-from sft.step.compiled_layers import choose_compilation, compile_layers, keep_residual_in_compute_type
-from sft.step.loss import loss_kernel
+from sft.step.captured_steps import choose_capture
+from sft.step.compiled_layers import choose_compilation, compile_layers, keep_residual_in_compute_type, more_graphs
+from sft.step.loss import LIGER, loss_kernel
 from sft.step.micro_batches import PackedBatchSampler, Packing, describe
 from sft.step.modules import LossHead, exchange
 from sft.step.packed_rows import choose_prefixes, measured_share
@@ -29,11 +30,14 @@ class Settled:
 
     config: PreTrainedConfig
     device: torch.device
+    parameters: int
     arithmetic: Arithmetic
     precision: Precision
     attention: Choice
     compilation: Choice  # of the decoder layers
+    capture: Choice  # of steps
     kernel: Callable  # computes the losses: sft/step/loss.py
+    liger: bool  # norms and MLPs are Liger's kernels
     prefixes: Choice
     sampler: PackedBatchSampler | None  # the run's micro-batches; None with --train_sampling_strategy
     packing: Packing | None  # what they hold; None in a padded run
@@ -88,6 +92,7 @@ def settle(model_args: ModelArguments, args: TrainingArguments, dataset: Any) ->
         compilation = choose_compilation(args, skeleton.num_parameters(), model_args.load_in_4bit, run_tokens)
         say(compilation)
     kernel, loss = loss_kernel(args.device, compilation.value, args.label_smoothing_factor)
+    liger = loss.value == LIGER and engine(args) == "DDP" and args.world_size == 1 and not args.use_liger_kernel
     if args.packing and args.device.type == "cuda":
         say(loss)
     dropout = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in skeleton.modules())
@@ -103,7 +108,7 @@ def settle(model_args: ModelArguments, args: TrainingArguments, dataset: Any) ->
     )
 
     def prepare(probe: PreTrainedModel) -> LossHead:
-        return _prepare(probe, args.device, kernel, compilation)
+        return _prepare(probe, args.device, kernel, compilation, liger)
 
     def sampler_within(tokens: int) -> PackedBatchSampler:
         return PackedBatchSampler.of(args, lengths, arithmetic, max_tokens=tokens)
@@ -114,6 +119,7 @@ def settle(model_args: ModelArguments, args: TrainingArguments, dataset: Any) ->
 
     if not args.packing:
         sampler, packing = None, None
+        capture = Choice("captured steps", False, "--packing False")
         if args.train_sampling_strategy == "random":
             padded = args.per_device_train_batch_size
             sampler = PackedBatchSampler.of(args, lengths, arithmetic, padded=padded)
@@ -131,6 +137,16 @@ def settle(model_args: ModelArguments, args: TrainingArguments, dataset: Any) ->
             budget.reason,
         )
         memory_plan = asked and asked.at(packing.fullest, packing.micro_batches)
+        step = arithmetic.examples_per_step * lengths.mean() / args.world_size, packing.micro_batches
+        cannot = {
+            "dropout or noise is drawn": dropout or args.neftune_noise_alpha,
+            "4-bit weights": model_args.load_in_4bit,
+            "rope asks for each example's length": rotary.changes_beyond(config) is not None,
+        }
+        why = next((why for why, holds in cannot.items() if holds), "")
+        capture = choose_capture(args, skeleton.num_parameters(), config.num_hidden_layers, *step, why)
+        if args.device.type == "cuda" and args.do_train:
+            say(capture)
     gathered = choose_gathered(args, memory_plan)
     if gathered and gathered.value:
         args.fsdp_plugin_args["reshard_after_forward"] = False
@@ -148,11 +164,14 @@ def settle(model_args: ModelArguments, args: TrainingArguments, dataset: Any) ->
     return Settled(
         config=config,
         device=args.device,
+        parameters=skeleton.num_parameters(),
         arithmetic=arithmetic,
         precision=precision,
         attention=kernel_of_attention,
         compilation=compilation,
+        capture=capture,
         kernel=kernel,
+        liger=liger,
         prefixes=prefixes,
         sampler=sampler,
         packing=packing,
@@ -301,12 +320,50 @@ def prepare_step(model: PreTrainedModel, settled: Settled) -> LossHead | None:
 
     Returns: the output layer, which gives the loss; None in a padded run.
     """
-    return _prepare(model, settled.device, settled.kernel, settled.compilation) if settled.packing else None
+    how = settled.device, settled.kernel, settled.compilation, settled.liger
+    return _prepare(model, *how) if settled.packing else None
 
 
-def _prepare(model: PreTrainedModel, device: torch.device, kernel: Callable, compilation: Choice) -> LossHead:
+def rehearse_fullest(
+    model: PreTrainedModel, head: LossHead | None, settled: Settled, args: TrainingArguments, lengths: Any
+) -> Settled:
+    """On one GPU run the fullest micro-batch before the first step, with memory taken for the optimizer's state: it fits, or steps are divided.
+
+    The weights move to the GPU here, and nothing is updated. Returns what is settled now.
+    """
+    plan = settled.memory_plan
+    one_gpu = args.device.type == "cuda" and args.world_size == 1 and engine(args) == "DDP" and not args.torch_compile
+    if head is None or plan is None or settled.packing is None or not (one_gpu and args.do_train):
+        return settled
+    if model.device.type != "cuda":
+        model.to(args.device)
+    while True:
+        tokens, several = settled.packing.fullest, settled.packing.micro_batches > 1
+        try:
+            with torch.random.fork_rng([args.device]), more_graphs():
+                peak = fullest_peak(model, head, tokens, 1 + several, plan.gpu["optimizer"], args)
+        except torch.OutOfMemoryError:
+            model.zero_grad()
+            torch.cuda.empty_cache()
+            if tokens <= lengths.max():
+                raise
+        else:
+            say(f"rehearsed: a micro-batch of {tokens:,} tokens peaks at {peak / memory.GIB:.1f} GiB on the GPU")
+            return settled
+        sampler = PackedBatchSampler.of(args, lengths, settled.arithmetic, max_tokens=tokens - 1)
+        why = f"{tokens:,} tokens did not fit when they were tried"
+        packing = describe(sampler, *settled.packing.recipe, why)
+        plan = plan.at(packing.fullest, packing.micro_batches)
+        capture = settled.capture._replace(value=False, reason="several micro-batches in a step")
+        settled = replace(settled, sampler=sampler, packing=packing, memory_plan=plan, capture=capture)
+        say(packing)
+
+
+def _prepare(
+    model: PreTrainedModel, device: torch.device, kernel: Callable, compilation: Choice, liger: bool
+) -> LossHead:
     cuda = device.type == "cuda"
-    head = exchange(model, kernel, fused_norms=compilation.value and cuda)
+    head = exchange(model, kernel, fused_norms=compilation.value and cuda, liger=liger)
     if cuda:
         keep_residual_in_compute_type(model)
     if compilation.value:

@@ -39,8 +39,9 @@ from sft.run.stop_requests import command_to_continue
 from sft.run.trainer import SupervisedTrainer
 from sft.saving import checkpoint, export, resume
 from sft.saving.model_card import write_card
-from sft.saving.rehearsal import rehearse
+from sft.saving.rehearsal import refuse_full_disk, rehearse
 from sft.step import attention, compiled_layers
+from sft.step.captured_steps import CapturedSteps, FilledRows
 from sft.step.modules import LossHead
 from sft.step.packed_rows import PackedCollator, group_by_prefix
 
@@ -142,6 +143,8 @@ class Run:
         with all_ranks_or_none():
             if problems := differences_from_rank_0(self.identity):
                 raise UserError(problems)
+            if self.args.do_train and self.args.save_rehearsal and not self.model_args.use_lora:
+                refuse_full_disk(self.args, settled.parameters, settled.arithmetic.steps, export_dtype(self.args))
         if self.resume:
             resume.refuse_changes(self.resume, self.before, self.identity, self.args.resume_with_changes)
 
@@ -171,12 +174,17 @@ class Run:
         if args.packing:
             share = group_by_prefix if settled.prefixes.value else None
             data_module = data_module | {"data_collator": PackedCollator(share)}
+        captured = None
+        if settled.capture.value:
+            rows = FilledRows(data_module["data_collator"], settled.arithmetic.examples_per_step)
+            captured = CapturedSteps(rows)
         return SupervisedTrainer(
             model=model,
             args=args,
             processing_class=tokenizer,
             sampler=settled.sampler,
             head=head,
+            captured=captured,
             meter=meter,
             write_checkpoint=self._write_checkpoint,
             before_first_step=partial(self._try_out, settled=settled),
@@ -251,15 +259,17 @@ class Run:
             self.report.finish(trainer.meter.summary())
             self._say_how_to_continue(trainer.state.global_step, trainer.state.max_steps)
         else:
-            proved, limits = self._export(trainer)
+            exporter, proved = self._export(trainer)
             self.report.finish(trainer.meter.summary())
             if rank() == 0:
                 try:
                     folder, record = Path(self.args.output_dir), self.report.record
-                    write_card(folder, record, self.args.hub_model_id, limits)
+                    write_card(folder, record, self.args.hub_model_id, exporter.limits)
                     if self.model_args.merge_lora:
-                        write_card(folder / "adapter", record, None, limits)  # in the place of peft's, which is blank
-                    export.complete(self.args.output_dir, trainer.state.global_step, proved)
+                        write_card(
+                            folder / "adapter", record, None, exporter.limits
+                        )  # in the place of peft's, which is blank
+                    export.complete(self.args.output_dir, trainer.state.global_step, proved, exporter.files)
                 except OSError as error:
                     raise UserError(
                         f"{self.args.output_dir}: the model is saved and proved and can be used, but its card or {export.COMPLETE} could not be "
@@ -298,8 +308,8 @@ class Run:
             return ": no step was saved"
         return f": {newest.name} is the newest checkpoint. To continue: {command_to_continue()}"
 
-    def _export(self, trainer: SupervisedTrainer) -> tuple[list[str], list[str]]:
-        """Write the tuned model for plain transformers and other programs; return what was proved, and what those cannot do."""
+    def _export(self, trainer: SupervisedTrainer) -> tuple[export.Exporter, list[str]]:
+        """Write the tuned model for plain transformers and other programs; return what was proved."""
         folder, proved = Path(self.args.output_dir), []
         with self.phase("save"), checkpoint.exit_on_failed_save(folder / "model"):
             exporter = export.Exporter(trainer, self.model_args, export_dtype(self.args), self.template)
@@ -311,4 +321,4 @@ class Run:
         say(f"model saved in {folder}; proved: {'; '.join(proved)}")
         for limit in exporter.limits:
             say(f"warning: {limit}")
-        return proved, exporter.limits
+        return exporter, proved

@@ -20,6 +20,7 @@ from sft.run.evaluation import EvalBatchSampler, token_weighted_loop
 from sft.run.finite_check import explain_non_finite, what_to_try
 from sft.run.step_message import StepMessage
 from sft.run.stop_requests import StopRequests, ignore_in_worker
+from sft.step.captured_steps import CapturedSteps
 from sft.step.counts import CountingCollator, take_counts
 from sft.step.loss import summed_loss
 from sft.step.micro_batches import PackedBatchSampler, set_accumulation
@@ -32,6 +33,7 @@ class SupervisedTrainer(Trainer):
         args, model, data_collator, …: the stock Trainer's.
         sampler: the run's micro-batches; None leaves them to the stock Trainer.
         head: the model's output layer after `modules.exchange`; None in a padded run.
+        captured: the graphs of its steps; None launches each kernel by itself.
         meter: is told of each step's tokens, and adds its numbers to the log (`report.speed.Meter`).
         write_checkpoint: (trainer, the stock saving) -> None; what `_save_checkpoint` does with the stock saving.
         before_first_step: called when the model is wrapped and sharded as in training.
@@ -46,6 +48,7 @@ class SupervisedTrainer(Trainer):
         data_collator: Callable[[list], dict],
         sampler: PackedBatchSampler | None = None,
         head: torch.nn.Module | None = None,
+        captured: CapturedSteps | None = None,
         meter: Any = None,
         write_checkpoint: Callable[["SupervisedTrainer", Callable[[], None]], None] | None = None,
         before_first_step: Callable[["SupervisedTrainer"], None] | None = None,
@@ -53,6 +56,7 @@ class SupervisedTrainer(Trainer):
         **stock: Any,
     ):
         self.sampler, self.head, self.meter, self.write_checkpoint = sampler, head, meter, write_checkpoint
+        self.captured = captured
         self.stops, self.checkpoints_are_models = StopRequests(), checkpoints_are_models(args)
         self.loss_since_log = 0.0  # summed over steps, the mean over ranks
         self.counts: torch.Tensor  # (ranks, numbers): what each rank counted until the last step
@@ -76,7 +80,10 @@ class SupervisedTrainer(Trainer):
     # ---- micro-batches
 
     def get_train_dataloader(self) -> DataLoader:
-        return self._loader(self.train_dataset, self.sampler) if self.sampler else super().get_train_dataloader()
+        if self.sampler is None:
+            return super().get_train_dataloader()
+        collator = CountingCollator(self.captured.rows) if self.captured else self.data_collator
+        return self._loader(self.train_dataset, self.sampler, collator)
 
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
@@ -85,14 +92,14 @@ class SupervisedTrainer(Trainer):
             tokens = self.args.per_device_eval_batch_size * self.args.model_max_length
             size = {"max_tokens": max(tokens, self.sampler.max_tokens)}
         sampler = EvalBatchSampler(dataset.lengths, self.args.world_size, self.args.process_index, **size)
-        return self._loader(dataset, sampler)
+        return self._loader(dataset, sampler, self.data_collator)
 
-    def _loader(self, dataset, sampler) -> DataLoader:
+    def _loader(self, dataset, sampler, collator) -> DataLoader:
         args = self.args  # each rank has batches of its own already: nothing for Accelerate to divide
         return DataLoader(
             dataset,
             batch_sampler=sampler,
-            collate_fn=self.data_collator,
+            collate_fn=collator,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
             persistent_workers=args.dataloader_persistent_workers,
@@ -146,11 +153,18 @@ class SupervisedTrainer(Trainer):
         return loss * share / num_items_in_batch
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        launch = partial(super().training_step, model, inputs, num_items_in_batch)
+        loss = self.captured.step(model, inputs, num_items_in_batch, self._pass, launch) if self.captured else launch()
         self.message.add(inputs, loss)
         # the step's last micro-batch: the GPU has work in hand, and the next examples are gathered meanwhile
         if self.accelerator.sync_gradients:
             self.ahead = (self.source[0], self._fetch(*self.source))
+        return loss
+
+    def _pass(self, model, inputs, num_items_in_batch) -> torch.Tensor:
+        """Forward and backward of a step's only micro-batch, as the stock training step has them."""
+        loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        self.accelerator.backward(loss)
         return loss
 
     def _get_grad_norm(self, model, grad_norm=None):

@@ -6,7 +6,11 @@ COMPLETE.json lists what was proved and the files that hold the weights. It is t
 import hashlib
 import json
 import math
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -53,13 +57,33 @@ def is_already_finished(training_args) -> bool:
     return True
 
 
-def complete(output_dir: str, step: int, proved: list[str]) -> None:
-    """Write COMPLETE.json when the model is on the disk; rank 0 calls it when nothing else is left to write."""
+def complete(output_dir: str, step: int, proved: list[str], files: dict[str, dict]) -> None:
+    """Write COMPLETE.json when the model is on the disk; rank 0 calls it when nothing else is left to write.
+
+    Args:
+        files: of `describe_files`.
+    """
     folder = Path(output_dir)
     written = [file for file in (*folder.iterdir(), *folder.glob("adapter/*")) if file.is_file()]
     sync(*written, *{file.parent for file in written})
-    files = {name: describe_file(folder / name) for name in weight_files(folder)}
     write_json(folder / COMPLETE, {"step": step, "proved": proved, "files": files})
+
+
+def describe_files(folder: Path) -> dict[str, dict]:
+    """The files of weights, as COMPLETE.json lists them, when they are on the disk."""
+
+    def describe(path: Path) -> dict[str, Any]:
+        sync(path)
+        return describe_file(path)
+
+    names = list(weight_files(folder))
+    return dict(zip(names, side_by_side(describe, [folder / name for name in names])))
+
+
+def side_by_side(function: Callable, items: Iterable) -> list:
+    """The results of a function that reads or hashes large tensors: Python lets other threads run meanwhile."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return list(pool.map(function, items))
 
 
 def gather_weights(trainer, dtype: torch.dtype, up_to_bytes: float = math.inf) -> Weights:
@@ -122,6 +146,7 @@ class Exporter:
         # the trained weights are in the output folder, or in `adapter` inside it where the merged model takes that
         self.trained = self.folder / "adapter" if model_args.merge_lora else self.folder
         self.written: dict[str, dict] = {}  # `describe_weights` of what was handed over for writing
+        self.files: dict[str, dict] = {}  # `describe_files`, once they are proved
         self.limits: list[str] = []  # what other programs cannot do with this model, known once it is proved
         compared = up_to_bytes == math.inf and not model_args.load_in_4bit  # 4-bit weights are not reloaded as they are
         self.probe = probe_logits(trainer) if compared else None
@@ -154,10 +179,13 @@ class Exporter:
 
     def prove(self) -> list[str]:
         """One sentence for each thing that was found equal; all that is wrong is raised in one UserError. Rank 0 alone."""
-        problems, proved = self.check()
+        with ThreadPoolExecutor(1) as pool:
+            files = pool.submit(describe_files, self.folder)
+            problems, proved = self.check()
         if problems:
             left = "The export is not complete; the checkpoints are untouched."
             raise UserError([*(f"{self.folder}: {problem}" for problem in problems), left])
+        self.files = files.result()
         return proved
 
     def check(self) -> tuple[list[str], list[str]]:
@@ -231,7 +259,8 @@ def describe(tensor: torch.Tensor, hashed: bool) -> dict[str, Any]:
 def describe_weights(weights: Weights) -> dict[str, dict]:
     """What is about to be written, with the hash of all tensors or of a sample spread over a large model."""
     stride = math.ceil(sum(tensor.nbytes for tensor in weights.values()) / SMALL_BYTES) or 1
-    return {name: describe(tensor, n % stride == 0) for n, (name, tensor) in enumerate(weights.items())}
+    names = list(weights)
+    return dict(zip(names, side_by_side(lambda n: describe(weights[names[n]], n % stride == 0), range(len(names)))))
 
 
 def weight_files(folder: Path) -> dict[str, set[str] | None]:
@@ -267,8 +296,7 @@ def check_weights(folder: Path, written: dict[str, dict] | None) -> list[str]:
                 names = sorted(opened.keys())
                 disagreed = sorted(listed.symmetric_difference(names)) if listed else []
                 problems += [f"the index and {file} disagree about {name}" for name in disagreed]
-                for name in names:
-                    problem = _problem_of(name, opened.get_tensor(name), written and written.get(name, {}))
+                for name, problem in zip(names, side_by_side(partial(_problem_of, opened, written), names)):
                     problems += [f"{name}{problem}"] * bool(problem)
                     lost = {other: memory for other, memory in lost.items() if memory != lost.get(name)}
         except FileNotFoundError:
@@ -278,8 +306,9 @@ def check_weights(folder: Path, written: dict[str, dict] | None) -> list[str]:
     return problems + [f"{name} was not saved" for name in lost]
 
 
-def _problem_of(name: str, tensor: torch.Tensor, written: dict[str, Any] | None) -> str:
-    """What is wrong with a tensor that was read back, after its name; nothing when it is as it was written."""
+def _problem_of(opened: Any, every: dict[str, dict] | None, name: str) -> str:
+    """What is wrong with a tensor that is read back, after its name; nothing when it is as it was written."""
+    tensor, written = opened.get_tensor(name), every and every.get(name, {})
     if not tensor.isfinite().all():
         return " holds NaN or infinity"
     if not tensor.any() and not (name.endswith("bias") or "lora_B" in name):  # these begin as zeros

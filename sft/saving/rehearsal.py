@@ -35,8 +35,9 @@ def rehearse(trainer, model_args: ModelArguments, export_dtype: torch.dtype, tem
         UserError: the export would be refused.
     """
     args, checkpoint, output_dir = trainer.args, checkpoint_bytes(trainer), Path(trainer.args.output_dir)
+    kept = checkpoints_kept(args, trainer.state.max_steps, trainer.state.save_steps or 1)
     with all_ranks_or_none():
-        say(check_space(output_dir, checkpoint, checkpoints_kept(trainer), model_bytes(trainer, export_dtype)))
+        say(check_space(output_dir, checkpoint, kept, model_bytes(trainer, export_dtype)))
     scratch, small = output_dir / SCRATCH, checkpoint <= SMALL_BYTES
     folder = f"checkpoint-{trainer.state.global_step}"
 
@@ -90,14 +91,22 @@ def checkpoint_bytes(trainer) -> int:
     return (4 if trainer.args.save_only_model else each) * count_weights(trainer.model)[1]
 
 
-def checkpoints_kept(trainer) -> int:
+def checkpoints_kept(args, steps: int, save_steps: float) -> int:
     """How many checkpoints lie on the disk at the worst moment: a new one is whole before an old one goes."""
-    args, state = trainer.args, trainer.state
-    by_steps = math.ceil(state.max_steps / max(1, state.save_steps or 1))
+    every = save_steps if save_steps >= 1 else math.ceil(steps * save_steps)
+    by_steps = math.ceil(steps / max(1, every))
     made = max(1, {"steps": by_steps, "epoch": math.ceil(args.num_train_epochs)}.get(args.save_strategy.value, 1))
     if args.save_strategy.value == "no":
         made = 0  # a stop saves one where there is room, and prints it where there is none
     return min(made, args.save_total_limit + 1) if args.save_total_limit else made
+
+
+def refuse_full_disk(args, weights: int, steps: int, export_dtype: torch.dtype) -> None:
+    """Refuse, before a weight is loaded, a run of all weights that the disk has no room for; an engine's checkpoints may take more."""
+    kept = checkpoints_kept(args, steps, args.save_steps)
+    check_space(
+        Path(args.output_dir), (4 if args.save_only_model else 12) * weights, kept, export_dtype.itemsize * weights
+    )
 
 
 def gb(size: int) -> str:

@@ -15,6 +15,9 @@ from sft.job import Choice, swapped
 CHUNK_BYTES = 2**29  # float32 logits of one chunk at most: large enough for full matrix products, small beside a model
 
 
+LIGER = "Liger's kernel"
+
+
 def losses_and_gradient(
     logits: torch.Tensor, targets: torch.Tensor, smoothing: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -157,9 +160,7 @@ def loss_kernel(device: torch.device, compiled: bool, smoothing: float = 0.0) ->
         from liger_kernel.ops.cross_entropy import liger_cross_entropy_kernel
 
         why = "liger-kernel is installed and layers are not compiled"
-        return partial(with_liger, liger_cross_entropy_kernel, smoothing), Choice(
-            "head and loss", "Liger's kernel", why
-        )
+        return partial(with_liger, liger_cross_entropy_kernel, smoothing), Choice("head and loss", LIGER, why)
     why = "layers are not compiled; with liger-kernel installed less memory"
     return ours, Choice("head and loss", "PyTorch's operations", why)
 

@@ -10,18 +10,21 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
 
 from sft.step.loss import LossOfLogits, SummedLoss, losses_and_gradient, of_bent_logits
 from sft.step.rotary import RotaryOfExamples, depends_on_length
 
 
-def exchange(model: PreTrainedModel, kernel: Callable = losses_and_gradient, fused_norms: bool = False) -> "LossHead":
+def exchange(
+    model: PreTrainedModel, kernel: Callable = losses_and_gradient, fused_norms: bool = False, liger: bool = False
+) -> "LossHead":
     """Give a model's modules what packed rows need. Modules of other classes than LLaMA's stay as they are.
 
     Args:
         kernel: computes losses and their gradient from logits (`loss.loss_kernel`).
         fused_norms: a norm's backward pass is one Triton kernel.
+        liger: norms and MLPs are Liger's kernels.
 
     Returns: the output layer, whose output is the loss while `loss.summed_loss` runs.
     """
@@ -39,6 +42,10 @@ def exchange(model: PreTrainedModel, kernel: Callable = losses_and_gradient, fus
             from sft.step.norm_kernel import FusedNorm  # it needs Triton
 
             _become(module, FusedNorm)
+        if liger and type(module) in (LlamaRMSNorm, LlamaMLP):
+            from sft.step.liger_modules import LigerMLP, LigerNorm  # it needs liger-kernel
+
+            _become(module, LigerNorm if type(module) is LlamaRMSNorm else LigerMLP)
         if depends_on_length(module) and not isinstance(module, RotaryOfExamples):
             _become(module, RotaryOfExamples)
     return head

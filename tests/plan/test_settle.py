@@ -1,5 +1,6 @@
 """Each choice of a run is made once, printed once with its reason, and is what the run then does."""
 
+import contextlib
 import dataclasses
 import inspect
 import shutil
@@ -7,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from scripts import ROOT, save_llama
@@ -18,6 +20,7 @@ from sft.flags import ModelArguments, TrainingArguments
 from sft.job import Choice
 from sft.plan import memory_ladder, settle
 from sft.run import trainer as trainer_module
+from sft.step.micro_batches import PackedBatchSampler, describe
 
 DECISIONS = {  # where each is asked for
     "arithmetic": (Arithmetic, "of"),
@@ -25,6 +28,7 @@ DECISIONS = {  # where each is asked for
     "attention": (settle, "packed_or_padded"),
     "proof": (settle, "prove"),
     "compiled layers": (settle, "choose_compilation"),
+    "captured steps": (settle, "choose_capture"),
     "shared prefixes": (settle, "choose_prefixes"),
     "loss": (settle, "loss_kernel"),
     "token budget": (settle, "_token_budget"),
@@ -184,3 +188,65 @@ def test_the_run_does_what_is_settled(run):
     assert trainer.args.gradient_accumulation_steps == settled.packing.micro_batches
     assert run.record["packing"]["shared_prefixes"] == str(settled.prefixes)
     assert settled.prefixes.value and run.record["final"]["shared_share"] > 0
+
+
+# --------------------------------------------------------------------------------------------- the fullest is tried
+
+
+@pytest.fixture
+def tried(monkeypatch):
+    """`rehearse_fullest` as on a GPU on which so many tokens fit: asked(room) -> what is settled, and what was tried."""
+    lengths = np.array([40, 30, 20, 10] * 4)
+    arithmetic = Arithmetic(1, 2, 2, 4, 4, 4)
+    args = SimpleNamespace(
+        device=SimpleNamespace(type="cuda"), world_size=1, fsdp=None, deepspeed=None, torch_compile=False
+    )
+    vars(args).update(do_train=True, n_gpu=1, process_index=0, seed=1, data_seed=None, dataloader_drop_last=False)
+    model = SimpleNamespace(device=args.device, zero_grad=lambda: None)
+    sampler = PackedBatchSampler.of(args, lengths, arithmetic, max_tokens=200)
+    plan = SimpleNamespace(
+        gpu={"optimizer": 7.0}, at=lambda *step: SimpleNamespace(gpu={"optimizer": 7.0}, at=plan.at, step=step)
+    )
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: contextlib.nullcontext())
+
+    def asked(room: int):
+        seen = []
+
+        def peak(model, head, tokens, times, others, args):
+            seen.append((tokens, times, others))
+            if tokens > room:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return 2**30
+
+        monkeypatch.setattr(settle, "fullest_peak", peak)
+        packing, on = describe(sampler, 2, 2, 100, "auto"), Choice("captured steps", True, "small")
+        settled = settle.Settled(
+            *[None] * 3, arithmetic, *[None] * 3, on, None, False, None, sampler, packing, [], [], plan
+        )
+        return settle.rehearse_fullest(model, "head", settled, args, lengths), seen
+
+    return asked
+
+
+def test_the_fullest_micro_batch_is_tried_and_stays_where_it_fits(tried, capsys):
+    settled, seen = tried(room=10**6)
+    assert seen == [(settled.packing.fullest, 1, 7.0)] and settled.packing.micro_batches == 1 and settled.capture.value
+    assert "rehearsed: a micro-batch of " in capsys.readouterr().out
+
+
+def test_steps_are_divided_until_their_fullest_micro_batch_fits(tried, capsys):
+    whole = tried(room=10**6)[0].packing.fullest
+    settled, seen = tried(room=60)
+    fullest = settled.packing.fullest
+    assert seen[0] == (whole, 1, 7.0) and seen[-1] == (fullest, 2, 7.0) and fullest <= 60 < seen[-2][0]
+    # the same examples in each step, and the run's sampler, plan and choices are those that were tried
+    assert (
+        settled.sampler.micro_batches == settled.packing.micro_batches >= 2 and settled.sampler.examples_per_step == 4
+    )
+    assert settled.memory_plan.step == (fullest, settled.packing.micro_batches) and not settled.capture.value
+    assert f"{seen[-2][0]:,} tokens did not fit when they were tried" in capsys.readouterr().out
+
+
+def test_an_example_that_does_not_fit_by_itself_ends_the_run(tried):
+    with pytest.raises(torch.OutOfMemoryError):
+        tried(room=39)

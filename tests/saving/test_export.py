@@ -44,7 +44,7 @@ def test_a_model_is_on_the_disk_before_complete_json_claims_it(tmp_path, monkeyp
 
     monkeypatch.setattr(os, "fsync", noted_fsync)
     monkeypatch.setattr(os, "replace", lambda old, new: (events.append("COMPLETE.json"), replace(old, new)))
-    export.complete(str(tmp_path), 3, [])
+    export.complete(str(tmp_path), 3, [], {})
     written = [".", "adapter", "adapter/adapter_model.safetensors", "model.safetensors", "tokenizer.json"]
     assert sorted(events[:5]) == written and events[5:] == [".COMPLETE.json.new", "COMPLETE.json", "."]
 

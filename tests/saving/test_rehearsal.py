@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from saved_runs import flags_for, train
 
+import utils
 from sft.job import UserError
 from sft.run import prepare
 from sft.run.trainer import SupervisedTrainer
@@ -19,7 +20,7 @@ from sft.saving import rehearsal
 def test_a_disk_too_small_for_the_run_stops_it_before_the_first_step(tiny_llama, questions_csv, tmp_path, monkeypatch):
     real = shutil.disk_usage
     monkeypatch.setattr(shutil, "disk_usage", lambda path: real(path)._replace(free=10**6))
-    monkeypatch.setattr(SupervisedTrainer, "training_step", lambda *_: pytest.fail("a step was taken"))
+    monkeypatch.setattr(utils, "load_model", lambda *_: pytest.fail("weights were loaded"))
     with pytest.raises(
         UserError, match=r"3 checkpoints x .* GB \+ model .* free in .*would fail when the disk is full"
     ):
@@ -62,11 +63,10 @@ def test_how_many_checkpoints_lie_on_the_disk_at_once(tmp_path):
         args = SimpleNamespace(
             save_strategy=SimpleNamespace(value=strategy), save_total_limit=limit, num_train_epochs=3
         )
-        return rehearsal.checkpoints_kept(
-            SimpleNamespace(args=args, state=SimpleNamespace(max_steps=steps, save_steps=every))
-        )
+        return rehearsal.checkpoints_kept(args, steps, every)
 
     assert kept(None) == 10
+    assert kept(None, every=0.25) == 4  # a share of the steps
     assert kept(1) == 2  # the old one goes when the new one is whole
     assert kept(20) == 10
     assert kept(None, "epoch") == 3
