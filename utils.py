@@ -49,6 +49,7 @@ def tokenize(rows, tokenizer, allow_control_tokens: bool, max_length: int, **ren
     filled = [index for index, row in enumerate(rows) if isinstance(row, list)]
     encoded = encode.encode_segments(tokenizer, [rows[index] for index in filled], allow_control_tokens, **rendered)
     tokens, lengths, prompt_lengths, switches, repeats = (array(kind) for kind in "iiiqB")
+    spelt = not rendered.get("rendered")
     for index, segments in zip(filled, encoded, strict=True):
         if segments is None:
             outcomes[index] = token_cache.DISAGREED
@@ -61,14 +62,15 @@ def tokenize(rows, tokenizer, allow_control_tokens: bool, max_length: int, **ren
             whole = [end for end in ends[1::2] if end <= max_length]
             outcomes[index] = token_cache.SHORTENED if whole else token_cache.CUT
             ends = ends[: 2 * len(whole)] or [ends[0], max_length]
-        switches.extend(len(tokens) + end for end in ends[1:-1])
-        tokens += sum(segments[1:], segments[0])[: ends[-1]]
+        start = len(tokens)
+        if len(ends) > 2:
+            switches.extend([start + end for end in ends[1:-1]])
+        for segment in segments:
+            tokens += segment
+        del tokens[start + ends[-1] :]
         lengths.append(ends[-1])
         prompt_lengths.append(ends[0])
-        spelt = not rendered.get("rendered") and encode.repeats(
-            tokenizer, rows[index], segments[0], allow_control_tokens
-        )
-        repeats.append(spelt)
+        repeats.append(spelt and encode.repeats(tokenizer, rows[index], segments[0], allow_control_tokens))
     return token_cache.Batch(*map(np.array, (tokens, lengths, prompt_lengths, outcomes, switches, repeats)))
 
 

@@ -30,9 +30,8 @@ from transformers.utils import logging
 
 from sft.data.checks import check_vocabulary
 from sft.data.conversations import Message, prompt_ids
-from sft.data.csv_rows import read_csv
 from sft.data.encode import encode_prompts
-from sft.data.files import header_problems, kind_of
+from sft.data.files import header_problems, kind_of, read_rows
 from sft.data.llama_tokenizer import load_llama_tokenizer
 from sft.data.template import TEMPLATE_FILES, Template, load_template
 from sft.data.tokenizer_files import find_file
@@ -49,9 +48,13 @@ FLAGS: list[tuple[str, Any, str]] = [  # name, default, help
     ("prompt_template", None, "As in training. Default: the model folder's own."),
     ("system", "", "A system message before each question, where the template has a place for one."),
     ("max_new_tokens", 512, "Longest answer in tokens. Answers that are cut are counted."),
-    ("data_path", "", "CSV file with an instruction in each row."),
+    ("data_path", "", "File with an instruction in each row: CSV, TSV, JSON, JSON lines or parquet."),
     ("source", "prompt", "Column that holds the instructions; other columns that the template names are read too."),
-    ("output_path", "", "CSV file to write: the same rows with a column of answers, and with --base a second one."),
+    (
+        "output_path",
+        "",
+        "CSV file to write: the same rows (of JSON and parquet what the prompt reads) with a column of answers, and with --base a second one.",
+    ),
     ("answer_column", "answer", "Name of that column; the base's is the same behind `base_`."),
     ("batch_size", 16, "With --data_path: answers made at once. More is faster and takes more memory."),
 ]
@@ -236,17 +239,17 @@ def asked_columns(source: str, template: Template) -> dict[str, str | None]:
     }
 
 
-def answer_csv(models: dict[str, TunedModel], args: argparse.Namespace) -> None:
+def answer_file(models: dict[str, TunedModel], args: argparse.Namespace) -> None:
     """Write the input's rows with one more column for each model."""
     names = asked_columns(args.source, models["tuned"].template)
     if args.system:
         names.pop("system", None)
-    if missing := header_problems(args.data_path, names):
-        raise UserError(missing)
-    questions = [dict(zip(names, cells)) for _, cells in read_csv(args.data_path, names)]
+    header, rows = [*names], [[*cells] for _, cells in read_rows(args.data_path, names, allow_numbers=True)]
+    questions = [dict(zip(names, cells)) for cells in rows]
     questions = [cells | {"instruction": cells.get(args.source, "")} for cells in questions]
-    with open(args.data_path, encoding="utf-8-sig", newline="") as file:
-        header, *rows = csv.reader(file, strict=True)
+    if (kind := kind_of(args.data_path)) in ("csv", "tsv"):  # with the columns that the prompt does not read
+        with open(args.data_path, encoding="utf-8-sig", newline="") as file:
+            header, *rows = csv.reader(file, strict=True, delimiter="\t" if kind == "tsv" else ",")
     columns = {"base": f"base_{args.answer_column}", "tuned": args.answer_column}
     if taken := [columns[name] for name in models if columns[name] in header]:
         raise UserError(f"{args.data_path}: it has a column {taken[0]!r} already. Name another with --answer_column.")
@@ -304,7 +307,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     folder = Path(given).resolve().parent
     mistakes = [
         (not flags.model, "--model is missing: the tuned model, its folder or a hub repository."),
-        (bool(flags.data_path) != bool(given), "--data_path and --output_path go together: a CSV in, a CSV out."),
+        (bool(flags.data_path) != bool(given), "--data_path and --output_path go together: a file in, a CSV out."),
         (flags.data_path and asked, "--instruction and --data_path are two kinds of questions. Give one of them."),
         (asked and not flags.instruction.strip(), "--instruction is empty. Leave the flag out for a chat."),
         (given and Path(given).exists(), f"--output_path {given}: it exists. Name another file, or remove it."),
@@ -317,10 +320,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         (flags.batch_size < 1, f"--batch_size {flags.batch_size}: it must be at least 1."),
     ]
     problems += [message for wrong, message in mistakes if wrong]
-    if flags.data_path and kind_of(flags.data_path) != "csv":
-        problems.append(f"--data_path {flags.data_path}: give a CSV; the same rows are written with their answers.")
-    elif flags.data_path:
-        problems += header_problems(flags.data_path, {flags.source: "--source"})
+    if flags.data_path:
+        problems += header_problems(flags.data_path, {flags.source: "--source"}, True, True)
     if problems:
         raise UserError(problems)
     return flags
@@ -338,7 +339,7 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError([f"--base {args.base}: {problem}" for problem in problems])
         models = {"base": replace(tuned, model=base), **models}
     if args.data_path:
-        answer_csv(models, args)
+        answer_file(models, args)
     elif args.instruction is not None:
         answer(models, {name: [_message("user", args.instruction)] for name in models}, args.max_new_tokens)
     else:

@@ -249,7 +249,7 @@ def test_a_byte_order_mark_is_no_part_of_a_columns_name(tmp_path):
     (tmp_path / "in.csv").write_bytes(b"\xef\xbb\xbfprompt,id\na,1\n")
     args = {"data_path": str(tmp_path / "in.csv"), "output_path": str(tmp_path / "out.csv"), "source": "prompt"}
     silent = SimpleNamespace(template=load_template("none"), prompts=len, answers=lambda *asked: [(0, "", False)])
-    generate.answer_csv({"tuned": silent}, SimpleNamespace(**args, **DEFAULTS))
+    generate.answer_file({"tuned": silent}, SimpleNamespace(**args, **DEFAULTS))
     assert (tmp_path / "out.csv").read_bytes() == b"prompt,id,answer\na,1,\n"
 
 
@@ -258,7 +258,7 @@ def test_a_blank_line_stays_blank(tmp_path):
     tuned = SimpleNamespace(template=load_template("none"), prompts=lambda rows: rows)
     tuned.answers = lambda prompts, *_: [(n, "yes", False) for n, _ in enumerate(prompts)]
     args = {"data_path": str(tmp_path / "in.csv"), "output_path": str(tmp_path / "out.csv"), "source": "prompt"}
-    generate.answer_csv({"tuned": tuned}, SimpleNamespace(**args, **DEFAULTS))
+    generate.answer_file({"tuned": tuned}, SimpleNamespace(**args, **DEFAULTS))
     assert (tmp_path / "out.csv").read_text() == "prompt,answer\na,yes\n\nb,yes\n"
 
 
@@ -273,12 +273,12 @@ def test_what_is_answered_is_kept_when_it_is_interrupted_or_the_folder_is_gone(t
     args = SimpleNamespace(data_path=str(tmp_path / "in.csv"), source="prompt", **DEFAULTS)
     args.output_path = str(tmp_path / "out.csv")
     with pytest.raises(KeyboardInterrupt):
-        generate.answer_csv({"tuned": tuned}, args)
+        generate.answer_file({"tuned": tuned}, args)
     assert (tmp_path / "out.csv").read_text() == "prompt,answer\na,\nb,yes\n"
     assert capsys.readouterr().err.endswith("out.csv: 1 answers\n")
     args.output_path = str(tmp_path / "gone" / "out.csv")
     with pytest.raises(UserError, match=r"gone/out\.csv: it cannot be written .* The answers are in ") as gone:
-        generate.answer_csv({"tuned": tuned}, args)
+        generate.answer_file({"tuned": tuned}, args)
     kept = Path(str(gone.value).partition("The answers are in ")[2].rstrip("."))
     assert kept.read_text() == "prompt,answer\na,\nb,yes\n"
     shutil.rmtree(kept.parent)
@@ -290,6 +290,25 @@ def test_a_folder_that_cannot_be_written_to_is_seen_before_a_model_is_loaded(tmp
     assert problems("--model", "m", "--data_path", tmp_path / "in.csv", "--output_path", tmp_path / "out.csv") == [
         f"--output_path {tmp_path / 'out.csv'}: its folder cannot be written to. Name another."
     ]
+
+
+@pytest.mark.parametrize(
+    "name, content, written",
+    [
+        ("in.jsonl", '{"prompt": "a", "id": 7}\n{"prompt": 5, "id": 8}\n', "prompt,answer\na,yes\n5,yes\n"),
+        ("in.json", '[{"prompt": "a"}, {"prompt": null}]', "prompt,answer\na,yes\n,\n"),
+        ("in.tsv", "id\tprompt\n7\ta\n", "id,prompt,answer\n7,a,yes\n"),
+    ],
+)
+def test_every_kind_of_file_that_training_reads_can_be_asked(tmp_path, name, content, written):
+    (tmp_path / name).write_text(content)
+    tuned = SimpleNamespace(template=load_template("none"), prompts=lambda rows: rows)
+    tuned.answers = lambda prompts, *_: [(n, "yes", False) for n, _ in enumerate(prompts)]
+    args = generate.parse(
+        ["--model", "m", "--data_path", str(tmp_path / name), "--output_path", str(tmp_path / "out.csv")]
+    )
+    generate.answer_file({"tuned": tuned}, args)
+    assert (tmp_path / "out.csv").read_text() == written
 
 
 def test_batches_are_sorted_by_length_and_change_no_answer(tiny_llama):

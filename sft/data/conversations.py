@@ -12,7 +12,7 @@ from jinja2 import TemplateError
 
 from sft.data.csv_rows import PROBLEMS_SHOWN
 from sft.data.encode import encode_rendered, guard
-from sft.data.files import bad_text
+from sft.data.files import RepeatedKey, bad_text, unique
 from sft.data.template import Template
 from sft.data.token_cache import DISAGREED, EMPTY
 from sft.job import UserError
@@ -31,7 +31,7 @@ def read_messages(cell: Any, where: str) -> list[Message]:
     """
     if isinstance(cell, str) and cell.strip():
         try:
-            cell = json.loads(cell)
+            cell = json.loads(cell, object_pairs_hook=unique)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{where}: not a conversation in JSON: {error}.") from None
     if cell is None or cell == "" or cell == []:
@@ -44,7 +44,9 @@ def read_messages(cell: Any, where: str) -> list[Message]:
         role, content = (message.pop(a, message.pop(b, None)) for a, b in (("role", "from"), ("content", "value")))
         known = ROLES.get(role) if isinstance(role, str) else None
         fault = None
-        if role is None:
+        if isinstance(entry, RepeatedKey):
+            fault = str(entry).removesuffix(".")
+        elif role is None:
             fault = "no role"
         elif known is None:
             fault = f"the role {role!r} is unknown. Known are {', '.join(ROLES)}"

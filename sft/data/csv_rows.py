@@ -15,6 +15,7 @@ from sft.job import UserError
 
 LARGEST_CELL = 64 * 2**20  # characters; beyond it a quote was never closed, and the rest of the file would be one cell
 PROBLEMS_SHOWN = 10
+ROWS_BETWEEN_PROGRESS = 256  # to ask where a file is costs as much as reading a short row
 NUL, BAD_BYTE = "\0", re.compile("[\0\udc80-\udcff]")
 
 
@@ -46,19 +47,19 @@ def read_csv(
                 raise UserError(problems)
             places = [header.index(name) if name in header else len(header) for name in columns]
             for row_number, row in enumerate(reader, 2):
-                where = f"{path}, row {row_number}"
                 if row and len(row) != len(header):
                     problems.append(
-                        f"{where}: {len(row)} field{'s' * (len(row) > 1)} where the header has {len(header)}. "
+                        f"{path}, row {row_number}: {len(row)} field{'s' * (len(row) > 1)} where the header has {len(header)}. "
                         "Add the missing ones, or put a cell that holds a comma in quotes."
                     )
-                elif bad := _bad_bytes(where, header, row):
+                elif bad := _bad_bytes(f"{path}, row {row_number}", header, row):
                     problems += bad
                     break  # the whole file may be of another encoding
                 elif not problems:
                     row = [*row, ""] if row else [""] * (len(header) + 1)
                     yield row_number, tuple([row[place] for place in places])
-                    progress(file.buffer.tell())  # type: ignore[attr-defined]  # a file has it
+                    if row_number % ROWS_BETWEEN_PROGRESS == 0:
+                        progress(file.buffer.tell())  # type: ignore[attr-defined]  # a file has it
                 if len(problems) == PROBLEMS_SHOWN:
                     break
     except OSError as error:
@@ -68,6 +69,7 @@ def read_csv(
         problems.append(f"{path}, row {row_number + 1}: {_CURES.get(said, str(error))}")
     if problems:
         raise UserError(problems)
+    progress(os.path.getsize(path))
     if row_number == 1:
         raise UserError(f"{path}: a header and no rows. Add the training examples below it.")
 
@@ -113,7 +115,8 @@ def _bad_bytes(where: str, header: list[str], row: list[str]) -> list[str]:
     """The first byte of a row that is NUL or not UTF-8 (surrogateescape: a surrogate)."""
     text = "".join(row)
     with suppress(UnicodeEncodeError):
-        text.encode()
+        if not text.isascii():
+            text.encode()
         if NUL not in text:
             return []
     place, byte = next((i, found[0]) for i, cell in enumerate(row) if (found := BAD_BYTE.search(cell)))

@@ -5,6 +5,7 @@ import functools
 import json
 import re
 from array import array
+from itertools import islice
 
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
@@ -88,9 +89,14 @@ def encode_rendered(tokenizer, use: str, texts: list[str], bos: bool) -> list[ar
 def repeats(tokenizer, texts: list[str], prompt_ids: array, allow_control_tokens: bool) -> int:
     """What a row's cells spell of the tokens that are put there anyway: 1 BOS before the prompt, 2 EOS behind an answer, 3 both."""
     bos_token, bos_id, eos_token = _put_around(tokenizer)
-    put = [bos_id] * (2 if allow_control_tokens else 1)  # what the tokenizer puts, and then what the cell spells
-    bos = bool(bos_token) and texts[0].startswith(bos_token) and prompt_ids[: len(put)].tolist() == put
-    return bos + 2 * any(text.rstrip().endswith(eos_token) for text in texts[1::2])
+    found = 0
+    if bos_token and texts[0].startswith(bos_token):
+        put = [bos_id] * (2 if allow_control_tokens else 1)  # what the tokenizer puts, and then what the cell spells
+        found = int(prompt_ids[: len(put)].tolist() == put)
+    for text in texts[1::2]:
+        if text.rstrip().endswith(eos_token):
+            found |= 2
+    return found
 
 
 @functools.cache  # transformers looks each up anew, which took a tenth of the data path
@@ -116,10 +122,11 @@ def encode_segments(
     else:
         first_ids = encode_prompts(tokenizer, firsts, allow_control_tokens=allow_control_tokens)
         other_ids = iter(encode_responses(tokenizer, others, allow_control_tokens=allow_control_tokens))
-    encoded: list = [[ids, *(next(other_ids) for _ in row[1:])] for row, ids in zip(rows, first_ids, strict=True)]
+    encoded: list = [[ids, *islice(other_ids, len(row) - 1)] for row, ids in zip(rows, first_ids, strict=True)]
+    eos = tokenizer.eos_token_id
     for segments in encoded:
         for trained in segments[1::2]:
-            trained.append(tokenizer.eos_token_id)
+            trained.append(eos)
     long = [place for place, row in enumerate(rows) if len(row) > 2]
     texts = ["".join(text + tokenizer.eos_token * (at % 2) for at, text in enumerate(rows[place])) for place in long]
     for place, ids in zip(long, encode_rendered(tokenizer, "prompt", texts, bos) if long else []):

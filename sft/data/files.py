@@ -185,12 +185,30 @@ def bad_text(text: str) -> str | None:
     return None
 
 
+class RepeatedKey(NamedTuple):
+    """Stands for an object of JSON that has a key twice, of which Python's json would silently take the last."""
+
+    key: str
+
+    def __str__(self) -> str:
+        return f"the key {quoted(self.key)} stands in it twice. Remove one."
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any] | RepeatedKey:
+    """An object of JSON by its keys and values."""
+    record = dict(pairs)
+    if len(record) == len(pairs):
+        return record
+    keys = [key for key, _ in pairs]
+    return RepeatedKey(next(key for key in keys if keys.count(key) > 1))
+
+
 def _json(
     path: str, columns: Mapping[str, str | None], as_written: bool, progress: Callable[[int], object]
 ) -> Iterator[tuple[int, Any]]:
     """Each object of a list, or of a line; in place of one that is none, what it is."""
     as_text = {"parse_int": str, "parse_float": str, "parse_constant": str} if as_written else {}
-    decode = json.JSONDecoder(**as_text).decode  # type: ignore[arg-type]
+    decode = json.JSONDecoder(object_pairs_hook=unique, **as_text).decode  # type: ignore[arg-type]
     with open(path, "rb") as file:
         start = file.read(64)
         file.seek(3 if start.startswith(BOM_UTF8) else 0)
@@ -223,11 +241,11 @@ def _decoded(lines: Any, decode: Callable[[str], Any], is_list: bool, progress: 
             yield number, f"line {number}: not JSON that can be read: nested too deeply, or a number too long."
         else:
             for index, item in enumerate(record if is_list else [record], 1 if is_list else number):
-                kind = type(item).__name__
-                yield (
-                    index,
-                    item if isinstance(item, dict) else f"row {index}: a {kind}, not an object with named columns.",
-                )
+                if isinstance(item, RepeatedKey):
+                    item = f"row {index}: {item}"
+                elif not isinstance(item, dict):
+                    item = f"row {index}: a {type(item).__name__}, not an object with named columns."
+                yield index, item
         progress(at)
 
 

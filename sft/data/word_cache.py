@@ -2,8 +2,9 @@
 
 import json
 from array import array
+from collections import defaultdict
 from collections.abc import Callable
-from itertools import chain
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -42,32 +43,53 @@ class Words:
         self.encoder = encoder
         self.begins_word = np.zeros(max(vocab.values(), default=0) + 1, bool)  # by id
         self.begins_word[[i for piece, i in vocab.items() if piece.startswith(SPACE)]] = True
-        self.ids: dict = {}  # int32 as bytes, of a word behind a space, and of (use, word) where a text begins
+        self.ids = _Ids()
 
     def encode(self, texts: list[str], encode_whole: Callable[[list[str]], list[array]], use: tuple) -> list[array]:
         """Ids of each text: word by word where single spaces separate its words, by `encode_whole` elsewhere."""
-        rows = [self._split(text) for text in texts]
+        rows = [self._split(text, use) for text in texts]
         if len(self.ids) > self.MOST_KEPT:
-            self.ids = {}  # another thread may still be looking words up in the old one
-        ids = self.ids
-        if new := list(set(chain.from_iterable(rows)).difference(ids)):
-            (encoding,) = self.encoder.encode_batch_fast([" " + " ".join(new)], add_special_tokens=False)
-            new_ids = np.array(encoding.ids, np.int32)
-            starts = np.flatnonzero(self.begins_word[new_ids]).tolist()
-            ends = [*starts[1:], len(new_ids)]
-            ids.update((word, new_ids[a:b].tobytes()) for word, a, b in zip(new, starts, ends, strict=True))
-        if new_first := list({(use, words[0]) for words in rows if words}.difference(ids)):
-            whole = encode_whole([word for _, word in new_first])
-            ids.update((key, word_ids.tobytes()) for key, word_ids in zip(new_first, whole))
+            self.ids = _Ids()
+        ids, new = self.ids, defaultdict[Any, bytearray](bytearray)
+        joined = [ids.of(words, new) for words in rows]
+        if words := [word for word in new if isinstance(word, str)]:
+            self._learn(words, new)
+        if firsts := [word for word in new if not isinstance(word, str)]:
+            for first, word_ids in zip(firsts, encode_whole([word for _, word in firsts])):
+                new[first] += word_ids.tobytes()
+        ids.update((word, bytes(found)) for word, found in new.items())
         others = iter(encode_whole([text for text, words in zip(texts, rows) if not words]))
-        return [
-            array("i", ids[use, words[0]] + b"".join(map(ids.__getitem__, words[1:]))) if words else next(others)
-            for words in rows
-        ]
+        joined = [found if isinstance(found, bytes) else b"".join(found) for found in joined]
+        return [array("i", found) if found else next(others) for found in joined]
 
-    def _split(self, text: str) -> list[str]:
-        words = text.split(" ")
-        return words if "" not in words and SPACE not in text and len(text) <= self.LONGEST * len(words) else []
+    def _learn(self, words: list[str], new: dict) -> None:
+        (encoding,) = self.encoder.encode_batch_fast([" " + " ".join(words)], add_special_tokens=False)
+        ids = np.array(encoding.ids, np.int32)
+        every, starts = ids.tobytes(), (4 * np.flatnonzero(self.begins_word[ids])).tolist()
+        for word, begin, end in zip(words, starts, [*starts[1:], len(every)], strict=True):
+            new[word] += every[begin:end]
+
+    def _split(self, text: str, use: tuple) -> list:
+        """The words of a text, the first one with its use; none if they do not stand alone."""
+        words: list = text.split(" ")
+        if "" in words or SPACE in text or len(text) > self.LONGEST * len(words):
+            return []
+        words[0] = use, words[0]
+        return words
+
+
+class _Ids(dict):
+    """int32 as bytes, of a word behind a space, and of (use, word) where a text begins."""
+
+    def __missing__(self, word):
+        self.complete = False
+        return self.new[word]
+
+    def of(self, words: list, new: dict) -> bytes | list:
+        """Of all words, end to end; as a list while some are still to be filled in by the caller, in `new`."""
+        self.complete, self.new = True, new
+        found = list(map(self.__getitem__, words))
+        return b"".join(found) if self.complete else found
 
 
 def parts_before_model(backend: Tokenizer) -> dict[str, dict | None]:

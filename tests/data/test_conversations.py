@@ -212,6 +212,7 @@ def test_the_same_conversations_in_every_kind_of_file(make, tmp_path, name):
         ({"role": "user"}, ': a dict, not a list of {"role", "content"}.'),
         ([{"role": "user", "content": None}, *say("a", "b")], ", message 1: no content."),
         ([{"content": "a"}, *say("a", "b")], ", message 1: no role."),
+        ('[{"role": "user", "role": "tool", "content": "a"}]', ", message 1: the key 'role' stands in it twice. Remove one."),
         ([{"role": "bot", "content": "a"}], ", message 1: the role 'bot' is unknown. Known are system, user, assistant, tool, human, gpt."),
         ([{"role": "user", "content": 5}, *say("a", "b")], ", message 1: its content is a int, not text."),
         (say("a", "b", train="no"), [", message 1: train is 'no'. Give true or false.", ", message 2: train is 'no'. Give true or false."]),
