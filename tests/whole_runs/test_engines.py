@@ -242,6 +242,19 @@ def test_zero3_saves_after_an_evaluation_with_weights_that_it_fetches_ahead(runs
 
 
 @pytest.mark.slow
+def test_every_engine_takes_the_steps_of_one_rank(tmp_path, monkeypatch, capsys):
+    """What `python benchmarks/engines.py` does with more ranks, and with bfloat16 and padded runs."""
+    pytest.importorskip("deepspeed")
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import engines
+
+    flags = ["--ranks", "2", "--dtypes", "float32", "--engines", "ddp", "fsdp2", "zero-2", "zero-3"]
+    code = engines.main([*flags, "--work_dir", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert code == 0 and "10 of 10 runs are as they must be" in printed, printed
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["fsdp", "zero2", "zero3"])
 def test_the_best_checkpoint_is_exported_and_not_the_last_under_every_engine(runs, engine):
     if engine.startswith("zero"):
