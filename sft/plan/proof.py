@@ -106,7 +106,8 @@ def prove(
 
     Returns: proofs up to the first that has a fault.
     """
-    kinds = kinds_of_layers(loading.skeleton(model_args, config), config)
+    with loading.whole_models(args):
+        kinds = kinds_of_layers(loading.skeleton(model_args, config), config)
     layers = min(max([2, *(kinds.index(kind) + 1 for kind in kinds)]), config.num_hidden_layers)
     half = compute_dtype(args) if kernel in (attention.TRITON, attention.VARLEN) else torch.float32
     tries = [("random weights", kernel, half)]
