@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -60,6 +61,7 @@ def _is_only_a_model(checkpoint: Path) -> bool:
 def _newest_whole(candidates: list[Path]) -> Path | None:
     problems: list[str] = []
     for folder in candidates:
+        _refuse_unshared(folder)
         problem = why_not_whole(folder)
         if problem is None:
             for line in problems:
@@ -71,7 +73,19 @@ def _newest_whole(candidates: list[Path]) -> Path | None:
     return None
 
 
+def _refuse_unshared(folder: Path) -> None:
+    """A checkpoint that is not there for every rank is not damaged: who removed it as damaged would lose it."""
+    seen = gather((f"rank {rank()} on {socket.gethostname()}", folder.is_dir()))
+    blind = [who for who, sees in seen if not sees]
+    if 0 < len(blind) < len(seen):
+        who = f"{', '.join(blind[:3])}{' and others' * (len(blind) > 3)}"
+        raise UserError(
+            f"{folder}: it is there for other ranks, but not for {who}. Put it on a disk that all machines share."
+        )
+
+
 def _named(folder: Path, candidates: list[Path]) -> Path:
+    _refuse_unshared(folder)
     problem = why_not_whole(folder) if step_of(folder) >= 0 else "no such checkpoint folder"
     if not problem and any(step_of(other) > step_of(folder) for other in candidates):
         problem = "this run would mix its checkpoints with newer ones. Move those away, or resume with True"
@@ -320,6 +334,11 @@ def refuse_changes(checkpoint: str, before: dict[str, str], now: dict[str, str],
         cure = " (FSDP with one rank: torchrun --nproc_per_node=1)" * (was == "FSDP")
         cure = f"Start this run as that one was started{cure}."
         raise UserError(f"{checkpoint} was saved by {was}, and this run is {engine}, which cannot read it. {cure}")
+    if engine.startswith("DeepSpeed") and before.get("world_size") != now["world_size"]:
+        raise UserError(
+            f"{checkpoint} was saved by {before.get('world_size')} ranks, and this run has {now['world_size']}: {engine} reads a checkpoint on the "
+            "same number alone. Start this run as that one was started."
+        )
     before = on_another_number_of_ranks(checkpoint, before, now, go_on)
     unknown = ", ".join(sorted(key for key in before.keys() ^ now.keys() if not key.startswith("--")))
     if unknown:

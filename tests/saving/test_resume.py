@@ -69,6 +69,40 @@ def test_each_setting_changes_its_own_part(flags, config, changed):
     assert sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name)) == changed
 
 
+@pytest.mark.parametrize("go_on", [False, True])
+def test_deepspeeds_checkpoints_are_read_by_the_same_stage_on_as_many_ranks(go_on):
+    saved = {"engine": "DeepSpeed ZeRO 2", "world_size": "2", "examples_per_step": "16"}
+    for change, said in (
+        (
+            {"world_size": "4"},
+            "saved by 2 ranks, and this run has 4: DeepSpeed ZeRO 2 reads a checkpoint on the same number alone",
+        ),
+        (
+            {"engine": "DeepSpeed ZeRO 3"},
+            "saved by DeepSpeed ZeRO 2, and this run is DeepSpeed ZeRO 3, which cannot read it",
+        ),
+    ):
+        with pytest.raises(UserError) as refused:
+            resume.refuse_changes("out/checkpoint-3", saved, saved | change, go_on=go_on)
+        (problem,) = refused.value.problems
+        assert problem == f"out/checkpoint-3 was {said}. Start this run as that one was started."
+
+
+@pytest.mark.parametrize("wanted", ["True", "checkpoint-3"])
+def test_a_checkpoint_that_one_machine_does_not_see_is_not_called_damaged(tmp_path, monkeypatch, wanted):
+    folder = tmp_path / "checkpoint-3"
+    folder.mkdir()
+    elsewhere = {True: ("rank 1 on b", False)}
+    monkeypatch.setattr(resume, "gather", lambda value: [value, elsewhere.get(isinstance(value, tuple), value)])
+    flags = {"resume_from_checkpoint": "True" if wanted == "True" else str(folder), "output_dir": str(tmp_path)}
+    with pytest.raises(UserError) as refused:
+        resume.choose_checkpoint(SimpleNamespace(**flags))
+    assert refused.value.problems == [
+        f"{folder}: it is there for other ranks, but not for rank 1 on b. Put it on a disk that all machines share."
+    ]
+    assert folder.is_dir()
+
+
 def test_a_measured_budget_is_kept_while_every_row_fits_in_it(capsys):
     def kept(longest: int, number="60", **given) -> int | None:
         args = SimpleNamespace(**{"packing": True, "tokens_per_micro_batch": None, "world_size": 2} | given)
