@@ -43,6 +43,11 @@ def flags_page() -> str:
 
 `make readme` writes this page from the code. `--help` has the same texts.
 
+Two values for one thing are told, or refused. A flag that is given twice counts the last time. One that another flag leaves nothing to decide is named
+(`--save_steps changes nothing: --save_strategy epoch decides`). What `accelerate launch` sets in the environment is taken as the flag, or refused when it and
+the flag differ; a DeepSpeed file's `"auto"` is the flag's value, another number than the flag's is refused. A resumed run that differs from its
+checkpoint's is refused unless `--resume_with_changes True` is given; how often it logs, evaluates and saves may differ.
+
 ## Of this project
 
 {flags.flags_table()}

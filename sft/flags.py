@@ -20,7 +20,7 @@ from sft import VERSION
 from sft.flags_2023 import is_true, names_in, read_json, translate, unknown_flags
 from sft.job import UserError, all_ranks_or_none, commit, differences_from_rank_0, say
 from sft.launchers import drop_fsdp_where_nothing_is_sharded, read_environment, shard_inside_machines
-from sft.trainer_flags import FIELDS, OTHER_DEFAULTS, trainer_problems
+from sft.trainer_flags import FIELDS, OTHER_DEFAULTS, trainer_problems, without_effect
 
 
 def flag(default: Any, help_text: str) -> Any:
@@ -239,7 +239,7 @@ class Parser(transformers.HfArgumentParser):
     """Flags from dataclasses, with a UserError for what argparse cannot make sense of."""
 
     def error(self, message: str):
-        raise UserError(f"{message}. `--help` lists every flag.")
+        raise UserError(f"{message.rstrip('.')}. `--help` lists every flag.")
 
 
 class ShowVersion(Action):
@@ -330,7 +330,7 @@ def _read(
         problems += check(flags)
     if problems:
         raise UserError(problems)
-    notices += drop_fsdp_where_nothing_is_sharded(flags)
+    notices += without_effect(flags, names_in(argv)) + drop_fsdp_where_nothing_is_sharded(flags)
     return flags, notices + shard_inside_machines(flags)
 
 

@@ -78,6 +78,7 @@ UNDER_PACKING = {  # refused in a packed run
     "train_sampling_strategy": "it changes which examples share a step, to save padding. Packing computes no padding and keeps the "
     "steps: remove the flag, or add --packing False",
 }
+MOST_WORKERS = 256  # processes, of each rank: the DataLoader starts as many as it is told, until the machine is full
 RANGES: dict[str, tuple[float, float]] = {  # at least, at most
     **dict.fromkeys(("model_max_length", "per_device_train_batch_size", "per_device_eval_batch_size"), (1, math.inf)),
     **dict.fromkeys(
@@ -87,9 +88,8 @@ RANGES: dict[str, tuple[float, float]] = {  # at least, at most
     **dict.fromkeys(
         ("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps", "num_train_epochs"), (0, 1e9)
     ),
-    **dict.fromkeys(
-        ("logging_steps", "eval_steps", "save_steps", "eval_delay", "dataloader_num_workers"), (0, math.inf)
-    ),
+    **dict.fromkeys(("logging_steps", "eval_steps", "save_steps", "eval_delay"), (0, 1e9)),
+    "dataloader_num_workers": (0, MOST_WORKERS),
     **dict.fromkeys(("plan_gpu_gib", "neftune_noise_alpha"), (0, math.inf)),
     **dict.fromkeys(("seed", "data_seed"), (0, 2**32 - 1)),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor"), (0, 1 - 1e-9)),
@@ -123,10 +123,9 @@ def trainer_problems(flags: Any, given: set[str]) -> list[str]:
     for name, (low, high) in RANGES.items():
         value = getattr(flags, name)
         if value is not None and not low <= value <= high:
-            wanted = f"at least {low}" if high > 1e8 else "from 0 to below 1"
-            problems.append(
-                f"--{name} {value}: it must be {wanted}" + (f" and at most {high}." if high == 2**32 - 1 else ".")
-            )
+            wanted = "from 0 to below 1" if high < 1 else f"at least {low}"
+            ends = high in (2**32 - 1, MOST_WORKERS) or value > high > 1
+            problems.append(f"--{name} {value}: it must be {wanted}{f' and at most {high:.0f}' if ends else ''}.")
     for name in JSON_FLAGS:
         try:
             if isinstance(getattr(flags, name), str):
@@ -174,6 +173,62 @@ def default(name: str) -> Any:
     if name in OTHER_DEFAULTS:
         return OTHER_DEFAULTS[name]
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def without_effect(flags: Any, given: set[str]) -> list[str]:
+    """A notice for each given flag that another one leaves nothing to decide.
+
+    --save_steps 10 --save_strategy epoch -> ["--save_steps changes nothing: --save_strategy epoch decides"]
+
+    --per_device_eval_batch_size without evaluations is none: the commands of 2023 have it.
+    """
+    saves, evaluates, logs = map(text, (flags.save_strategy, flags.eval_strategy, flags.logging_strategy))
+    schedule, tracked = text(flags.lr_scheduler_type), flags.report_to not in (None, "none", ["none"])
+    warms_up = "num_warmup_steps" in inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[schedule]).parameters
+    ddp = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not flags.fsdp and not flags.deepspeed
+    why = {  # what decides, if it does -> which flags have nothing to decide then
+        f"--save_strategy {saves} decides": ("save_steps " * (saves != "steps"))
+        + "save_total_limit save_only_model" * (saves == "no"),
+        f"--eval_strategy {evaluates} decides": ("eval_steps " * (evaluates != "steps"))
+        + "eval_delay eval_samples" * (evaluates == "no"),
+        f"--logging_strategy {logs} decides": "logging_steps" * (logs != "steps"),
+        f"--max_steps {flags.max_steps} decides": "num_train_epochs" * (flags.max_steps > 0),
+        f"--lr_scheduler_type {schedule} has no warm-up": "warmup_steps" * (not warms_up),
+        f"--optim {text(flags.optim)} does not read it": " ".join(_unread_by_the_optimizer(flags)),
+        "--packing False": "tokens_per_micro_batch share_prefixes compile_layers" * (not flags.packing),
+        "it needs --push_to_hub True": "hub_token hub_model_id hub_strategy hub_private_repo hub_always_push hub_revision"
+        * (not flags.push_to_hub),
+        "it needs --report_to": "run_name project trackio_space_id trackio_bucket_id trackio_static_space_id"
+        * (not tracked),
+        "it needs --fsdp": "fsdp_config" * (not flags.fsdp),
+        "this is not data-parallel training in several processes": "ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph"
+        * (not ddp),
+        "it needs --resume_from_checkpoint": "resume_with_changes restore_callback_states_from_checkpoint"
+        * (not flags.resume_from_checkpoint),
+        "--resume_from_checkpoint continues the run there": "overwrite_output_dir"
+        * (text(flags.resume_from_checkpoint or False).lower() != "false"),
+        "it needs --messages": "train_on" * (not flags.messages),
+        "--messages names the column": "source target" * bool(flags.messages),
+    }
+    return [
+        f"--{name} changes nothing: {reason}"
+        for reason, names in why.items()
+        for name in names.split()
+        if name in given
+    ]
+
+
+def _unread_by_the_optimizer(flags: Any) -> list[str]:
+    """Which of Adam's numbers the chosen optimizer does not take."""
+
+    def taken(**changed: float) -> Any:
+        with swapped(flags, **changed):
+            return transformers.Trainer.get_optimizer_cls_and_kwargs(flags, torch.nn.Linear(1, 1))[1]
+
+    try:
+        return [name for name in ("adam_beta1", "adam_beta2", "adam_epsilon") if taken() == taken(**{name: 0.123})]
+    except (ImportError, ValueError):  # its package is missing, or its arguments: a problem of its own
+        return []
 
 
 def _keys(flags: Any) -> list[str]:
