@@ -1,8 +1,9 @@
 """Everything behind utils.py, in floors. A floor imports only the floors above it in this list.
 
 outside                               texts, secrets and files that come from outside
-job                                   ranks, printed lines, errors
-flags_2023, launchers, trainer_flags  what a command line or a launcher may say besides today's flags
+launchers                             ranks, the store where they meet, and what a launcher may say besides the flags
+job                                   printed lines, errors, and the ranks' ends
+flags_2023, trainer_flags             what a command line may say besides today's flags
 flags, arithmetic                     each flag once; examples, steps and number types
 data, model, step                     the recipe: rows to tokens; weights; one optimizer step. They do not know each other
 plan                                  what is decided, and printed, before a weight is loaded
@@ -12,6 +13,7 @@ generate, merge_lora                  commands
 """
 
 import importlib.util
+import logging
 import os
 import sys
 from typing import Any
@@ -23,6 +25,10 @@ VERSION = "0.1.0"  # of CHANGELOG.md and pyproject.toml
 # Not tried on several GPUs.
 if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ and os.environ.get("WORLD_SIZE", "1") == "1":
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+# before torch is imported: when a launcher has died, its store's clients would warn with a page of C++ frames (2.13)
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+# bitsandbytes (0.50), which transformers and peft import where it is installed, warns of a kernel for 4-bit weights on a CPU
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda line: "gemm_4bit_forward" not in line.getMessage())
 
 
 def _in_one_line(kind: type[BaseException], *error: Any) -> None:

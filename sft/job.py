@@ -2,8 +2,8 @@
 
 import io
 import json
-import logging
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -16,31 +16,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import psutil
 import torch
-from torch.distributed import PrefixStore, Store, TCPStore
 
+from sft import launchers
+from sft.launchers import open_store, print_wait, rank, world_size
 from sft.outside import UserError, printable
 
 # peft 0.21 (and sft/plan/micro_batch_tokens.py, for transformers 5.17) read a name that transformers 5.23 is about to drop
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-# bitsandbytes (0.50), which peft imports where it is installed, warns of a kernel for 4-bit weights on a CPU
-logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda line: "gemm_4bit_forward" not in line.getMessage())
-
-
-def rank() -> int:
-    """This process's rank in the job, as its launcher sets it; 0 without one."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def local_rank() -> int:
-    """This process's rank on its machine, as its launcher sets it; 0 without one."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
-
-
-def world_size() -> int:
-    """The number of processes in the job, as the launcher sets it; 1 without one."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def say(text: object, coloured: bool = False) -> None:
@@ -118,8 +101,8 @@ def one_message_for_user_errors() -> Iterator[None]:
         raise SystemExit(130) from None
     except Exception as error:
         if _meeting is not None:  # the other ranks would wait for this one
-            what = f"{type(error).__name__}: {error}"
-            _meeting.leave([f"rank {rank()} on {_meeting.host} ended with {what} (traceback in its own output)."])
+            what = f"rank {rank()} on {_meeting.host} ended with {type(error).__name__}: {error} (traceback in its own output)."
+            _meeting.leave([ENDED if isinstance(error, torch.distributed.DistNetworkError) else what])
             if _meeting.killed and isinstance(error, RuntimeError):  # gloo's or NCCL's, of a connection that is no more
                 raise SystemExit(2) from None
         raise
@@ -193,14 +176,14 @@ def sync(*paths: str | os.PathLike) -> None:
 
 
 ENDED = "rank 0, or torchrun's agent, has ended while others waited for it: see its own output."
-SAYS_AFTER_S = 5.0  # of waiting for other ranks; later, six times that, because ranks have different work
 
 
 class Meeting:
     """Where the ranks of a job tell each other what they refuse: a store of keys, served by rank 0 or torchrun's agent.
 
     A thread of each rank watches for another that leaves or was killed, and ends the process when the rank itself does not notice:
-    it may wait for the other in a collective.
+    it may wait for the other in a collective. Who was killed is seen by its connection to rank 0, on which nothing is sent: the
+    kernel closes it with the process, and keepalive breaks it when the machine is gone.
     """
 
     POLL_S, GRACE_S, PATIENCE_S = 0.3, 3.0, 8.0  # patience: with ranks that have not started, or hang
@@ -209,21 +192,29 @@ class Meeting:
         self.host, self.rounds = socket.gethostname(), 0
         self.leaving, self.only_one_thread = threading.Event(), threading.Lock()
         self.told, self.killed = 0, set[int]()
-        self.processes: dict[int, int | None] = {}  # of the ranks; None on another machine
-        self.store = _open_store()
+        self.store = open_store()
         self.store.set(f"host/{rank()}", self.host)
-        self.store.set(f"process/{rank()}", json.dumps([_processes_here(), os.getpid()]))
+        self.listener: socket.socket | None = None
+        self.connections: dict[socket.socket, int | None] = {}  # to which rank; rank 0 has one to each
+        self.reached_rank_0 = False
+        if rank() == 0:
+            self.listener = socket.create_server(("", 0), backlog=world_size())
+            self.store.set("port", str(self.listener.getsockname()[1]))
+        until = time.monotonic() + 1  # who is killed before it is connected is not seen
+        while rank() != 0 and not self._reach_rank_0() and time.monotonic() < until:
+            time.sleep(0.02)
+        os.register_at_fork(after_in_child=self._let_go)  # a worker of a killed rank would keep it open
         threading.Thread(target=self._watch, daemon=True).start()
 
     def exchange(self, problems: list[str]) -> list[str]:
         """Wait until every rank is here, printing for whom after a while, and return the problems of all."""
         self.rounds += 1
-        began, patience_s = time.monotonic(), SAYS_AFTER_S * (1 if self.rounds == 1 else 6)
+        began, patience_s = time.monotonic(), launchers.SAYS_AFTER_S * (1 if self.rounds == 1 else 6)
         missing = self._meet(str(self.rounds), problems, patience_s)
         while missing:
             if rank() == min(set(range(world_size())) - set(missing)):
                 names = [f"{index} on {self._host(index) or '? (not started yet)'}" for index in missing[:8]]
-                _print_wait(f"{len(missing)} of {world_size()} ranks: rank {', '.join(names)}", began)
+                print_wait(f"{len(missing)} of {world_size()} ranks: rank {', '.join(names)}", began)
             patience_s *= 2
             missing = self._wait_for(str(self.rounds), patience_s)
         return _united(self._read(str(self.rounds), range(world_size())).values())
@@ -240,11 +231,11 @@ class Meeting:
         self.only_one_thread.acquire()
         try:
             self.store.set("one leaves", "")
-            problems = self._find_killed(range(world_size())) or problems
+            problems = self._find_killed() or problems
             missing = self._meet("leaving", problems, self.PATIENCE_S)
             found = self._read("leaving", [index for index in range(world_size()) if index not in missing])
             if rank() == next(index for index in found if self._host(index) == self.host):
-                _print_problems(self._find_killed([]) or _united(found.values()))
+                _print_problems(self._find_killed() or _united(found.values()))
             # a launcher kills the others when the first has failed
             self._meet("printed", [], 1 if missing else self.PATIENCE_S)
         except torch.distributed.DistError:  # whoever served the store has been killed
@@ -258,7 +249,10 @@ class Meeting:
             for name in ("leaving", "printed"):  # for a rank that leaves later; this one has nothing to say
                 if not self.store.check([f"{name}/{rank()}"]):
                     self.store.set(f"{name}/{rank()}", "null")
-            self._meet("left", [], self.PATIENCE_S if rank() == 0 else 0)
+            if rank() == 0:
+                self._meet("left", [], self.PATIENCE_S)
+            else:  # and no word more: rank 0 goes when it has this one
+                self.store.set(f"left/{rank()}", "null")
 
     def _meet(self, name: str, problems: list[str], seconds: float) -> list[int]:
         self.store.set(f"{name}/{rank()}", json.dumps(problems))
@@ -273,7 +267,7 @@ class Meeting:
                 break
             time.sleep(0.05)
             if self.leaving.is_set():  # a connection breaks a moment before its process is gone
-                self._find_killed(range(world_size()))
+                self._find_killed()
         return [index for index in range(world_size()) if not self.store.check([f"{name}/{index}"])]
 
     def _read(self, name: str, ranks: Iterable[int]) -> dict[int, list[str]]:
@@ -283,26 +277,62 @@ class Meeting:
     def _host(self, index: int) -> str:
         return self.store.get(f"host/{index}").decode() if self.store.check([f"host/{index}"]) else ""
 
-    def _find_killed(self, among: Iterable[int]) -> list[str]:
-        """Look for ranks on this machine whose process is gone and that did not leave; a sentence for each found so far."""
-        for index in among:
-            if index not in self.processes and self.store.check([f"process/{index}"]):
-                where, process = json.loads(self.store.get(f"process/{index}"))
-                self.processes[index] = process if where == _processes_here() else None
-            process = self.processes.get(index)
-            if process and not _runs(process) and not self.store.check([f"left/{index}"]):
+    def _find_killed(self) -> list[str]:
+        """Look for ranks that have ended and did not leave; a sentence for each found so far."""
+        for index in self._disconnected():
+            if not self.store.check([f"left/{index}"]):
                 self.killed.add(index)
+        if self.killed and rank() == 0:
+            self.store.set("killed", json.dumps(list(self.killed)))
+        elif self.store.check(["killed"]):
+            self.killed.update(json.loads(self.store.get("killed")))
         return [
-            f"rank {index} on {self.host} has ended without a word: it was killed, for example because the host's memory was full."
+            f"rank {index} on {self._host(index)} has ended without a word: it was killed, for example because the host's memory was full."
             for index in sorted(self.killed)
         ]
 
-    def _watch(self) -> None:
-        turn = 0
-        while not self.leaving.wait(self.POLL_S):
-            turn = (turn + 1) % world_size()
+    def _reach_rank_0(self) -> bool:
+        """Connect to it once, when it is here."""
+        if not self.reached_rank_0 and self.store.check(["port"]):
+            self.reached_rank_0 = True
+            where = os.environ["MASTER_ADDR"], int(self.store.get("port"))
             try:
-                problems = self._find_killed([turn])
+                connection = socket.create_connection(where, timeout=self.PATIENCE_S)
+                connection.sendall(rank().to_bytes(4, "big"))
+                self.connections[_kept_alive(connection)] = 0
+            except OSError as error:
+                what = f"rank {rank()} cannot connect to rank 0 at {where[0]}:{where[1]} ({error})"
+                complain(f"warning: {what}: if one of them is killed, the other may go on waiting for it.")
+        return self.reached_rank_0
+
+    def _disconnected(self) -> list[int]:
+        """The ranks whose connection has broken since the last call."""
+        if rank() != 0:
+            self._reach_rank_0()
+        broken = []
+        for readable in select.select([*filter(None, [self.listener]), *self.connections], [], [], 0)[0]:
+            if readable is self.listener:
+                self.connections[_kept_alive(self.listener.accept()[0])] = None
+                continue
+            try:
+                received = readable.recv(4)
+            except OSError:
+                received = b""
+            if received:
+                self.connections[readable] = int.from_bytes(received, "big")
+            elif (index := self.connections.pop(readable)) is not None:
+                broken.append(index)
+        return broken
+
+    def _let_go(self) -> None:
+        for mine in (self.listener, *self.connections):
+            if mine:
+                mine.close()
+
+    def _watch(self) -> None:
+        while True:
+            try:
+                problems = self._find_killed()
                 one_leaves = bool(problems) or self.store.check(["one leaves"])
             except torch.distributed.DistError:
                 problems, one_leaves = [ENDED], True
@@ -310,18 +340,16 @@ class Meeting:
                 self.leave(problems)
                 self.close()
                 os._exit(2)
+            if self.leaving.wait(self.POLL_S):
+                return
 
 
-def _processes_here() -> list[str]:
-    """What names the processes that this one sees: containers of one machine can share its name and not its processes."""
-    link = "/proc/self/ns/pid"
-    return [socket.gethostname(), os.readlink(link) if os.path.exists(link) else ""]
-
-
-def _runs(process: int) -> bool:
-    with suppress(psutil.NoSuchProcess):
-        return psutil.Process(process).status() != psutil.STATUS_ZOMBIE
-    return False
+def _kept_alive(connection: socket.socket) -> socket.socket:
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (("TCP_KEEPIDLE", 3), ("TCP_KEEPINTVL", 1), ("TCP_KEEPCNT", 4)):  # seconds, seconds, times
+        if hasattr(socket, option):  # not on every macOS
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+    return connection
 
 
 def _end_with_the_launcher() -> None:
@@ -343,57 +371,3 @@ _meeting: Meeting | None = None
 
 def _united(found: Iterable[list[str]]) -> list[str]:
     return list(dict.fromkeys(problem for problems in found for problem in problems))
-
-
-def _open_store() -> Store:
-    """Connect to torchrun's store, or to rank 0's, which serves one at MASTER_PORT for the process group too.
-
-    The store of torchrun's agent outlives a restart of the workers (--max_restarts). There, rank 0 of each attempt serves a
-    new one, so that its ranks do not meet the keys of dead ones, and MASTER_PORT becomes that one's.
-    """
-    here = torch.accelerator.device_count() or world_size()
-    os.environ.setdefault("LOCAL_RANK", str(rank() % here))  # not set by hand, and Accelerate needs it
-    try:
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    except (KeyError, ValueError):
-        raise UserError("RANK and WORLD_SIZE are set. Set MASTER_ADDR and MASTER_PORT too, or use torchrun.") from None
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return PrefixStore("sft", _serve(address, port) if rank() == 0 else _connect(address, lambda: port))
-    agent = TCPStore(address, port, is_master=False)
-    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0":
-        return PrefixStore("sft", agent)
-    if rank() == 0:
-        store = _serve(address, 0)
-        agent.set("sft/port", str(store.port))
-    else:
-        store = _connect(address, lambda: int(agent.get("sft/port")))  # an earlier attempt's, until rank 0 has set it
-    os.environ["MASTER_PORT"] = str(store.port)
-    return PrefixStore("sft", store)
-
-
-def _serve(address: str, port: int) -> TCPStore:
-    try:
-        return TCPStore(address, port, is_master=True, wait_for_workers=False, multi_tenant=port != 0)
-    except torch.distributed.DistError as error:
-        raise UserError(f"MASTER_PORT {port}: rank 0 cannot serve there ({error}). Choose another port.") from error
-
-
-def _connect(address: str, port: Callable[[], int]) -> TCPStore:
-    """Connect to rank 0's store when it is there. A plain socket tries first: TCPStore prints C++ warnings (torch 2.13)."""
-    began, patience_s = time.monotonic(), SAYS_AFTER_S
-    while True:
-        try:
-            with socket.create_connection((address, port()), timeout=2):
-                return TCPStore(address, port(), is_master=False, wait_for_workers=False)
-        except (OSError, torch.distributed.DistError) as error:
-            waited = time.monotonic() - began
-            if waited > 1800:  # as long as PyTorch waits for a process group
-                raise UserError(f"rank 0 does not answer at {address}:{port()}: {error}") from error
-        if waited > patience_s and (local_rank() == 0 or rank() == 1):
-            _print_wait(f"rank 0 at {address}:{port()}", began)
-            patience_s *= 2
-        time.sleep(0.2)
-
-
-def _print_wait(whom: str, began: float) -> None:
-    print(f"rank {rank()} has waited {time.monotonic() - began:.0f} s for {whom}", flush=True)

@@ -20,7 +20,8 @@ from typing import Any
 import torch.distributed as dist
 from filelock import FileLock, Timeout
 
-from sft.job import UserError, complain, local_rank, rank, say, swapped, sync, world_size
+from sft.job import UserError, complain, rank, say, swapped, sync, world_size
+from sft.launchers import local_rank
 from sft.outside import read_object
 
 MANIFEST = "manifest.json"

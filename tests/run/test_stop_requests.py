@@ -10,12 +10,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jobs
+import psutil
 import pytest
 from saved_runs import choose, flags_for, losses, same_weights, signal_at, train
 from scripts import ROOT
 
 from sft import job
-from sft.job import _runs
 from sft.run import stop_requests
 from sft.saving import export
 
@@ -139,6 +139,10 @@ def test_torchrun_passes_a_signal_on_and_waits_for_the_checkpoint(tiny_llama, qu
     assert code == 1 and "(torchrun, if it got the signal too, prints a traceback now and exits with code 1." in printed
 
 
+def runs(process: int) -> bool:
+    return psutil.pid_exists(process) and psutil.Process(process).status() != psutil.STATUS_ZOMBIE
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_workers_end_with_a_launcher_that_is_killed(tiny_llama, questions_csv, tmp_path, processes):
@@ -148,13 +152,71 @@ def test_workers_end_with_a_launcher_that_is_killed(tiny_llama, questions_csv, t
     workers = job.workers()
     job.process.kill()
     until = time.monotonic() + 10
-    while alive := [worker for worker in workers if _runs(worker)]:
+    while alive := [worker for worker in workers if runs(worker)]:
         assert time.monotonic() < until, alive
         time.sleep(0.1)
     assert len(workers) == processes
+    printed = job.end()[1]
     # the first to notice stops them all
-    assert re.search(r"error: the launcher of rank \d has ended, and so does this rank\.", job.end()[1])
+    assert re.search(r"error: the launcher of rank \d has ended, and so does this rank\.", printed)
+    assert "frame #" not in printed  # of C++, from the clients of the launcher's store
     assert choose(tmp_path / "out") is not None  # the step was finished and saved
+
+
+def the_launcher_dies() -> None:
+    """When this rank, started by no launcher, is in the middle of what DIES_IN names and stays there."""
+    import utils
+
+    place, parent, dead = os.environ["DIES_IN"], os.getppid(), []
+    job.os.getppid = lambda: 1 if dead else parent
+
+    def stay(*_, **__):
+        dead.append(time.monotonic())
+        print(f"the launcher dies at {dead[0]}", flush=True)
+        time.sleep(60)
+
+    from sft.run.trainer import SupervisedTrainer
+    from sft.saving import checkpoint
+
+    home, name = {
+        "a step": (SupervisedTrainer, "training_step"),
+        "a save": (checkpoint, "digest"),
+        "the data": (utils, "tokenize"),
+    }[place]
+    setattr(home, name, stay)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["the data", "a step", "a save"])
+def test_a_worker_ends_with_its_launcher_whatever_it_is_doing(tiny_llama, questions_csv, tmp_path, place):
+    flags = flags_for(tiny_llama, questions_csv, tmp_path / "out", "--save_rehearsal", "False")
+    flags += ["--data_cache_dir", str(tmp_path / "cache")]
+    rank = jobs.Job(flags, 1, tmp_path / "log", the_launcher_dies, TORCHELASTIC_RUN_ID="none", DIES_IN=place)
+    (code,), ended = rank.wait(), time.monotonic()
+    printed = rank.printed()
+    assert code != 0 and "error: the launcher of rank 0 has ended, and so does this rank." in printed
+    assert ended - float(re.search("the launcher dies at (.*)", printed)[1]) < 10
+    assert "Traceback" not in printed and choose(tmp_path / "out") is None
+
+
+@pytest.mark.slow
+def test_sigterm_during_a_save_finishes_it(tiny_llama, questions_csv, tmp_path, monkeypatch, capsys):
+    from sft.saving import checkpoint
+
+    real, sent = checkpoint.digest, []
+
+    def digest(path):
+        if not sent:
+            sent.append(path)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(path)
+
+    monkeypatch.setattr(checkpoint, "digest", digest)
+    trainer = train(*flags_for(tiny_llama, questions_csv, tmp_path / "out", "--save_rehearsal", "False"))
+    assert "/incomplete/checkpoint-3/" in str(sent[0])
+    assert trainer.state.global_step == 4 and "stopped at step 4 of 16" in capsys.readouterr().out
+    assert [checkpoint.why_not_whole(tmp_path / "out" / f"checkpoint-{step}") for step in (3, 4)] == [None, None]
+    assert not list((tmp_path / "out").glob("incomplete*"))
 
 
 @pytest.mark.slow

@@ -1,7 +1,6 @@
 """The real scripts, run as a user does, and a tiny model for them."""
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,11 +21,6 @@ def save_llama(folder: Path, vocab_size: int, **config) -> None:
     shape |= {"num_key_value_heads": 2, "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 2}
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, **(shape | config))).save_pretrained(folder)
-
-
-def without_noise(stderr: str) -> str:
-    """What a command said, without bitsandbytes' (0.50) warning at import, on some CPUs, of a kernel that is not installed."""
-    return re.sub(r"^Failed to load CPU gemm_4bit_forward .*\n", "", stderr, flags=re.M)
 
 
 def run_script(script: str, *flags: str, processes: int = 0, expect: int = 0, env: dict | None = None) -> str:
