@@ -52,10 +52,6 @@ def header_problems(flags: Any, config: PreTrainedConfig, model: PreTrainedModel
         ]
     weights: dict[str, torch.Tensor] = {}
     for file in files:
-        with open(file, "rb") as opened:
-            is_pointer = opened.read(len(POINTER)) == POINTER
-        if is_pointer:
-            return [f"{file} is a Git LFS pointer, not the weights. Run `git lfs pull` in its folder."]
         try:
             with safe_loads(str(folder), deepspeed=False):  # a .bin file is mapped, not read
                 weights |= load_state_dict(file, map_location="meta" if file.suffix == ".safetensors" else "cpu")
@@ -65,6 +61,19 @@ def header_problems(flags: Any, config: PreTrainedConfig, model: PreTrainedModel
             return [f"{file} is damaged, or half of a file ({str(error).splitlines()[0]}). {AGAIN}"]
     shapes = {key: torch.empty(weight.shape, device="meta") for key, weight in weights.items()}
     return differences(name, compare(model, config, shapes), flags.allow_new_weights)
+
+
+def pointer_problems(folder: Path) -> list[str]:
+    """Git LFS pointers in the place of weights, an index or a tokenizer: what a clone without `git lfs` leaves."""
+    pointers = []
+    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if file.is_file():
+            with open(file, "rb") as opened:
+                pointers += [file] * (opened.read(len(POINTER)) == POINTER)
+    more = f" (and so are {len(pointers) - 1} files more)" if len(pointers) > 1 else ""
+    return [
+        f"{file} is a Git LFS pointer, not the file{more}. Run `git lfs pull` in its folder." for file in pointers[:1]
+    ]
 
 
 def weight_files(folder: Path) -> list[Path]:

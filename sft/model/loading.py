@@ -29,6 +29,8 @@ def model_problems(flags) -> list[str]:
     if not name:
         return []
     folder = Path(name)
+    if problems := headers.pointer_problems(folder):
+        return problems
     if folder.exists() and not (folder / "config.json").is_file():
         return [f"{name}: no config.json there. --model_name_or_path takes a model's folder or a hub repository."]
     try:

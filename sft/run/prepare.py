@@ -29,7 +29,7 @@ from sft.outside import reading
 from sft.plan import memory, proof
 from sft.plan.deepspeed_file import check_deepspeed
 from sft.plan.memory_ladder import explain_out_of_memory, stop_after_plan
-from sft.plan.settle import Settled, engine
+from sft.plan.settle import Settled, engine, refuse_padded_rope
 from sft.report.progress import ReportCallback, tracker_problems
 from sft.report.record import Report
 from sft.report.speed import Meter, ModelFlops, peak_tflops
@@ -135,6 +135,8 @@ class Run:
         self.memory_plan = settled.memory_plan
         flags, tokenizer = (self.args, self.model_args, self.data_args), data_module["data_collator"].tokenizer
         dataset, digest = data_module["train_dataset"], tokenizer_digest(tokenizer)
+        if data_module["eval_dataset"] and not self.args.packing:
+            refuse_padded_rope(self.args, settled.config, data_module["eval_dataset"].lengths)
         self.identity = resume.run_identity(
             *flags, dataset, settled.config, engine(self.args), self.template.text, digest
         )

@@ -87,6 +87,7 @@ def damaged_index(path) -> None:
         (config(num_hidden_layers=3), "{}: 9 of the model's weights are not .* such as model.layers.2"),
         (config(vocab_size=60), r"{}: 2 weights have another shape .* \(64, 32\) in the checkpoint, \(60, 32\) by config.json"),
         (file(lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n")), "{}/model.safetensors is a Git LFS pointer"),
+        (file(lambda path: path.with_name("tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\n")), "{}/tokenizer.json is a Git LFS pointer"),
         (file(cut), "{}/model.safetensors is damaged, or half of a file"),
         (file(half_of_a_pickle), "{}/pytorch_model.bin is damaged, or half of a file"),
         (file(lose_a_shard), "{}: 1 of its 2 files of weights are missing, such as model-00002-of-00002.safetensors"),

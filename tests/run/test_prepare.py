@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import re
 import shutil
 
@@ -162,3 +163,18 @@ def test_a_disk_that_is_full_after_training_leaves_the_model_and_a_sentence(
         UserError, match=r"the model is saved and proved and can be used, but its card or COMPLETE.json"
     ):
         train(*flags_for(tiny_llama, questions_csv, tmp_path / "other", *flags))
+
+
+def test_longer_rows_of_an_evaluation_are_refused_too_where_they_decide_on_ropes_frequencies(
+    tiny_llama, questions_csv, tmp_path, monkeypatch
+):
+    """The rows that are trained have at most 30 tokens."""
+    monkeypatch.setattr(utils, "load_model", lambda *args: pytest.fail("the weights were loaded"))
+    folder = shutil.copytree(tiny_llama, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 40, "rope_parameters": rope}))
+    (tmp_path / "long.csv").write_text(f'prompt,response\nshort,one\nlong,"{"a b c " * 30}"\n')
+    flags = ["--eval_data_path", str(tmp_path / "long.csv"), "--eval_strategy", "epoch", "--packing", "False"]
+    with pytest.raises(UserError, match="1 of 2 examples are longer than 40 tokens, above which this model's rope"):
+        train(*flags_for(folder, questions_csv, tmp_path / "out", *flags))
