@@ -1,6 +1,8 @@
 """Each of the Trainer's own arguments is honoured, translated or refused, and a value that cannot work is one sentence."""
 
 import argparse
+import contextlib
+import os
 import re
 
 import huggingface_hub
@@ -248,6 +250,27 @@ def test_a_value_of_another_kind_is_one_sentence(name):
         with pytest.raises(UserError) as refused:
             parse([*REQUIRED, f"--{name}={value}"], (tracker_problems, evaluation_problems, check_deepspeed))
         assert "Traceback" not in str(refused.value)
+
+
+def below_above_and_of_another_kind(name: str) -> list[str]:
+    (action,) = [a for a in flags.parser()._actions if f"--{name}" in a.option_strings]
+    if action.type is int:
+        return ["-1", "0", "1", "2147483648", "many", "1.5", ""]
+    if action.type is float:
+        return ["-1", "0", "0.5", "1", "2", "1e30", "nan", "inf", "many"]
+    return ["no-such-value", "-1", "{", "{}", "[]", "True", "False", "1e9", ""]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(FIELDS.keys() - NEWER - {"parallelism_config"}))
+def test_every_value_is_taken_or_refused_in_a_sentence(name, monkeypatch):
+    monkeypatch.setattr("sft.trainer_flags._hub", lambda flags: [])
+    before = dict(os.environ)
+    for value in below_above_and_of_another_kind(name):
+        with contextlib.suppress(UserError):
+            parse([*REQUIRED, f"--{name}={value}"], (tracker_problems, evaluation_problems, check_deepspeed))
+        os.environ.clear()
+        os.environ.update(before)  # the Trainer's arguments set variables
 
 
 @pytest.mark.parametrize(
