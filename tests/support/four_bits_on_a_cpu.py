@@ -9,6 +9,7 @@ import sys
 import fsdp_over_gloo
 
 from sft.model.lora import lora_problems
+from sft.plan import settle
 from sft.run import prepare
 
 
@@ -19,5 +20,7 @@ def without_a_gpu(flags) -> list[str]:
 def prepare_rank() -> None:
     """In a rank, before it trains."""
     prepare.CHECKS = tuple(without_a_gpu if check is lora_problems else check for check in prepare.CHECKS)
+    # in evaluation mode bitsandbytes (0.50) repacks the weights for a CPU's kernel, which has no right gradient
+    settle.rows_for_the_whole = lambda *_: []
     if "--fsdp" in sys.argv:
         fsdp_over_gloo.prepare_rank()
