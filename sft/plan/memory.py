@@ -220,7 +220,8 @@ def add_up(shape: Shape, s: Setting, tokens: int, several: bool) -> Plan:
     of_zero_2 = share * (s.float32_sums or not s.offload_optimizer)
     of_zero_3 = share * (not s.offload_optimizer)
     after, before, buffers = {
-        "ddp": (share, share * several, 4 * trained * (s.ranks > 1)),
+        # DDP lays its buckets out anew in the second step, next to the first one's (two H200s, torch 2.11: benchmarks/LOG.md)
+        "ddp": (share, share * several, 2 * 4 * trained * (s.ranks > 1)),
         # kept whole, in the compute type, until the last micro-batch
         "fsdp": (share, compute * trained * several, 4 * compute * layer * full),
         1: (some, some * several, 0),

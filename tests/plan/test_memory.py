@@ -82,6 +82,17 @@ def test_ranks_share_what_the_engine_shards():
     assert not ddp.fits and fsdp.fits and zero.fits
 
 
+def test_ddp_has_the_buckets_of_its_first_and_second_step_at_a_time():
+    words = [
+        "--tokens_per_micro_batch",
+        "128",
+        "--model_max_length",
+        "128",
+    ]  # so few that the peak is where the gradients are
+    one, two = (plan_of(OPEN_LLAMA_3B, *words, "--plan_world_size", ranks, step_tokens=128) for ranks in "12")
+    assert two.gpu["gradients"] - one.gpu["gradients"] == 2 * 4 * one.shape.parameters
+
+
 def test_gathered_weights_that_are_kept_lie_next_to_the_activations():
     words = ["--tokens_per_micro_batch", "4096", "--plan_world_size", "2", "--fsdp", "true"]
     again = plan_of(OPEN_LLAMA_7B, *words, "--bf16", "True", step_tokens=4096)
