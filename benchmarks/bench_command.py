@@ -170,7 +170,7 @@ def main() -> None:
             make_model(model, SHAPES[scenario.shape])
             for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
                 (model / file).unlink(missing_ok=True)
-            for file in flags.tokenizer.iterdir():
+            for file in (*flags.tokenizer.glob("tokenizer*"), *flags.tokenizer.glob("special_tokens_map.json")):
                 shutil.copyfile(file, model / file.name)
         seconds_of: dict[str, float] = {}  # TRL's, by state
         variants = sorted(flags.variants.split(","), key="trl ours ancestor".split().index)
