@@ -39,6 +39,8 @@ def choose_capture(
         "fp16 scales each step's loss anew": args.fp16,
         "activations are recomputed": args.gradient_checkpointing,
         "--torch_compile": args.torch_compile,
+        # others update weights in the backward pass, or are told when training goes on
+        f"--optim {args.optim}": not args.optim.startswith("adamw"),
         not_for: bool(not_for),
     }
     on, why = False, next((why for why, holds in refused.items() if holds), "")
@@ -88,7 +90,7 @@ class FilledRows:
     def fill(self, batch: dict[str, Any]) -> dict[str, Any]:
         tokens, trained = batch["input_ids"].shape[1], len(batch["label_positions"])
         row = row_length(tokens)
-        capacity = -(-4 * trained // row) * row // 4  # of labelled positions: a quarter of the row, a half, ...
+        capacity = -(-4 * max(trained, 1) // row) * row // 4  # of labelled positions: a quarter of the row, a half, ...
         fills = {"labels": (row - tokens, IGNORE_INDEX), "label_targets": (capacity - trained, IGNORE_INDEX)}
         fills |= dict.fromkeys(("input_ids", "position_ids"), (row - tokens, 0))
         edges = self.places - len(batch["cu_seq_lens_q"])
@@ -187,12 +189,13 @@ class CapturedSteps:
                 torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"),
             ):
                 loss = compute(model, inputs, items)
+            trained = [weight for weight in model.parameters() if weight.grad is not None]
+            # tensors that do not own their memory: the next graph's gradients may lie there too
+            gradients = [(weight, torch.as_tensor(_Place(weight.grad), device=weight.device)) for weight in trained]
         except Exception as error:  # of any model, such as one that asks the GPU for a value; if it is no fault of capturing, it comes again
             cause = error.__context__ or error  # before the one that ends the capture
-            return self._stop(model, f"this model's cannot be ({type(cause).__name__}: {str(cause).splitlines()[0]})")
-        trained = [weight for weight in model.parameters() if weight.grad is not None]
-        # tensors that do not own their memory: the next graph's gradients may lie there too
-        gradients = [(weight, torch.as_tensor(_Place(weight.grad), device=weight.device)) for weight in trained]
+            why = f"{type(cause).__name__}: {cause}".splitlines()[0]
+            return self._stop(model, f"this model's cannot be ({why})")
         model.zero_grad()
         return Captured(graph, inputs, items, loss.detach(), gradients)
 

@@ -55,6 +55,7 @@ def test_less_than_a_twentieth_of_real_steps_is_filled():
 def choice(device="cuda", **flags):
     known = dict.fromkeys(("fsdp", "deepspeed", "fp16", "gradient_checkpointing", "torch_compile", "capture_steps"))
     args = SimpleNamespace(device=torch.device(device), world_size=1)
+    args.optim = flags.get("optim", "adamw_torch_fused")
     vars(args).update(known | {name: value for name, value in flags.items() if name in known or name == "world_size"})
     step = {"step_tokens": np.float64(3_200), "micro_batches": 1, "not_for": ""}
     return str(choose_capture(args, 1_100_000_000, 22, **step | {name: flags[name] for name in flags if name in step}))
@@ -68,6 +69,7 @@ def test_a_step_is_tried_where_it_can_gain_and_where_it_is_safe():
     assert choice("cpu") == "captured steps: off (on a CPU)"
     for flag in ({"world_size": 2}, {"fsdp": True}, {"deepspeed": {}, "world_size": 2}):
         assert choice(**flag, capture_steps=True) == "captured steps: off (several ranks)"
+    assert choice(optim="lomo") == "captured steps: off (--optim lomo)"
     assert choice(micro_batches=2) == "captured steps: off (several micro-batches in a step)"
     assert choice(not_for="dropout or noise is drawn", capture_steps=True).endswith("(dropout or noise is drawn)")
 
