@@ -180,6 +180,8 @@ def test_padded_batch(characters):
         "labels": [[IGNORED, 2, 3], [IGNORED, EOS, IGNORED]],
         "attention_mask": [[1, 1, 1], [1, 1, 0]],
     }
+    nothing = {name: tensor.tolist() for name, tensor in collator([]).items()}  # of a rank that has no example left
+    assert nothing == {"input_ids": [[0]], "labels": [[IGNORED]], "attention_mask": [[1]]}
     characters_with_eos_as_pad = character_tokenizer()
     characters_with_eos_as_pad.pad_token = "</s>"
     batch = utils.DataCollatorForSupervisedDataset(characters_with_eos_as_pad)(examples)

@@ -10,6 +10,7 @@ from transformers import Trainer
 
 from sft.job import UserError
 from sft.run import trainer as trainer_module
+from sft.run.step_message import StepMessage
 from sft.run.trainer import SupervisedTrainer
 
 
@@ -90,6 +91,23 @@ def test_a_broken_step_leaves_a_checkpoint_of_the_step_before(tmp_path, monkeypa
     with pytest.raises(UserError, match="the loss is nan"):
         SupervisedTrainer._stop_before_update(run, 0.0)
     assert saved == [step] * saves
+
+
+@pytest.mark.parametrize(("fp16", "stops"), [(False, True), (True, False)])
+def test_a_gradient_that_deepspeed_could_not_use_ends_the_run_unless_fp16_looks_for_its_loss_scale(
+    monkeypatch, fp16, stops
+):
+    run = SupervisedTrainer.__new__(SupervisedTrainer)
+    run.args, run.state = SimpleNamespace(fp16=fp16), SimpleNamespace(stateful_callbacks={})
+    run.is_deepspeed_enabled, run.deepspeed = True, SimpleNamespace(optimizer=SimpleNamespace(overflow=True))
+    run.meter, run.stops, run.loss_since_log = None, SimpleNamespace(requested=None), 0.0
+    run.message = StepMessage(torch.device("cpu"), gather=lambda numbers: numbers)
+    run.message.add({}, torch.tensor(2.0))
+    stopped = []
+    run._stop_before_update = stopped.append
+    monkeypatch.setattr(Trainer, "_get_grad_norm", lambda *_: 0.5)  # ZeRO-3 leaves the last step's in place
+    assert run._get_grad_norm(None) == 0.5
+    assert stopped == [0.5] * stops
 
 
 def test_each_epoch_has_an_order_of_its_own():
