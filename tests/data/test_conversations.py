@@ -10,7 +10,7 @@ from characters import BOS, EOS, character_tokenizer
 
 import utils
 from sft.data import audit
-from sft.data.conversations import prompt_ids, read_messages
+from sft.data.conversations import DISAGREED, _segments, prompt_ids, read_messages, trained_turns
 from sft.data.template import TURNS_TEMPLATE, load_template
 from sft.flags import DataArguments, TrainingArguments
 from sft.job import UserError
@@ -248,3 +248,17 @@ def test_faults_of_many_rows_are_said_together(make, tmp_path):
     assert problem == (
         "--prompt_template chat: the tokenizer has no chat template. Give 'turns', which needs no token of its own, or a .jinja file."
     )
+
+
+def test_what_a_conversation_may_hold(make):
+    assert trained_turns(say(*"ab" * 9), "all") == [*range(1, 18, 2)]
+    assert shown(make([[{"role": "system", "content": ""}, *say("a", "b")]])).endswith("<user>a<s>\n<assistant>[b</s>]")
+    answer = {"role": "assistant", "content": "b", "weight": 2}
+    assert problems_of(read_messages, [*say("a"), answer], "row 2") == [
+        "row 2, message 2: weight is 2. Give true or false."
+    ]
+
+
+def test_an_answer_whose_rendering_does_not_begin_with_its_prompt_is_not_trained():
+    assert _segments([("Q: a\nA:", "Q: a\nA:b</s>")], "</s>", "t") == ["Q: a\nA:", "b"]
+    assert _segments([("Q: a\nA:", "Q: a\nB:b</s>")], "</s>", "t") == DISAGREED

@@ -134,3 +134,7 @@ def test_a_file_without_permission(write):
 def test_a_message_never_sends_a_cell_to_the_terminal(write):
     (line,) = faults(write("prompt,\x1b[31mresponse\u202e\na,b\n"))
     assert line.isprintable() and r"'\x1b[31mresponse\u202e'" in line
+
+
+def test_columns_without_a_name_may_be_several(write):
+    assert read(write("prompt,response,,\na,b,,\n")) == [(2, "a", "b")]

@@ -4,7 +4,7 @@ import json
 from array import array
 
 import pytest
-from characters import character_tokenizer
+from characters import BOS, character_tokenizer
 from hypothesis import given, settings
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers_at_hand import HARD_TEXT, TEXTS, arguments, encode_prompts, encode_responses, load_llama
@@ -189,3 +189,17 @@ def test_only_a_byte_level_tokenizer_json(tmp_path, capsys, with_bos):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": None}))
     with pytest.raises(UserError, match="the tokenizer has no EOS token"):
         load_llama(tmp_path)
+
+
+def test_a_bos_in_a_cell_repeats_nothing_where_the_tokenizer_puts_none():
+    tokenizer = character_tokenizer()
+    put = encode.repeats(tokenizer, ["<s>a", "b"], array("i", [BOS, BOS, 97]), allow_control_tokens=True)
+    none_put = encode.repeats(tokenizer, ["<s>a", "b"], array("i", [BOS, 97]), allow_control_tokens=True)
+    assert (put, none_put) == (1, 0)
+
+
+def test_the_text_behind_a_token_of_a_rendering_gets_no_prefix_space(llama):
+    rendered = encode.guard(llama, "two </s>")
+    (ids,) = encode.encode_rendered(llama, "prompt", [f"one</s>{rendered}"], bos=False)
+    first, second = encode_prompts(llama, ["one"])[0], encode_responses(llama, ["two </s>"])[0]
+    assert ids.tolist() == [*first[1:], llama.eos_token_id, *second]

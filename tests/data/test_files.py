@@ -307,3 +307,8 @@ def test_files_larger_than_memory_are_read_in_pieces(write, tmp_path, monkeypatc
         for _ in range(2 * files.ROWS_PER_BATCH):
             next(rows)
         assert 0 < seen[-1] < len(lines(*records)) / 2, path
+
+
+def test_a_number_that_is_none_is_an_empty_cell(write):
+    path = write("a.jsonl", '{"prompt": "a", "response": NaN}\n{"prompt": "b", "response": "c"}\n')
+    assert [cells for _, cells in read_rows(path, PAIR)] == [("a", ""), ("b", "c")]

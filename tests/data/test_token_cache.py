@@ -493,3 +493,24 @@ def test_work_ahead_hands_on_a_users_mistake():
         raise UserError([f"row {item}: wrong.", "and more."])
 
     assert problems_of(lambda: list(token_cache.map_ahead(fail, range(3)))) == ["row 0: wrong.", "and more."]
+
+
+def test_where_training_pauses_is_counted_from_the_first_batch_on(tmp_path):
+    pauses = [batch([1, 2, 3, 4])._replace(switches=np.array([2, 3])) for _ in range(2)]
+    rows = token_cache.load_or_build(tmp_path, KEY, lambda: iter(pauses))
+    assert (rows.switches.tolist(), rows.trained.tolist()) == ([2, 3, 6, 7], [2, 2])
+
+
+def test_a_note_is_never_written_through_a_link_that_another_user_puts_there(tmp_path):
+    precious = tmp_path / "precious"
+    precious.write_text("kept")
+
+    def build():
+        (entry,) = tmp_path.glob("*.lock")
+        entry.with_suffix(".error").symlink_to(precious)
+        raise UserError("a fault")
+        yield
+
+    with pytest.raises(UserError, match="a fault"):
+        token_cache.load_or_build(tmp_path, KEY, build)
+    assert precious.read_text() == "kept"
