@@ -34,12 +34,22 @@ def chat(question: str) -> list[dict]:
 
 def reference(folder: Path, scratch: Path) -> dict:
     """Texts and questions from `reference.json`, with the ids and answers that the trained prompt has in this transformers."""
+    sys.path.append(str(Path(__file__).resolve().parent.parent))
+    from sft.data.conversations import prompt_ids, render
+    from sft.data.template import TEMPLATE_FILES, load_template
+
     known = json.loads((folder / "reference.json").read_text())
     tokenizer, answer = in_transformers(folder)
-    template = (folder / "prompt_template.txt").read_text()
-    known["prompts"] = [template.replace("{instruction}", question) for question in known["questions"]]
+    (saved,) = (folder / name for name in TEMPLATE_FILES if (folder / name).exists())
+    template = load_template(str(saved), tokenizer)
     known["text_ids"] = [tokenizer(text).input_ids for text in known["texts"]]
-    known["prompt_ids"] = [tokenizer(prompt).input_ids for prompt in known["prompts"]]
+    if template.forms:
+        known["prompts"] = [template.fill({"instruction": question, "input": ""}) for question in known["questions"]]
+        known["prompt_ids"] = [tokenizer(prompt).input_ids for prompt in known["prompts"]]
+    else:
+        chats = [chat(question) for question in known["questions"]]
+        known["prompts"] = render(tokenizer, template, chats, prompts=True, control=False)
+        known["prompt_ids"] = prompt_ids(tokenizer, template, chats)
     known["answer_ids"] = [answer(ids) for ids in known["prompt_ids"]]
     known["answers"] = [tokenizer.decode(ids, skip_special_tokens=True) for ids in known["answer_ids"]]
     (folder / "reference.json").write_text(json.dumps(known))
@@ -147,8 +157,8 @@ def llama_cpp_server(folder: Path, scratch: Path) -> dict:
         request.add_header("Content-Type", "application/json")
         return json.load(urllib.request.urlopen(request))
 
-    def ids(text: str, bos: bool) -> list[int]:
-        return post("/tokenize", content=text, add_special=bos, parse_special=not bos)["tokens"]
+    def ids(text: str, bos: bool, control: bool = True) -> list[int]:
+        return post("/tokenize", content=text, add_special=bos, parse_special=control)["tokens"]
 
     exact = {"n_predict": LONGEST, "temperature": 0.0}
     rendered = [post("/apply-template", messages=chat(question))["prompt"] for question in known["questions"]]
@@ -158,10 +168,10 @@ def llama_cpp_server(folder: Path, scratch: Path) -> dict:
         for question in known["questions"]
     ]
     begins_with_bos = [text.startswith("<s>") for text in rendered]  # the server takes it off, and puts the token
-    asked = [ids(text, False) if spelled else ids(text, True) for text, spelled in zip(rendered, begins_with_bos)]
+    asked = [ids(text, not spelled) for text, spelled in zip(rendered, begins_with_bos)]
     return {
         "package": "xllamacpp",
-        "texts": count([ids(text, True) for text in known["texts"]], known["text_ids"]),
+        "texts": count([ids(text, True, False) for text in known["texts"]], known["text_ids"]),
         "prompts": count([ids(prompt, True) for prompt in known["prompts"]], known["prompt_ids"]),
         "answers": count(whole, known["answers"]),
         "chat prompts": count(asked, known["prompt_ids"]),
@@ -181,7 +191,9 @@ def llama_cpp_python(folder: Path, scratch: Path) -> dict:
     return {
         "package": "llama-cpp-python",
         "texts": count([model.tokenize(text.encode(), special=False) for text in known["texts"]], known["text_ids"]),
-        "prompts": count([model.tokenize(prompt.encode()) for prompt in known["prompts"]], known["prompt_ids"]),
+        "prompts": count(
+            [model.tokenize(prompt.encode(), special=True) for prompt in known["prompts"]], known["prompt_ids"]
+        ),
         "answers": count(whole, known["answers"]),
         "chat answers": count([choice["message"]["content"] for choice in chats], known["answers"]),
         "stops": count([choice["finish_reason"] for choice in chats], ["stop"] * len(chats)),

@@ -1,10 +1,10 @@
-"""Train two small models by the real command and ask them in the programs that people use next: `make clients`.
+"""Train four small models by the real command and ask them in the programs that people use next: `make clients`.
 
     python benchmarks/clients.py --folder clients_output                     # everything
     python benchmarks/clients.py --folder clients_output --only llama.cpp vLLM
 
-One model has a SentencePiece tokenizer, the other a byte-level one and a base with a chat template of its own. Each program gets an environment of
-its own, which sees this one's packages behind its own. The table shows how many ids and answers equal transformers'.
+Two have a SentencePiece tokenizer, two a byte-level one and a base with a chat template of its own; two are trained in Alpaca's prompt, and two in chat
+templates, `turns` and the base's own. Each program gets an environment of its own, which sees this one's packages behind its own. The table shows how many ids and answers equal transformers'.
 
 Exit code: 0, 1 when a number differs, 3 when all that ran are right and a program could not be installed.
 """
@@ -48,6 +48,12 @@ PACKAGES: dict[str, list[str]] = {  # what each environment has besides this one
     "lm-eval": ["lm-eval==0.4.13"],
 }
 REMOVED = {"vLLM": ["torchvision", "torchaudio", "torchcodec"]}  # PyPI's are built for another torch than the CPU's
+MODELS = {  # name -> its base, and its --prompt_template
+    "spm": ("spm", "alpaca"),
+    "bytes": ("bytes", "alpaca"),
+    "spm-turns": ("spm", "turns"),
+    "bytes-chat": ("bytes", "chat"),
+}
 COLUMNS = ["texts", "prompts", "answers", "chat prompts", "chat answers", "stops"]
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -79,8 +85,8 @@ def make_bases(folder: Path, texts: list[str]) -> dict[str, Path]:
     return {"spm": spm, "bytes": of_bytes}
 
 
-def train(base: Path, rows: Path, output: Path) -> None:
-    flags = "--prompt_template alpaca --use_cpu True --num_train_epochs 60 --per_device_train_batch_size 8 --learning_rate 3e-3 "
+def train(base: Path, template: str, rows: Path, output: Path) -> None:
+    flags = f"--prompt_template {template} --use_cpu True --num_train_epochs 60 --per_device_train_batch_size 8 --learning_rate 3e-3 "
     flags += "--gradient_accumulation_steps 1 --model_max_length 256 --save_strategy no --logging_steps 150 --lr_scheduler_type cosine"
     command = [sys.executable, "llama_training.py", "--model_name_or_path", str(base), "--data_path", str(rows)]
     command += ["--output_dir", str(output), "--data_cache_dir", str(rows.parent / "cache"), *flags.split()]
@@ -164,9 +170,10 @@ def main() -> None:
     with open(rows, "w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([("prompt", "response"), *facts[:QUESTIONS]])
     texts = [cell for row in facts for cell in row]
-    for name, base in make_bases(folder, texts).items():
+    bases = make_bases(folder, texts)
+    for name, (base, template) in MODELS.items():
         if not (folder / name / "COMPLETE.json").exists():
-            train(base, rows, folder / name)
+            train(bases[base], template, rows, folder / name)
         questions, expected = zip(*facts[:QUESTIONS], strict=True)
         known = {"texts": texts[-TEXTS:], "questions": questions, "expected": [text.strip() for text in expected]}
         (folder / name / "reference.json").write_text(json.dumps(known))
@@ -185,7 +192,7 @@ def main() -> None:
             skipped.append(f"{client} ({' '.join(PACKAGES[client])}): {str(error)[-200:]}")
             print(f"| {client} | | | skipped: it could not be installed |" + " |" * (len(COLUMNS) - 1), flush=True)
             continue
-        for name in ("spm", "bytes"):
+        for name in MODELS:
             found = probe(python, client, folder / name, scratch)
             cells = [found.get(column, found.get("error", "") if column == "texts" else "") for column in COLUMNS]
             print(f"| {client} | {found.get('version', '')} | {name} | {' | '.join(cells)} |", flush=True)

@@ -14,6 +14,7 @@ from tokenizer_files import make_texts, train_sentencepiece
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
+from sft import generate
 from sft.data.llama_tokenizer import load_llama_tokenizer
 from sft.data.template import ALPACA_TEMPLATE, filled, load_template
 from sft.saving import client_proof, export_files
@@ -71,6 +72,33 @@ def test_a_run_leaves_what_each_reader_takes(whole_run, tiny_llama):
         if path.suffix in (".json", ".jinja", ".md") and path.name != "run_report.json"
     ]
     assert [path.name for path in written if str(tiny_llama.parent) in path.read_text()] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("template", ["alpaca", "turns"])
+def test_a_folder_that_was_moved_answers_as_before_without_its_base(tiny_llama, tmp_path, template):
+    from saved_runs import flags_for, train
+
+    base, made = shutil.copytree(tiny_llama, tmp_path / "base"), tmp_path / "runs" / "first"
+    rows = tmp_path / "rows.csv"
+    rows.write_text("prompt,response\n" + "".join(f"{n} plus 1?,{n + 1}\n" for n in range(16)))
+    train(
+        *flags_for(
+            base, rows, made, "--prompt_template", template, "--model_max_length", "256", "--save_strategy", "no"
+        )
+    )
+
+    def answers(folder: Path) -> list:
+        tuned = generate.load(str(folder))
+        asked = tuned.prompts([{"instruction": f"{n} plus 1?", "input": ""} for n in range(4)])
+        as_chat = [chat(AutoTokenizer.from_pretrained(folder), f"{n} plus 1?") for n in range(4)]
+        assert as_chat == asked
+        return [asked, list(tuned.answers(asked, 8))]
+
+    before = answers(made)
+    shutil.rmtree(base)
+    moved = made.rename(tmp_path / "by another name")
+    assert answers(moved) == before
 
 
 def test_a_chat_asks_with_the_trained_ids_behind_bos_and_in_an_answer(whole_run, tiny_llama, tmp_path):
