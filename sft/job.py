@@ -1,5 +1,6 @@
 """Hold the ranks of a job together: printed lines, and errors that end every rank with one message."""
 
+import atexit
 import io
 import json
 import os
@@ -113,6 +114,8 @@ def one_message_for_user_errors() -> Iterator[None]:
     finally:
         if _meeting is not None:
             _meeting.close()
+        # nothing is left to interrupt, but for what libraries do while the interpreter ends
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
 
 
 def _end(problems: list[str]) -> None:

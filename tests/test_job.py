@@ -323,6 +323,13 @@ def test_an_interrupt_ends_in_one_line(monkeypatch, capsys):
         assert capsys.readouterr().err == f"error: interrupted{adds or '.'}\n"
 
 
+@pytest.mark.slow
+def test_an_interrupt_while_the_interpreter_ends_changes_nothing():
+    code = "import atexit, signal; from sft.job import one_message_for_user_errors as whole; atexit.register(signal.raise_signal, 2)\nwith whole(): print('done')"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "done\n", "")
+
+
 def test_an_interrupt_while_a_command_imports_ends_in_one_line():
     at_once = "import importlib.util, signal; importlib.util.find_spec = lambda _: signal.raise_signal(2); import sft"
     for code in (at_once, "import sft; raise KeyboardInterrupt"):

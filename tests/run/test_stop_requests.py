@@ -181,7 +181,7 @@ def the_launcher_dies() -> None:
     home, name = {
         "a step": (SupervisedTrainer, "training_step"),
         "a save": (checkpoint, "digest"),
-        "the data": (utils, "tokenize"),
+        "the data": (utils, "tokenize_file"),  # a pool of processes does what is below it
     }[place]
     setattr(home, name, stay)
 

@@ -321,7 +321,7 @@ def test_the_next_steps_micro_batches_are_fetched_while_this_ones_are_worked_on(
     trainer = SupervisedTrainer.__new__(SupervisedTrainer)
     trainer.accelerator = SimpleNamespace(sync_gradients=False)
     trainer.message = SimpleNamespace(add=lambda *_: None)
-    trainer.ahead, trainer.meter = (None, None), None
+    trainer.ahead, trainer.meter, trainer.captured = (None, None), None, None
     trainer.current_flos = 0
     seen = []
     for numbers in ([1, 2, 3, 4, 5], [6, 7, 8, 9, 10]):
