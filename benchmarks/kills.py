@@ -220,7 +220,12 @@ class Runs:
         """Wait for the end of a life; what it said must be so."""
         until = time.monotonic() + 300
         while left := self.processes():
-            if time.monotonic() > until:
+            if "(not started yet)" in self.log.read_text(
+                errors="replace"
+            ):  # killed before it met the other, which waits for it and prints so
+                for pid in left:
+                    os.kill(pid, signal.SIGKILL)
+            elif time.monotonic() > until:
                 for pid in left:
                     os.kill(pid, signal.SIGABRT)  # faulthandler prints where it is
                 time.sleep(1)

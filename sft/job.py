@@ -3,6 +3,7 @@
 import atexit
 import io
 import json
+import multiprocessing
 import os
 import select
 import signal
@@ -114,8 +115,16 @@ def one_message_for_user_errors() -> Iterator[None]:
     finally:
         if _meeting is not None:
             _meeting.close()
-        # nothing is left to interrupt, but for what libraries do while the interpreter ends
-        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
+        atexit.register(_leave_nothing)
+
+
+def _leave_nothing() -> None:
+    """While the interpreter ends: nothing is left to interrupt, and it would wait for ever for a loader's workers, which ignore signals."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if workers := multiprocessing.active_children():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's tells of each worker that is killed
+        for worker in workers:
+            worker.kill()
 
 
 def _end(problems: list[str]) -> None:

@@ -136,7 +136,7 @@ def rank_0_is_killed_in_training() -> None:
     "fault",
     [
         pytest.param(rank_1_is_killed_early, marks=pytest.mark.slow),
-        rank_0_is_killed_early,
+        pytest.param(rank_0_is_killed_early, marks=pytest.mark.slow),
         pytest.param(rank_1_is_killed_in_training, marks=pytest.mark.slow),
         pytest.param(rank_1_is_killed_on_another_machine, marks=pytest.mark.slow),
         pytest.param(rank_0_is_killed_in_training, marks=pytest.mark.slow),

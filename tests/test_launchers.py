@@ -142,6 +142,7 @@ def test_hybrid_shard_takes_as_many_ranks_on_each_machine(monkeypatch):
 # ---- the store
 
 
+@pytest.mark.slow
 def test_a_rank_waits_for_rank_0_and_says_where(monkeypatch, capsys):
     monkeypatch.setattr(launchers, "SAYS_AFTER_S", 0.5)
     monkeypatch.setenv("RANK", "1")

@@ -235,6 +235,7 @@ def test_who_waits_for_a_killed_builder_builds(tmp_path):
     assert Builder(tmp_path).count("ended") == 1
 
 
+@pytest.mark.slow
 def test_who_waited_ends_in_the_builders_error(tmp_path):
     def fail():
         time.sleep(0.5)

@@ -81,6 +81,7 @@ def test_xgen_ids(xgen):
     assert xgen.decode(xgen(text).input_ids) == text
 
 
+@pytest.mark.slow
 def test_saved_xgen_tokenizer_reloads_to_the_same_ids(xgen, tmp_path):
     xgen.save_pretrained(tmp_path)
     LlamaConfig(vocab_size=51200).save_pretrained(tmp_path)
@@ -115,6 +116,7 @@ def test_gpt2_files_that_are_not(gpt2_files, tmp_path):
         load_xgen_tokenizer(arguments(tmp_path, gpt2_files=str(tmp_path)))
 
 
+@pytest.mark.slow
 def test_gpt2_from_tiktoken(gpt2_ranks, xgen, monkeypatch, tmp_path):
     monkeypatch.setattr(
         tiktoken, "get_encoding", lambda name: SimpleNamespace(_mergeable_ranks={"gpt2": gpt2_ranks}[name])

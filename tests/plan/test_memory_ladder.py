@@ -108,6 +108,7 @@ def test_a_plan_of_nothing_is_refused(tmp_path):
             utils.train(load_llama_tokenizer, [*words, file])
 
 
+@pytest.mark.slow
 def test_a_full_gpu_ends_in_a_sentence_and_exit_code_3(tiny_llama, questions_csv, tmp_path, monkeypatch, capsys):
     def full(*args):
         raise torch.OutOfMemoryError(

@@ -4,6 +4,7 @@ import copy
 import math
 from unittest.mock import MagicMock
 
+import pytest
 from watched import watch
 
 from sft.report import picture, record
@@ -54,6 +55,7 @@ def test_a_running_mean():
     assert picture.running_mean([2, math.nan, 6], 2) == [2, 2, 6]
 
 
+@pytest.mark.slow
 def test_a_picture_that_fails_stops_nothing_and_is_said_once(tiny_llama, questions_csv, tmp_path, monkeypatch):
     def draw(runs, path):
         raise RuntimeError("no fonts")

@@ -150,6 +150,7 @@ def full(*_):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_after_training_leaves_the_model_and_a_sentence(
     tiny_llama, questions_csv, tmp_path, monkeypatch, capsys
 ):

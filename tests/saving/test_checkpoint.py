@@ -159,6 +159,7 @@ def test_how_many_stay(tmp_path, limit, best, stay):
     assert not (tmp_path / "incomplete").exists()
 
 
+@pytest.mark.slow
 def test_the_old_checkpoint_goes_only_when_the_new_one_is_whole(tiny_llama, questions_csv, tmp_path, monkeypatch):
     seen = []
     real = checkpoint.rotate
@@ -375,6 +376,7 @@ def test_a_disk_that_fills_while_saving_loses_nothing(
     assert same_weights(output, whole_run)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_seen_before_a_save_and_named_at_the_export(disk, tiny_llama, questions_csv, monkeypatch, capfd):
     output = disk("size=20m")
     fill_at_step_5(monkeypatch, output, left_bytes=100_000)  # the model has 156,000

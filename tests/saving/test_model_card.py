@@ -5,6 +5,7 @@ import copy
 import io
 import re
 
+import pytest
 from huggingface_hub import ModelCard
 from watched import TEMPLATE
 
@@ -70,6 +71,7 @@ def test_the_snippet_takes_control_tokens_as_the_training_did():
     assert 'tokenizer(prompt, return_tensors="pt")' in asked[1]
 
 
+@pytest.mark.slow
 def test_the_snippet_of_an_adapter(watched_adapter, monkeypatch):
     run = watched_adapter
     code, printed = run_the_snippet(run.folder, monkeypatch)

@@ -75,6 +75,7 @@ def test_how_many_checkpoints_lie_on_the_disk_at_once(tmp_path):
     assert rehearsal.check_space(tmp_path, 10**18, 0, 1000).startswith("disk: model 1e-06 GB; ")
 
 
+@pytest.mark.slow
 def test_a_rehearsal_leaves_the_state_as_it_was(tiny_llama, questions_csv, tmp_path, monkeypatch):
     seen = []
 

@@ -95,6 +95,7 @@ def test_pickled_weights_that_run_code_are_refused_when_resuming(resumable, mark
     assert not mark.exists()
 
 
+@pytest.mark.slow
 def test_pickled_arguments_are_neither_read_nor_written(resumable, mark):
     checkpoint, flags = resumable
     assert not (checkpoint / "training_args.bin").exists()
@@ -199,6 +200,7 @@ def test_code_of_a_model_repository_is_not_run(tiny_llama, questions_csv, tmp_pa
     assert not mark.exists()
 
 
+@pytest.mark.slow
 def test_an_adapter_of_pickled_weights_that_run_code_is_refused(tiny_llama, questions_csv, tmp_path, mark):
     pytest.importorskip("peft")
     train(*flags_for(tiny_llama, questions_csv, tmp_path / "adapter", "--max_steps", "2", "--use_lora", "True"))
@@ -267,6 +269,7 @@ class FakeHub:
         return done
 
 
+@pytest.mark.slow
 def test_an_upload_holds_the_proved_model_and_no_token(tiny_llama, questions_csv, tmp_path, monkeypatch):
     hub = FakeHub()
     monkeypatch.setattr("transformers.trainer.hf_api", lambda: hub)

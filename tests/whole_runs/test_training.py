@@ -130,6 +130,7 @@ def test_the_saved_model_is_plain_transformers_and_gives_the_same_logits(padded_
     assert (folder / "tokenizer.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_bfloat16_checkpoint_is_trained_in_float32_and_exported_in_the_type_asked_for(
     tiny_llama, questions_csv, tmp_path, capsys
 ):
@@ -224,3 +225,20 @@ def test_a_users_mistake_is_one_message_and_exit_code_2_on_every_rank(tiny_llama
     assert "Traceback" not in printed.split("error: ")[1].split("torch/distributed")[0]
     assert not (tmp_path / "model").exists()
     assert "Traceback" not in jobs.run(flags, 1, tmp_path / "log", expect=2)
+
+
+@pytest.mark.slow
+def test_a_loaders_workers_do_not_keep_a_run_from_ending(tiny_llama, questions_csv, tmp_path):
+    """They ignore signals, and the interpreter waits for them when an epoch has not ended."""
+    flags = [
+        "--model_name_or_path",
+        str(tiny_llama),
+        "--data_path",
+        str(questions_csv),
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
+    flags += ["--use_cpu", "True", "--max_steps", "1", "--dataloader_num_workers", "1", "--save_rehearsal", "False"]
+    command = [sys.executable, str(ROOT / "llama_training.py"), *flags, "--data_cache_dir", str(tmp_path / "cache")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=90)
+    assert ended.returncode == 0 and "model saved in" in ended.stdout and "Traceback" not in ended.stderr
