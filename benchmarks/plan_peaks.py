@@ -128,27 +128,24 @@ def summed_alone(state: None, bucket: torch.distributed.GradBucket) -> torch.fut
 
 def held_at_peak(events: list[dict], base: int) -> dict[str, float]:
     """GiB that were held when most was, by the line of code that asked for them."""
-    live: dict[int, tuple[int, int]] = {}
-    held = most = base
-    best: dict[int, tuple[int, int]] = {}
-    after = 0
+    live: dict[int, tuple[int, int]] = {}  # address -> bytes, number of the event
+    held, most, last = base, base, 0
     for number, event in enumerate(events):
         if event["action"] == "alloc":
             live[event["addr"]] = event["size"], number
             held += event["size"]
             if held > most:
-                most, after = held, number
+                most, last = held, number
         elif event["action"] == "free_completed":
             held -= live.pop(event["addr"], (event["size"], 0))[0]
     live = {}
-    for number, event in enumerate(events[: after + 1]):
+    for number, event in enumerate(events[: last + 1]):
         if event["action"] == "alloc":
             live[event["addr"]] = event["size"], number
         elif event["action"] == "free_completed":
             live.pop(event["addr"], None)
-    best = live
     totals: collections.Counter = collections.Counter()
-    for size, number in best.values():
+    for size, number in live.values():
         totals[_where(events[number]["frames"])] += size
     found = {"before training": base / 2**30, "at the peak": most / 2**30}
     return found | {where: size / 2**30 for where, size in totals.most_common(14)}
@@ -189,9 +186,8 @@ def child(result: str, ranks: int, explain: bool, words: list[str]) -> None:
 
     def build_and_watch(run, model, head, settled, *rest):
         trainer = build(run, model, head, settled, *rest)
-        trainer.message.gather = lambda numbers: numbers.repeat(
-            ranks, 1
-        )  # the fake group of torch 2.11 refuses its shape
+        # the fake group of torch 2.11 refuses its shape
+        trainer.message.gather = lambda numbers: numbers.repeat(ranks, 1)
         trainer.add_callback(Watch(trainer, settled.memory_plan, result, explain))
         return trainer
 

@@ -194,7 +194,7 @@ def without_effect(flags: Any, given: set[str]) -> list[str]:
         f"--logging_strategy {logs} decides": "logging_steps" * (logs != "steps"),
         f"--max_steps {flags.max_steps} decides": "num_train_epochs" * (flags.max_steps > 0),
         f"--lr_scheduler_type {schedule} has no warm-up": "warmup_steps" * (not warms_up),
-        f"--optim {text(flags.optim)} does not read it": " ".join(_unread_by_the_optimizer(flags)),
+        f"--optim {text(flags.optim)} does not read it": " ".join(_unread_by_the_optimizer(flags, given)),
         "--packing False": "tokens_per_micro_batch share_prefixes compile_layers" * (not flags.packing),
         "it needs --push_to_hub True": "hub_token hub_model_id hub_strategy hub_private_repo hub_always_push hub_revision"
         * (not flags.push_to_hub),
@@ -218,15 +218,16 @@ def without_effect(flags: Any, given: set[str]) -> list[str]:
     ]
 
 
-def _unread_by_the_optimizer(flags: Any) -> list[str]:
-    """Which of Adam's numbers the chosen optimizer does not take."""
+def _unread_by_the_optimizer(flags: Any, given: set[str]) -> list[str]:
+    """Which of Adam's numbers that were given the chosen optimizer does not take."""
 
     def taken(**changed: float) -> Any:
         with swapped(flags, **changed):
             return transformers.Trainer.get_optimizer_cls_and_kwargs(flags, torch.nn.Linear(1, 1))[1]
 
     try:
-        return [name for name in ("adam_beta1", "adam_beta2", "adam_epsilon") if taken() == taken(**{name: 0.123})]
+        names = [name for name in ("adam_beta1", "adam_beta2", "adam_epsilon") if name in given]
+        return [name for name in names if taken() == taken(**{name: 0.123})]
     except (ImportError, ValueError):  # its package is missing, or its arguments: a problem of its own
         return []
 

@@ -209,9 +209,8 @@ def add_up(shape: Shape, s: Setting, tokens: int, several: bool) -> Plan:
     copies, cast = copied * (shape.linear + shape.experts), copied * head_weights
     if s.engine == "fsdp":  # the layer at work and the next one, each with the buffer it arrives in
         gathered += compute * (4 * layer + head_weights)
-        copies += (
-            compute * s.keeps_gathered * max(0, shape.parameters - 4 * layer - head_weights)
-        )  # until a layer's backward pass
+        # the others, each until its backward pass
+        copies += compute * s.keeps_gathered * max(0, shape.parameters - 4 * layer - head_weights)
     if s.stage == 3:
         gathered += compute * min(shape.parameters, ZERO3_LIVE)
 

@@ -80,16 +80,17 @@ def settle(model_args: ModelArguments, args: TrainingArguments, dataset: Any) ->
     say(f"{arithmetic.lines(len(dataset), args.device.type)}\n{precision}" if args.do_train else precision)
     with loading.whole_models(args):
         skeleton = loading.skeleton(model_args, config)
+    parameters = skeleton.num_parameters()
     run_tokens = arithmetic.steps * arithmetic.examples_per_step * lengths.mean() if args.do_train else 0
     kernel_of_attention, proofs = packed_or_padded(model_args, args, config, first_rows(dataset, run_tokens), lengths)
     whole_tried_on: list[Example] = []
     if not args.do_train:
         say(in_a_line(proofs))
     elif engine(args) not in ("FSDP", "DeepSpeed ZeRO 3"):
-        whole_tried_on = rows_for_the_whole(dataset, skeleton.num_parameters(), run_tokens, args.device.type)
+        whole_tried_on = rows_for_the_whole(dataset, parameters, run_tokens, args.device.type)
     compilation = Choice("compiled layers", False, "--packing False")
     if args.packing:
-        compilation = choose_compilation(args, skeleton.num_parameters(), model_args.load_in_4bit, run_tokens)
+        compilation = choose_compilation(args, parameters, model_args.load_in_4bit, run_tokens)
         say(compilation)
     kernel, loss = loss_kernel(args.device, compilation.value, args.label_smoothing_factor)
     liger = loss.value == LIGER and engine(args) == "DDP" and args.world_size == 1 and not args.use_liger_kernel
@@ -144,7 +145,7 @@ def settle(model_args: ModelArguments, args: TrainingArguments, dataset: Any) ->
             "rope asks for each example's length": rotary.changes_beyond(config) is not None,
         }
         why = next((why for why, holds in cannot.items() if holds), "")
-        capture = choose_capture(args, skeleton.num_parameters(), config.num_hidden_layers, *step, why)
+        capture = choose_capture(args, parameters, config.num_hidden_layers, *step, why)
         if args.device.type == "cuda" and args.do_train:
             say(capture)
     gathered = choose_gathered(args, memory_plan)
@@ -164,7 +165,7 @@ def settle(model_args: ModelArguments, args: TrainingArguments, dataset: Any) ->
     return Settled(
         config=config,
         device=args.device,
-        parameters=skeleton.num_parameters(),
+        parameters=parameters,
         arithmetic=arithmetic,
         precision=precision,
         attention=kernel_of_attention,

@@ -268,9 +268,8 @@ class Run:
                     folder, record = Path(self.args.output_dir), self.report.record
                     write_card(folder, record, self.args.hub_model_id, exporter.limits)
                     if self.model_args.merge_lora:
-                        write_card(
-                            folder / "adapter", record, None, exporter.limits
-                        )  # in the place of peft's, which is blank
+                        # in the place of peft's, which is blank
+                        write_card(folder / "adapter", record, None, exporter.limits)
                     export.complete(self.args.output_dir, trainer.state.global_step, proved, exporter.files)
                 except OSError as error:
                     raise UserError(

@@ -275,9 +275,8 @@ def run_identity(
 def keep_token_budget(checkpoint: str | None, before: dict[str, str], args, longest: int) -> None:
     """`--tokens_per_micro_batch auto` measures the GPU's memory; a continued run takes the number that the run began with."""
     kept = before.get("tokens_per_micro_batch", "-")
-    alike = before.get("world_size", "") == str(
-        args.world_size
-    )  # another number of ranks leaves another amount of memory
+    # another number of ranks leaves another amount of memory
+    alike = before.get("world_size", "") == str(args.world_size)
     if args.packing and args.tokens_per_micro_batch is None and alike and kept != "-" and longest <= int(kept):
         args.tokens_per_micro_batch = int(kept)
         say(f"--tokens_per_micro_batch auto: {args.tokens_per_micro_batch}, as in {checkpoint}")
