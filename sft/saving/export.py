@@ -71,13 +71,11 @@ def complete(output_dir: str, step: int, proved: list[str], files: dict[str, dic
 
 def describe_files(folder: Path) -> dict[str, dict]:
     """The files of weights, as COMPLETE.json lists them, when they are on the disk."""
-
-    def describe(path: Path) -> dict[str, Any]:
-        sync(path)
-        return describe_file(path)
-
-    names = list(weight_files(folder))
-    return dict(zip(names, side_by_side(describe, [folder / name for name in names])))
+    found = {}
+    for name in weight_files(folder):
+        sync(folder / name)
+        found[name] = describe_file(folder / name)  # by several threads for each file
+    return found
 
 
 def side_by_side(function: Callable, items: Iterable) -> list:
