@@ -3,6 +3,7 @@
 file -> template -> tokens and labels -> dataset -> collator -> model -> trainer -> saved model
 """
 
+import gc
 import sys
 from array import array
 from collections.abc import Callable, Iterator
@@ -257,6 +258,30 @@ def load_model(
 LoadTokenizer = Callable[[ModelArguments], PreTrainedTokenizerBase]
 
 
+def fit(run: prepare.Run, tokenizer, data_module: dict[str, Any], resume: str | None):
+    """Settle what a run does, load the model and train it.
+
+    Returns: the trainer; None where only the whole model, before the first step, turned out not to be computed right in packed
+    rows. The run is a padded one then.
+    """
+    model_args, args = run.model_args, run.args
+    settled = settle.settle(model_args, args, data_module["train_dataset"])
+    run.refuse_changes(settled, data_module)
+    set_seed(args.seed)
+    with run.phase("load"):
+        model = load_model(model_args, args, tokenizer, settled)
+        head = settle.prepare_step(model, settled)
+        settled = settle.rehearse_fullest(model, head, settled, args, data_module["train_dataset"].lengths)
+        trainer = run.build_trainer(model, head, settled, tokenizer, data_module)
+    try:
+        with run.training(trainer, settled):
+            trainer.train(resume_from_checkpoint=resume) if args.do_train else run.evaluate(trainer)
+    except prepare.NotPacked:
+        trainer.accelerator.free_memory()
+        return None
+    return trainer
+
+
 def train(load_tokenizer: LoadTokenizer, argv: list[str] | None = None) -> prepare.SupervisedTrainer:
     """Everything, in the order in which it happens. What can be known before weights load is refused before they do."""
     model_args, data_args, args = parse(argv, prepare.CHECKS)
@@ -267,15 +292,9 @@ def train(load_tokenizer: LoadTokenizer, argv: list[str] | None = None) -> prepa
             raise SystemExit(check_data(tokenizer, data_args, args, loading.load_config(model_args)))
         data_module = make_supervised_data_module(tokenizer, data_args, args)
     resume = run.resume_from(data_module)
-    settled = settle.settle(model_args, args, data_module["train_dataset"])
-    run.refuse_changes(settled, data_module)
-    set_seed(args.seed)
-    with run.phase("load"):
-        model = load_model(model_args, args, tokenizer, settled)
-        head = settle.prepare_step(model, settled)
-        settled = settle.rehearse_fullest(model, head, settled, args, data_module["train_dataset"].lengths)
-        trainer = run.build_trainer(model, head, settled, tokenizer, data_module)
-    with run.training(trainer, settled):
-        trainer.train(resume_from_checkpoint=resume) if args.do_train else run.evaluate(trainer)
+    trainer = fit(run, tokenizer, data_module, resume)
+    if trainer is None:
+        gc.collect()  # the packed model
+        trainer = fit(run, tokenizer, data_module, resume)
     run.finish(trainer)
     return trainer

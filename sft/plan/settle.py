@@ -246,20 +246,13 @@ def packed_or_padded(
             if choice.value == attention.TRITON:
                 from sft.step import attention_kernel  # noqa: F401  its operator; a CPU's PyTorch comes without Triton
         except Exception as error:  # of a config that has no such heads
-            why = _in_words(error)
+            why = in_words(error)
         else:
             proofs, why = _proved(model_args, args, config, examples, choice.value)
         if why is None:
             say(choice)
             return choice, proofs
-        if model_args.attn_implementation:
-            raise UserError(
-                f"--attn_implementation {model_args.attn_implementation} cannot be used with packing: {why}. Leave the flag out."
-            )
-        if args.packing_asked:
-            raise UserError(f"--packing True: {why}. Remove the flag, and the run is padded.")
-        say(f"packing: off, this run is padded: {why}")
-        args.packing = False
+        pad_instead(model_args, args, why)
     refuse_padded_rope(args, config, lengths)
     proofs, why = _proved(model_args, args, config, examples, None)
     if why:
@@ -269,6 +262,18 @@ def packed_or_padded(
     asked = model_args.attn_implementation
     choice = Choice("attention", asked, "--attn_implementation" if asked else "transformers' choice for padded batches")
     return choice, proofs
+
+
+def pad_instead(model_args: ModelArguments, args: TrainingArguments, why: str) -> None:
+    """Make a run that cannot be packed a padded one, and print why. Raises a UserError where packing was asked for by hand."""
+    if model_args.attn_implementation:
+        raise UserError(
+            f"--attn_implementation {model_args.attn_implementation} cannot be used with packing: {why}. Leave the flag out."
+        )
+    if args.packing_asked:
+        raise UserError(f"--packing True: {why}. Remove the flag, and the run is padded.")
+    say(f"packing: off, this run is padded: {why}")
+    args.packing = False
 
 
 def _proved(*how: Any) -> tuple[list[Proof], str | None]:
@@ -281,7 +286,7 @@ def _proved(*how: Any) -> tuple[list[Proof], str | None]:
         except NotFinite as error:
             found[1] = error.problems
         except Exception as error:  # of a kernel or a model that these rows do not fit: the reason is printed
-            found[1] = _in_words(error)
+            found[1] = in_words(error)
     if torch.distributed.is_initialized():
         torch.distributed.broadcast_object_list(found)
     if isinstance(found[1], list):
@@ -289,7 +294,7 @@ def _proved(*how: Any) -> tuple[list[Proof], str | None]:
     return found[0], found[1]
 
 
-def _in_words(error: Exception) -> str:
+def in_words(error: Exception) -> str:
     return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}".splitlines()[0]
 
 

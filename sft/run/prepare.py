@@ -29,7 +29,7 @@ from sft.outside import reading
 from sft.plan import memory, proof
 from sft.plan.deepspeed_file import check_deepspeed
 from sft.plan.memory_ladder import explain_out_of_memory, stop_after_plan
-from sft.plan.settle import Settled, engine, refuse_padded_rope
+from sft.plan.settle import Settled, engine, in_words, pad_instead, refuse_padded_rope
 from sft.report.progress import ReportCallback, tracker_problems
 from sft.report.record import Report
 from sft.report.speed import Meter, ModelFlops, peak_tflops
@@ -42,6 +42,7 @@ from sft.saving.model_card import write_card
 from sft.saving.rehearsal import refuse_full_disk, rehearse
 from sft.step import attention, compiled_layers
 from sft.step.captured_steps import CapturedSteps, FilledRows
+from sft.step.micro_batches import set_accumulation
 from sft.step.modules import LossHead
 from sft.step.packed_rows import PackedCollator, group_by_prefix
 
@@ -65,6 +66,10 @@ CHECKS = (  # what can be known from the flags alone; all problems are raised to
     evaluation_problems,
     tracker_problems,
 )
+
+
+class NotPacked(Exception):
+    """The whole model is not computed right in packed rows, and the run's flags are a padded run's now."""
 
 
 class Run:
@@ -126,6 +131,7 @@ class Run:
         self.resume = resume.choose_checkpoint(self.args)
         self.before = resume.saved_identity(self.resume) if self.resume else {}
         longest = int(data_module["train_dataset"].lengths.max())
+        resume.keep_padding(self.resume, self.before, self.args)
         resume.keep_token_budget(self.resume, self.before, self.args, longest)
         resume.keep_layout(self.resume, self.args)
         return self.resume
@@ -210,17 +216,28 @@ class Run:
                 self._rehearse(trainer)
 
     def _prove(self, trainer: SupervisedTrainer, settled: Settled) -> None:
-        proofs = list(settled.proofs)
+        """Prove the whole model on rank 0. Raises NotPacked on all ranks where it can only be padded."""
+        proofs, fault = list(settled.proofs), None
         with self.report.phase("plan"), all_ranks_or_none():
             if settled.whole_tried_on and rank() == 0:
                 half = compute_dtype(self.args) != torch.float32
                 smoothed = trainer.label_smoother and partial(trainer.label_smoother, shift_labels=True)
                 how = trainer.head, trainer.data_collator.collator, settled.whole_tried_on, half
                 together = self.args.per_device_train_batch_size > 1
-                proofs.append(proof.prove_whole(trainer.model, *how, together, smoothed))
-                if fault := proofs[-1].fault:
-                    cure = " Give --packing False." if self.args.packing else ""
-                    raise UserError(f"the model as it is in memory cannot be trained right: {fault}.{cure}")
+                try:
+                    proofs.append(proof.prove_whole(trainer.model, *how, together, smoothed))
+                    fault = proofs[-1].fault
+                except (UserError, torch.OutOfMemoryError):
+                    raise
+                except Exception as error:  # of a module that does not take such rows: the reason is printed
+                    fault = in_words(error)
+                if fault and not self.args.packing:
+                    raise UserError(f"the model as it is in memory cannot be trained right: {fault}.")
+        if fault := checkpoint.gather(fault)[0]:
+            pad_instead(self.model_args, self.args, f"{fault}, with the whole model")
+            set_accumulation(self.args, settled.arithmetic.accumulation)
+            self.report.record.pop("packing", None)
+            raise NotPacked
         say(proof.in_a_line(proofs))
         self.report.note("proof", tried=[one._asdict() for one in proofs])
 

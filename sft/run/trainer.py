@@ -63,7 +63,7 @@ class SupervisedTrainer(Trainer):
         self.source: tuple  # where the next step's micro-batches come from
         self.ahead: tuple[Any, Any] = (None, None)  # an epoch's iterator, and the next step's micro-batches from it
         if sampler:
-            set_accumulation(args, sampler)
+            set_accumulation(args, sampler.micro_batches)
         every = [*callbacks, self.stops, Intervals()]
         if before_first_step:
             every.append(BeforeFirstStep(partial(before_first_step, self)))

@@ -272,6 +272,13 @@ def run_identity(
     return identity | {f"--{name}": value for name, value in flags.items() if name not in evaluation}
 
 
+def keep_padding(checkpoint: str | None, before: dict[str, str], args) -> None:
+    """A run that was padded, by hand or because its model cannot be packed, goes on padded."""
+    if args.packing and not args.packing_asked and before.get("packing") == "False":
+        args.packing = False
+        say(f"packing: off, as in {checkpoint}")
+
+
 def keep_token_budget(checkpoint: str | None, before: dict[str, str], args, longest: int) -> None:
     """`--tokens_per_micro_batch auto` measures the GPU's memory; a continued run takes the number that the run began with."""
     kept = before.get("tokens_per_micro_batch", "-")

@@ -250,10 +250,10 @@ def describe(sampler: PackedBatchSampler, per_device: int, accumulation: int, ma
     )
 
 
-def set_accumulation(args: transformers.TrainingArguments, sampler: PackedBatchSampler) -> None:
+def set_accumulation(args: transformers.TrainingArguments, micro_batches: int) -> None:
     """Tell the Trainer, and DeepSpeed, how many micro-batches a step has now."""
-    args.gradient_accumulation_steps = sampler.micro_batches
+    args.gradient_accumulation_steps = micro_batches
     if args.deepspeed:  # it was told the batch sizes when the arguments were parsed
         config = args.hf_deepspeed_config.config
-        config["gradient_accumulation_steps"] = sampler.micro_batches
-        config["train_batch_size"] = args.per_device_train_batch_size * sampler.micro_batches * args.world_size
+        config["gradient_accumulation_steps"] = micro_batches
+        config["train_batch_size"] = args.per_device_train_batch_size * micro_batches * args.world_size

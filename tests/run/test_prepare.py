@@ -5,11 +5,13 @@ import errno
 import json
 import re
 import shutil
+import weakref
+from functools import partial
 
 import jobs
 import pytest
 import torch
-from saved_runs import flags_for, train
+from saved_runs import flags_for, losses, train
 from scripts import save_llama
 from transformers import LlamaConfig
 
@@ -18,6 +20,7 @@ from sft.data.llama_tokenizer import load_llama_tokenizer
 from sft.job import UserError
 from sft.report.record import Report
 from sft.run import prepare
+from sft.run.trainer import SupervisedTrainer
 
 
 @pytest.mark.parametrize(
@@ -179,3 +182,63 @@ def test_longer_rows_of_an_evaluation_are_refused_too_where_they_decide_on_ropes
     flags = ["--eval_data_path", str(tmp_path / "long.csv"), "--eval_strategy", "epoch", "--packing", "False"]
     with pytest.raises(UserError, match="1 of 2 examples are longer than 40 tokens, above which this model's rope"):
         train(*flags_for(folder, questions_csv, tmp_path / "out", *flags))
+
+
+def leak_in_packed_rows(model):
+    """A fault of the last layer alone, which the copy of the first ones does not have, and of packed rows alone."""
+
+    def mix(layer, args, kwargs):
+        if kwargs.get("cu_seq_lens_q") is None:
+            return None
+        return (args[0] + args[0].roll(1, dims=1), *args[1:]), kwargs
+
+    model.model.layers[-1].register_forward_pre_hook(mix, with_kwargs=True)
+    return model
+
+
+@pytest.fixture
+def leaky(monkeypatch):
+    real, made = utils.load_model, []
+
+    def load_model(*how):
+        model = leak_in_packed_rows(real(*how))
+        made.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(utils, "load_model", load_model)
+    return made
+
+
+WHY = "examples see each other (a loss moves by"
+
+
+def test_what_only_the_whole_model_shows_pads_the_run(leaky, tiny_llama, questions_csv, tmp_path, monkeypatch, capsys):
+    def padded(trainer, **_):
+        raise UserError(f"a step with head {trainer.head}, {trainer.args.gradient_accumulation_steps} micro-batches")
+
+    monkeypatch.setattr(SupervisedTrainer, "_run_epoch", padded)
+    flags = flags_for(tiny_llama, questions_csv, tmp_path / "out", "--save_rehearsal", "False")
+    (problem,) = problems_of(*flags, "--packing", "True")
+    assert problem.startswith(f"--packing True: {WHY}") and problem.endswith("Remove the flag, and the run is padded.")
+    assert "this run is padded" not in capsys.readouterr().out
+    assert problems_of(*flags) == ["a step with head None, 4 micro-batches"]
+    assert f"packing: off, this run is padded: {WHY}" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_such_a_run_is_the_padded_one_and_goes_on_padded(leaky, tiny_llama, questions_csv, tmp_path, capsys):
+    flags = partial(flags_for, tiny_llama, questions_csv)
+    given = ["--max_steps", "6"]
+    train(*flags(tmp_path / "out", *given))
+    said = capsys.readouterr().out
+    assert said.count(f"packing: off, this run is padded: {WHY}") == 1 and ", with the whole model\n" in said
+    assert [model() is None for model in leaky] == [True, False]
+    record = json.loads((tmp_path / "out/run_report.json").read_text())
+    assert "packing" not in record and record["proof"]["tried"][-1]["weights"] == "the whole model"
+    train(*flags(tmp_path / "padded", *given, "--packing", "False"))
+    assert losses(tmp_path / "out") == losses(tmp_path / "padded")
+    (tmp_path / "out/COMPLETE.json").unlink()
+    shutil.rmtree(tmp_path / "out/checkpoint-6")
+    train(*flags(tmp_path / "out", *given, "--resume_from_checkpoint", "True"))
+    assert f"packing: off, as in {tmp_path / 'out/checkpoint-3'}" in capsys.readouterr().out
+    assert losses(tmp_path / "out") == losses(tmp_path / "padded")

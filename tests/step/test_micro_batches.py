@@ -172,7 +172,7 @@ def test_the_sampler_of_a_run():
 def test_deepspeed_is_told_of_the_micro_batches_that_a_step_has_now():
     file = SimpleNamespace(config={"train_batch_size": 48, "gradient_accumulation_steps": 8})
     args = SimpleNamespace(per_device_train_batch_size=2, world_size=3, deepspeed="ds.json", hf_deepspeed_config=file)
-    micro_batches.set_accumulation(args, SimpleNamespace(micro_batches=5))
+    micro_batches.set_accumulation(args, 5)
     assert args.gradient_accumulation_steps == 5
     assert file.config == {"train_batch_size": 30, "gradient_accumulation_steps": 5}  # DeepSpeed compares the two
 
