@@ -236,6 +236,7 @@ class Run:
         if fault := checkpoint.gather(fault)[0]:
             pad_instead(self.model_args, self.args, f"{fault}, with the whole model")
             set_accumulation(self.args, settled.arithmetic.accumulation)
+            self.args.deepspeed_plugin = None  # a second Accelerator (1.15) takes the first one's by itself alone
             self.report.record.pop("packing", None)
             raise NotPacked
         say(proof.in_a_line(proofs))
