@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sft.data.files import KINDS, read_rows
-from sft.job import one_message_for_user_errors
+from sft.job import UserError, one_message_for_user_errors
 
 REPOSITORY = "VMware/open-instruct-v1-oasst-dolly-hhrlhf"
 
@@ -26,17 +26,20 @@ REPOSITORY = "VMware/open-instruct-v1-oasst-dolly-hhrlhf"
 def download() -> list[str]:
     """The data files of the hub's repository."""
     from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        names = [n for n in HfApi().list_repo_files(REPOSITORY, repo_type="dataset") if n.endswith(tuple(KINDS))]
-        files = [hf_hub_download(REPOSITORY, name, repo_type="dataset") for name in sorted(names)]
-    except (OSError, HfHubHTTPError) as error:
-        sys.exit(
-            f"error: {REPOSITORY}: the hub does not give it ({type(error).__name__}). On a machine without a network, copy the "
+        # asked once; `list_repo_files` tries again for half a minute where there is no network (huggingface-hub 1.x)
+        there = [file.rfilename for file in HfApi().dataset_info(REPOSITORY, timeout=10).siblings or ()]
+        names = sorted(name for name in there if name.endswith(tuple(KINDS)))
+        files = [hf_hub_download(REPOSITORY, name, repo_type="dataset") for name in names]
+    except Exception as error:  # of whichever HTTP library the hub's client uses
+        raise UserError(
+            f"{REPOSITORY}: the hub does not give it ({type(error).__name__}). On a machine without a network, copy the "
             "dataset's files here and train on them as they are: --data_path train.parquet --source alpaca_prompt"
-        )
-    return files or sys.exit(f"error: {REPOSITORY}: no file ending in {', '.join(KINDS)} there.")
+        ) from error
+    if not files:
+        raise UserError(f"{REPOSITORY}: no file ending in {', '.join(KINDS)} there.")
+    return files
 
 
 def main() -> None:

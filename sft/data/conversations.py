@@ -139,13 +139,17 @@ def _segments(renderings: list[tuple[str, str]], eos: str, name: str) -> Segment
 
 
 def _one_by_one(rows: list, *how: Any) -> list[Segments | int]:
-    """The template refuses one of the rows: find each that it refuses."""
-    problems: list[str] = []
+    """The template refuses one of the rows: find all that it refuses, and give each reason once."""
+    refused: dict[str, list[str]] = {}  # why -> the numbers of the rows
     for row in rows:
         try:
             split_turns([row], *how)
         except UserError as error:
-            problems += error.problems
+            refused.setdefault(error.problems[0].removeprefix(row[0]), []).append(row[0].rpartition(" ")[2])
+    problems = []
+    for why, numbers in refused.items():
+        where = f"{rows[0][0].rpartition(' ')[0]}{'s' * (len(numbers) > 1)} {', '.join(numbers[:PROBLEMS_SHOWN])}"
+        problems.append(f"{where}{', …' * (len(numbers) > PROBLEMS_SHOWN)}{why}" if why[0] == ":" else why)
     raise UserError(problems[:PROBLEMS_SHOWN])
 
 

@@ -122,7 +122,7 @@ def read_batches(
         characters = 0
         for row in read_rows(path, columns, text, allow_numbers, lambda at: bar.update(at - bar.n)):
             batch.append(row)
-            characters += sum(map(len, row[1]))
+            characters += sum(len(cell) for cell in row[1] if isinstance(cell, str | list))
             if len(batch) == ROWS_PER_BATCH or characters > CHARACTERS_PER_BATCH:
                 yield batch
                 batch, characters = [], 0
@@ -166,7 +166,8 @@ def _texts(cells: tuple, where: str, names: list[str], allow_numbers: bool) -> t
         if not isinstance(cell, str):
             what, cure = f"a {type(cell).__name__}, not text", "Write it as text."
             if isinstance(cell, bool | int | float | Decimal):
-                what, cure = f"the number {cell}, not text", "Write it as text, or add --allow_numbers True."
+                value = str(cell).lower() if isinstance(cell, bool) else f"the number {cell}"
+                what, cure = f"{value}, not text", "Write it as text, or add --allow_numbers True."
             elif isinstance(cell, list | dict):
                 cure = f"A conversation is read with --messages {name}."
             problems.append(f"{where}, column {quoted(name)}: {what}. {cure}")

@@ -237,7 +237,14 @@ def test_faults_of_many_rows_are_said_together(make, tmp_path):
         for row in (1, 3)
     ]
     assert problems_of(make, [system, say("a", "b"), system], chat_template=refuses) == [
-        f"{path}, row {row}: the chat template refuses it: no system" for row in (1, 3)
+        f"{path}, rows 1, 3: the chat template refuses it: no system"
+    ]
+    (problem,) = problems_of(make, [say("a", "b")] * 12, chat_template=CHATML.removesuffix("{%- endif -%}\n"))
+    assert problem.startswith(
+        f"{path}, rows 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, …: the chat template refuses it: Unexpected end"
+    )
+    assert problems_of(make, [3, say("a", "b"), {"role": "user"}]) == [
+        f'{path}, row {row}: a {kind}, not a list of {{"role", "content"}}.' for row, kind in ((1, "int"), (3, "dict"))
     ]
     no_eos = CHATML.replace(" + eos_token", "")
     (problem,) = problems_of(make, [say("a", "b")], chat_template=no_eos)
@@ -248,6 +255,10 @@ def test_faults_of_many_rows_are_said_together(make, tmp_path):
     assert problem == (
         "--prompt_template chat: the tokenizer has no chat template. Give 'turns', which needs no token of its own, or a .jinja file."
     )
+
+
+def test_a_null_cell_is_an_empty_conversation(make, capsys):
+    assert len(make([None, say("a", "b"), []])) == 1 and ": 3 rows read; 2 dropped as empty" in capsys.readouterr().out
 
 
 def test_what_a_conversation_may_hold(make):

@@ -83,7 +83,7 @@ def test_numbers_are_refused_or_taken_as_they_are_written(write, tmp_path):
     cure = "not text. Write it as text, or add --allow_numbers True."
     assert faults(path) == [
         f", row 1, column 'prompt': the number 1.5, {cure}",
-        f", row 2, column 'response': the number True, {cure}",
+        f", row 2, column 'response': true, {cure}",
         f", row 3, column 'prompt': the number inf, {cure}",
         f", row 3, column 'response': the number 12345678901234567890123, {cure}",
     ]
