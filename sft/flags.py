@@ -239,6 +239,10 @@ class Parser(transformers.HfArgumentParser):
     """Flags from dataclasses, with a UserError for what argparse cannot make sense of."""
 
     def error(self, message: str):
+        # of HfArgumentParser's booleans (transformers 5.23)
+        message = re.sub(
+            r"^argument (\S+): Truthy value expected: got (.*) but .*", r"\1 \2: give True or False", message
+        )
         raise UserError(f"{message.rstrip('.')}. `--help` lists every flag.")
 
 

@@ -189,18 +189,19 @@ def answer(
 
 
 def read_instruction() -> str:
-    """One line, or the lines between two of three quotes. Raises EOFError where the input ends."""
+    """One line, or the lines between two of three quotes, or to the input's end. Raises EOFError where there is none."""
     line = input("> " if sys.stdin.isatty() else "").strip()
     if line != '"""':
         return line
     lines: list[str] = []
-    while (line := input("… " if sys.stdin.isatty() else "")).strip() != '"""':
-        lines.append(line)
+    with contextlib.suppress(EOFError):
+        while (line := input("… " if sys.stdin.isatty() else "")).strip() != '"""':
+            lines.append(line)
     return "\n".join(lines)
 
 
 def chat(models: dict[str, TunedModel], max_new_tokens: int) -> None:
-    """Answer what is typed, with what was said before where the template can hold it; Ctrl-C ends an answer, not the chat."""
+    """Answer what is typed, with what was said before where the template can hold it; Ctrl-C ends an answer or a line, not the chat."""
     holds_turns = models["tuned"].template.holds_turns()
     history: dict[str, list[Message]] = {name: [] for name in models}
     before = (
@@ -212,8 +213,13 @@ def chat(models: dict[str, TunedModel], max_new_tokens: int) -> None:
     while True:
         try:
             instruction = read_instruction()
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:
             return
+        except KeyboardInterrupt:
+            if not sys.stdin.isatty():
+                return
+            complain("\n(Ctrl-D ends)")
+            continue
         if instruction == "/new" or not holds_turns:
             history = {name: [] for name in models}
         if instruction in ("", "/new"):

@@ -136,7 +136,7 @@ def trainer_problems(flags: Any, given: set[str]) -> list[str]:
     wrong = {
         "--max_steps 0 trains nothing. Give a number of steps, or --num_train_epochs.": flags.max_steps == 0,
         f"--num_train_epochs {flags.num_train_epochs:g} trains nothing. Give more than 0.": flags.max_steps < 0
-        and not flags.num_train_epochs > 0,
+        and flags.num_train_epochs == 0,
         f"--accelerator_config: {', '.join(batches)} would change which rank has which rows. Remove the key.": batches,
         "--do_eval True: add --eval_strategy epoch (or steps), and rows to evaluate.": flags.do_eval
         and flags.do_train

@@ -61,6 +61,7 @@ def test_flags_that_are_auto_or_a_value():
     for words in (("--tokens_per_micro_batch", "0"), ("--tokens_per_micro_batch", "many")):
         assert f"{words[1]!r} is neither auto nor a number of tokens" in problems_of(*words)[0]
     assert "'fast' is neither auto nor True or False" in problems_of("--compile_layers", "fast")[0]
+    assert problems_of("--packing", "ja")[0] == "--packing ja: give True or False. `--help` lists every flag."
 
 
 def test_auto_is_recorded_as_the_user_wrote_it(tmp_path):

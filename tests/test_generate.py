@@ -148,7 +148,7 @@ def test_a_chat_of_several_turns_sees_what_was_said_before(base, tmp_path, promp
     folder = tmp_path / "tuned"
     shutil.copytree(base, folder)
     (folder / "prompt_template.jinja").write_text(TURNS_TEMPLATE)
-    monkeypatch.setattr(sys, "stdin", io.StringIO('w\n"""\nx\n y\n"""\n/new\nz\n'))
+    monkeypatch.setattr(sys, "stdin", io.StringIO('w\n"""\nx\n y\n"""\n/new\n"""\nz'))
     ask("--model", folder, "--max_new_tokens", "2")
     assert capsys.readouterr().err.count("(cut after 2 tokens") == 3
     first = b"### User:\nw\n\n### Assistant:\n"
@@ -194,6 +194,19 @@ def test_an_interrupt_ends_an_answer_and_not_the_chat(tuned, capsys, monkeypatch
     ask("--model", tuned)
     printed = capsys.readouterr()
     assert printed.out == "yz\n" and "(interrupted; the question is forgotten)" in printed.err
+
+    typed = iter([KeyboardInterrupt, "w"])  # on a terminal; behind them the input ends
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr("builtins.input", lambda prompt: type_one(next(typed, EOFError)))
+    ask("--model", tuned)
+    printed = capsys.readouterr()
+    assert printed.out == "xyz\n" and "(Ctrl-D ends)" in printed.err
+
+
+def type_one(what):
+    if isinstance(what, str):
+        return what
+    raise what
 
 
 def test_the_columns_of_the_template_are_read_from_the_csv(base, tmp_path, prompts):

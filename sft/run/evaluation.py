@@ -5,6 +5,7 @@ batch size, padded or packed. No logits are kept.
 """
 
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -212,7 +213,7 @@ class AnswersCallback(transformers.TrainerCallback):
 
 
 def differing(texts: list[str]) -> list[str]:
-    """The texts without what all of them begin and end with, which is their template: ["Q: a?\\nA:", "Q: b?\\nA:"] -> ["a", "b"]"""
+    """The texts without the words that all of them begin and end with, their template: ["Q: a?\\nA:", "Q: b?\\nA:"] -> ["a?", "b?"]"""
     if len(set(texts)) < 2:
         return texts
     begin = alike(texts)
@@ -222,8 +223,9 @@ def differing(texts: list[str]) -> list[str]:
 
 
 def alike(texts: list[str]) -> int:
-    """How many characters all texts begin with."""
-    return next((place for place, here in enumerate(zip(*texts)) if len(set(here)) > 1), min(map(len, texts)))
+    """How many characters all texts begin with, in whole words."""
+    place = next((place for place, here in enumerate(zip(*texts)) if len(set(here)) > 1), min(map(len, texts)))
+    return place - len(re.split(r"\s", texts[0][:place])[-1])
 
 
 def shorten(text: str, width: int = 60) -> str:

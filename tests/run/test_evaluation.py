@@ -328,11 +328,12 @@ def test_a_run_that_stopped_early_and_was_killed_in_its_export_takes_no_further_
 
 
 def test_the_template_of_prompts_is_left_out():
-    assert evaluation.differing(["Q: a?\nA:", "Q: b?\nA:"]) == ["a", "b"]
-    assert evaluation.differing(["aXa", "aXYXa"]) == ["", "YX"] and evaluation.differing(["same", "same"]) == [
-        "same",
-        "same",
-    ]
+    assert evaluation.differing(["Q: a?\nA:", "Q: b?\nA:"]) == ["a?", "b?"]
+    assert evaluation.differing(["Name Ann", "Name Anna"]) == ["Ann", "Anna"]
+    assert (
+        evaluation.differing(["a X b", "a X Y X b"]) == ["b", "Y X b"]
+        and evaluation.differing(["same"] * 2) == ["same"] * 2
+    )
 
 
 # ---- without training
