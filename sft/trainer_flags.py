@@ -206,7 +206,10 @@ def without_effect(flags: Any, given: set[str]) -> list[str]:
         "it needs --resume_from_checkpoint": "resume_with_changes restore_callback_states_from_checkpoint"
         * (not flags.resume_from_checkpoint),
         "--resume_from_checkpoint continues the run there": "overwrite_output_dir"
-        * (text(flags.resume_from_checkpoint or False).lower() != "false"),
+        * (text(flags.resume_from_checkpoint or False).lower() != "false")
+        * (
+            not os.path.exists(os.path.join(flags.output_dir or "", "COMPLETE.json"))
+        ),  # else it replaces a finished model
         "it needs --messages": "train_on" * (not flags.messages),
         "--messages names the column": "source target" * bool(flags.messages),
     }

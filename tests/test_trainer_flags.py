@@ -231,6 +231,12 @@ def test_a_flag_that_another_one_makes_void_is_told(words, said, monkeypatch):
     assert [notice for notice in notices if "changes nothing" in notice] == said
 
 
+def test_overwriting_a_finished_model_while_resuming_is_not_void(tmp_path):
+    (tmp_path / "COMPLETE.json").touch()
+    words = ["--output_dir", str(tmp_path), "--overwrite_output_dir", "True", "--resume_from_checkpoint", "True"]
+    assert not any("changes nothing" in notice for notice in flags._read(flags.parser(), [*REQUIRED, *words], ())[1])
+
+
 def of_other_kinds(name: str) -> list[str]:
     """Values for a flag: below and above what it can have, and of another kind."""
     (action,) = [a for a in flags.parser()._actions if f"--{name}" in a.option_strings]

@@ -28,7 +28,15 @@ from sft.model import headers, lora
 from sft.model.loading import numel
 from sft.outside import read_object
 from sft.saving import export_files
-from sft.saving.checkpoint import INCOMPLETE, describe_file, gather, make_readable, why_not_whole, write_json
+from sft.saving.checkpoint import (
+    INCOMPLETE,
+    describe_file,
+    gather,
+    make_readable,
+    newest_first,
+    why_not_whole,
+    write_json,
+)
 from sft.saving.client_proof import ROWS, ask_as_clients, trained_prompts
 
 COMPLETE = "COMPLETE.json"
@@ -41,7 +49,10 @@ Weights = dict[str, torch.Tensor]
 
 
 def is_already_finished(training_args) -> bool:
-    """Whether `--resume_from_checkpoint` finds a finished model, as it does when a scheduler starts a run once more. Prints it."""
+    """Whether `--resume_from_checkpoint` finds a finished model, as it does when a scheduler starts a run once more. Prints it.
+
+    Raises UserError where the command asks for more steps than that run had.
+    """
     folder = Path(training_args.output_dir)
     resumes = str(training_args.resume_from_checkpoint or False).lower() != "false"
     there = resumes and not training_args.overwrite_output_dir and (folder / COMPLETE).is_file()
@@ -51,10 +62,28 @@ def is_already_finished(training_args) -> bool:
     if problem:
         say(f"warning: the finished model that {folder / COMPLETE} lists is not there: {problem}. The run goes on.")
         return False
+    if more := gather(_more_steps(training_args, folder))[0]:
+        raise UserError(more)
     step = int(read_object(folder / COMPLETE)["step"])
     again = "To train again, name another --output_dir or give --overwrite_output_dir True."
     say(f"{folder} holds the finished and proved model of step {step:,}: nothing is left to do. {again}")
     return True
+
+
+def _more_steps(training_args, folder: Path) -> str | None:
+    """What to do where more steps are asked for than the finished run was to take; None without its record."""
+    try:
+        batch = read_object(folder / "run_report.json")["batch"]
+        epochs = math.ceil(training_args.num_train_epochs * batch["steps_per_epoch"])
+        wanted = training_args.max_steps if training_args.max_steps > 0 else epochs
+        if wanted <= batch["steps"]:
+            return None
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    cure = f"Begin a new run with --model_name_or_path {folder} and another --output_dir."
+    if checkpoints := newest_first(folder):
+        cure = f"To go on from {checkpoints[0].name}, add --overwrite_output_dir True --resume_with_changes True."
+    return f"{folder} holds the finished model of a run of {batch['steps']:,} steps, and this command asks for {wanted:,}. {cure}"
 
 
 def complete(output_dir: str, step: int, proved: list[str], files: dict[str, dict]) -> None:

@@ -178,12 +178,17 @@ EFFECT_OF_CHANGE = {
     **dict.fromkeys(("micro_batch", "packing", "tokens_per_micro_batch", "share_prefixes"), LAST_DIGITS),
     "seed": "the remaining steps draw their examples from another permutation: rows can be seen twice or never",
     "schedule": "the learning rate jumps: its curve depends on the total number of steps",
-    "learning_rate": "none: the checkpoint's scheduler keeps its own peak (begin anew from the checkpoint's weights instead)",
-    "optimizer": "none: the checkpoint's optimizer keeps its own settings (begin anew from the checkpoint's weights instead)",
+    "learning_rate": "no effect: the checkpoint's scheduler keeps its own peak (begin anew from the checkpoint's weights instead)",
+    "optimizer": "no effect: the checkpoint's optimizer keeps its own settings (begin anew from the checkpoint's weights instead)",
     "max_grad_norm": "gradients are clipped at another norm",
     "precision": "steps are computed in another number format",
     "evaluation": "other evaluations decide when the run ends, or which checkpoint is exported",
 }
+HASHES = (
+    "prompt_template",
+    "tokenizer",
+    "base_weights",
+)  # of their values in a checkpoint, which say nothing to a reader
 # Every other flag that differs from its default is shared as well, but for those that the values above hold and those that
 # cannot change the weights: where and what is written, logged and uploaded, on which device, what happens at the end.
 HELD = re.compile(
@@ -356,9 +361,11 @@ def refuse_changes(checkpoint: str, before: dict[str, str], now: dict[str, str],
         old, new = before.get(key, "its default"), now.get(key, "its default")
         if key in both and old != new:
             effect = EFFECT_OF_CHANGE.get(key, "the remaining steps are computed otherwise")
-            changes.append(f"{key} was {old!r} and is now {new!r}: {effect}")
+            differs = "is another one" if key in HASHES else f"was {old!r} and is now {new!r}"
+            changes.append(f"{key} {differs}: {effect}")
     if changes and not go_on:
         cure = "Use the same settings for an exact continuation, or accept all of this with --resume_with_changes True."
-        raise UserError([*(f"{checkpoint} was made by a different run. {change}" for change in changes), cure])
+        listed = [f"  - {change}" for change in changes]
+        raise UserError("\n".join([f"{checkpoint} was made by a different run.", *listed, cure]))
     for change in changes:
         say(f"warning: resuming a changed run: {change}")

@@ -1,6 +1,7 @@
 """An export is read back and proved, and every way in which it could be wrong is seen."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -385,9 +386,31 @@ def test_a_finished_run_has_nothing_left_to_do(finished, capsys):
     assert not export.is_already_finished(resumed(finished, overwrite_output_dir=True))
 
 
+@pytest.mark.parametrize(
+    ("asked", "steps"), [({"max_steps": 17}, 17), ({"max_steps": -1, "num_train_epochs": 20.5}, None)]
+)
+def test_a_finished_run_is_told_how_to_take_more_steps(whole_run, finished, asked, steps):
+    shutil.copy(whole_run / "run_report.json", finished)
+    had = json.loads((finished / "run_report.json").read_text())["batch"]
+    again = resumed(finished, **{"max_steps": had["steps"], "num_train_epochs": 1.0})
+    assert export.is_already_finished(again)
+    begins = f"{finished} holds the finished model of a run of 16 steps, and this command asks for "
+    begins += f"{steps or math.ceil(20.5 * had['steps_per_epoch'])}. "
+    with pytest.raises(UserError) as refused:
+        export.is_already_finished(resumed(finished, **{"num_train_epochs": 1.0} | asked))
+    assert (
+        str(refused.value) == f"{begins}Begin a new run with --model_name_or_path {finished} and another --output_dir."
+    )
+    (finished / "checkpoint-16").mkdir()
+    with pytest.raises(UserError) as refused:
+        export.is_already_finished(resumed(finished, **{"num_train_epochs": 1.0} | asked))
+    cure = "To go on from checkpoint-16, add --overwrite_output_dir True --resume_with_changes True."
+    assert str(refused.value) == begins + cure
+
+
 def test_rank_0_decides_whether_a_run_is_finished(finished, monkeypatch):
     for found, done in (([False, True], False), ([True, False], True)):  # as where a disk is not the others' own
-        monkeypatch.setattr(export, "gather", lambda mine, found=found: found)
+        monkeypatch.setattr(export, "gather", lambda mine, found=found: [mine] if mine is None else found)
         assert export.is_already_finished(resumed(finished)) is done
 
 

@@ -163,18 +163,19 @@ def test_a_changed_run_is_listed_with_its_effects_and_refused(two_checkpoints, c
         "--attn_implementation",
     }  # chosen; other flags have their defaults
     resume.refuse_changes("checkpoint-16", before, before, go_on=False)
-    now = before | {"seed": "4, data None", "precision": "bf16"}
+    now = before | {"seed": "4, data None", "precision": "bf16", "prompt_template": "0"}
     with pytest.raises(UserError) as refused:
         resume.refuse_changes("checkpoint-16", before, now, go_on=False)
-    assert refused.value.problems[:2] == [
-        "checkpoint-16 was made by a different run. seed was '3, data None' and is now '4, data None': the remaining steps "
-        "draw their examples from another permutation: rows can be seen twice or never",
-        "checkpoint-16 was made by a different run. precision was 'float32' and is now 'bf16': steps are computed in another number "
-        "format",
+    assert str(refused.value).splitlines()[:-1] == [
+        "checkpoint-16 was made by a different run.",
+        "  - prompt_template is another one: the model is taught two different prompts",
+        "  - seed was '3, data None' and is now '4, data None': the remaining steps draw their examples from another permutation: "
+        "rows can be seen twice or never",
+        "  - precision was 'float32' and is now 'bf16': steps are computed in another number format",
     ]
-    assert "--resume_with_changes True" in refused.value.problems[2]
+    assert len(refused.value.problems) == 1 and str(refused.value).endswith("with --resume_with_changes True.")
     resume.refuse_changes("checkpoint-16", before, now, go_on=True)
-    assert capsys.readouterr().out.count("warning: resuming a changed run: ") == 2
+    assert capsys.readouterr().out.count("warning: resuming a changed run: ") == 3
 
 
 @pytest.mark.parametrize("go_on", [False, True])
@@ -218,7 +219,7 @@ def test_what_each_flag_changes(whole_run, two_checkpoints, tiny_llama, question
     command = flags_for(tiny_llama, questions_csv, two_checkpoints, "--resume_from_checkpoint", "True", *flags.split())
     with pytest.raises(UserError) as refused:
         train(*command)
-    assert {problem.split("different run. ")[1].split()[0] for problem in refused.value.problems[:-1]} == changed
+    assert {line.split()[1] for line in str(refused.value).splitlines()[1:-1]} == changed
 
 
 def test_flags_that_change_nothing_are_no_difference(two_checkpoints, tiny_llama, questions_csv):
@@ -259,9 +260,7 @@ def test_an_adapter_does_not_continue_on_other_weights(tiny_llama, questions_csv
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError) as refused:
         train(*flags_for(base, questions_csv, tmp_path / "out", *more))
-    assert [problem.split("different run. ")[1].split()[0] for problem in refused.value.problems[:-1]] == [
-        "base_weights"
-    ]
+    assert [line.split()[1] for line in str(refused.value).splitlines()[1:-1]] == ["base_weights"]
 
 
 def killed_in_the_export(monkeypatch, flags) -> None:
