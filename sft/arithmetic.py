@@ -8,6 +8,7 @@ import torch
 
 from sft.flags import ModelArguments
 from sft.job import UserError
+from sft.outside import counted
 
 
 def compute_dtype(flags: Any) -> torch.dtype:
@@ -42,7 +43,7 @@ class Arithmetic:
             steps_per_epoch = examples // step if ours else ceil(examples // (ranks * per_device) / accumulation)
         if steps_per_epoch == 0:
             raise UserError(
-                f"--dataloader_drop_last True drops all {examples} examples: an optimizer step takes {step} ({ranks} ranks x "
+                f"--dataloader_drop_last True drops all {examples} examples: an optimizer step takes {step} ({counted(ranks, 'rank')} x "
                 f"{per_device} per device x {accumulation} accumulation). Remove the flag, or make the step smaller."
             )
         steps = args.max_steps if args.max_steps > 0 else ceil(args.num_train_epochs * steps_per_epoch)
@@ -53,8 +54,8 @@ class Arithmetic:
         one, many = ("CPU process", "CPU processes") if device == "cpu" else ("GPU", "GPUs")
         return (
             f"{self.ranks} {one if self.ranks == 1 else many} x {self.per_device} per device x {self.accumulation} "
-            f"accumulation = {self.examples_per_step} examples per optimizer step\n"
-            f"{examples:,} examples: {self.steps_per_epoch:,} optimizer steps per epoch, {self.steps:,} in this run"
+            f"accumulation = {counted(self.examples_per_step, 'example')} per optimizer step\n"
+            f"{counted(examples, 'example')}: {counted(self.steps_per_epoch, 'optimizer step')} per epoch, {self.steps:,} in this run"
         )
 
 

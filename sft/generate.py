@@ -39,7 +39,7 @@ from sft.job import UserError, complain, one_message_for_user_errors
 from sft.model.answer import greedy_answers
 from sft.model.find import not_found
 from sft.model.safe_loads import safe_loads
-from sft.outside import printable, read_object, reading
+from sft.outside import counted, printable, read_object, reading
 
 FLAGS: list[tuple[str, Any, str]] = [  # name, default, help
     ("model", "", "The tuned model: its folder, or a hub repository."),
@@ -281,7 +281,7 @@ def answer_file(models: dict[str, TunedModel], args: argparse.Namespace) -> None
             found = [[answers[name].get(index, "") for name in models] for index in range(len(rows))]
             rows = [row + new if row else row for row, new in zip(rows, found)]
             write_csv(args.output_path, [header + [columns[name] for name in models], *rows])
-            complain(f"{args.output_path}: {count} answers")
+            complain(f"{args.output_path}: {counted(count, 'answer')}")
 
 
 def write_csv(path: str, rows: list[list[str]]) -> None:

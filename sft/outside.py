@@ -33,6 +33,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in INVISIBLE else repr(c)[1:-1] for c in text)
 
 
+def counted(number: int, noun: str) -> str:
+    """(1, "row") -> "1 row"; (1200, "row") -> "1,200 rows\""""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 SECRET_WORDS = {"token", "key", "apikey", "secret", "password", "passwd", "credential", "credentials"}
 
 

@@ -288,7 +288,7 @@ def test_what_is_answered_is_kept_when_it_is_interrupted_or_the_folder_is_gone(t
     with pytest.raises(KeyboardInterrupt):
         generate.answer_file({"tuned": tuned}, args)
     assert (tmp_path / "out.csv").read_text() == "prompt,answer\na,\nb,yes\n"
-    assert capsys.readouterr().err.endswith("out.csv: 1 answers\n")
+    assert capsys.readouterr().err.endswith("out.csv: 1 answer\n")
     args.output_path = str(tmp_path / "gone" / "out.csv")
     with pytest.raises(UserError, match=r"gone/out\.csv: it cannot be written .* The answers are in ") as gone:
         generate.answer_file({"tuned": tuned}, args)

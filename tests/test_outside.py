@@ -33,3 +33,7 @@ def test_passwords_and_secrets_are_known():
     assert [outside.is_secret(name) for name in (*secret, "tokens_per_micro_batch", "tokenizer", "keyboard")] == [
         True
     ] * 5 + [False] * 3
+
+
+def test_one_is_not_several():
+    assert [outside.counted(n, "row") for n in (0, 1, 1200)] == ["0 rows", "1 row", "1,200 rows"]

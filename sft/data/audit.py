@@ -25,7 +25,7 @@ from sft.data.template import PLACE
 from sft.data.token_cache import CUT, KEPT, SHORTENED, TokenizedRows
 from sft.flags import DataArguments, TrainingArguments
 from sft.job import rank, say
-from sft.outside import printable
+from sft.outside import counted, printable
 
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99, 100)
 ROWS_SHOWN = 10
@@ -54,7 +54,7 @@ def describe_part(part: Part) -> str:
         kept += f"; {len(part.kept):,} of them are taken (*{part.times:g})"
     elif part.times > 1:
         kept += f"; each is taken {part.times:g} times"
-    return f"{part.path}: {counts['rows_read']:,} rows read; {', '.join(lost)}, {kept}"
+    return f"{part.path}: {counted(counts['rows_read'], 'row')} read; {', '.join(lost)}, {kept}"
 
 
 def describe_datasets(train_dataset: Any, eval_dataset: Any | None) -> str:
@@ -67,7 +67,7 @@ def describe_datasets(train_dataset: Any, eval_dataset: Any | None) -> str:
             answers = np.concatenate([part.answers() for part in dataset.parts])
             turns = f" with {answers.sum():,} answers (up to {answers.max()})" if answers.max() > 1 else ""
             lines.append(
-                f"{name}: {counts['kept']:,} examples{turns}, {counts['tokens']:,} tokens, {counts['trained_tokens']:,} of them "
+                f"{name}: {counted(counts['kept'], 'example')}{turns}, {counts['tokens']:,} tokens, {counts['trained_tokens']:,} of them "
                 f"trained ({counts['trained_tokens'] / counts['tokens']:.0%}); tokens per example: mean {lengths.mean():.0f}, "
                 f"median {median:.0f}, 99 % {high:.0f}, longest {lengths.max()}"
             )
@@ -319,7 +319,10 @@ def plan(lengths: np.ndarray, args: TrainingArguments) -> tuple[dict[str, Any], 
     tokens = int(lengths.sum(dtype=np.int64))
     points = (("save", args.save_strategy, args.save_steps), ("eval", args.eval_strategy, args.eval_steps))
     never_reached = [
-        Finding(f"--{name}_steps {every:g} is beyond the run's {planned.steps} steps: that point is never reached", [])
+        Finding(
+            f"--{name}_steps {every:g} is beyond the run's {counted(planned.steps, 'step')}: that point is never reached",
+            [],
+        )
         for name, strategy, every in points
         if strategy == "steps" and every and every > planned.steps
     ]

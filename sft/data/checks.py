@@ -13,6 +13,7 @@ from sft.data.segments import columns_of
 from sft.data.template import load_template
 from sft.data.tokenizer_files import added_around
 from sft.job import UserError
+from sft.outside import counted
 
 if TYPE_CHECKING:  # the commands read tokenizers without the Trainer's arguments, which import peft and bitsandbytes
     from sft.flags import DataArguments
@@ -91,7 +92,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model_config) -> list[s
     if outside:
         named = ", ".join(f"{token!r} = {i}" for i, token in outside[:5]) + (", …" if len(outside) > 5 else "")
         problems.append(
-            f"tokenizer: {len(outside)} tokens have ids outside the model's embedding of {rows} rows ({named}). "
+            f"tokenizer: {counted(len(outside), 'token')} outside the model's embedding of {rows} rows ({named}). "
             "Use the tokenizer of this model, or take these tokens out of added_tokens.json and tokenizer.json."
         )
     return problems

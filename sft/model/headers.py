@@ -19,6 +19,7 @@ from transformers.modeling_utils import load_state_dict
 
 from sft.job import UserError
 from sft.model.safe_loads import safe_loads
+from sft.outside import counted
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # what transformers looks for, in this order
 AGAIN = "Download the model again."
@@ -70,7 +71,7 @@ def pointer_problems(folder: Path) -> list[str]:
         if file.is_file():
             with open(file, "rb") as opened:
                 pointers += [file] * (opened.read(len(POINTER)) == POINTER)
-    more = f" (and so are {len(pointers) - 1} files more)" if len(pointers) > 1 else ""
+    more = f" ({counted(len(pointers), 'file')} in all)" if len(pointers) > 1 else ""
     return [
         f"{file} is a Git LFS pointer, not the file{more}. Run `git lfs pull` in its folder." for file in pointers[:1]
     ]

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
 
 from sft.job import say, world_size
+from sft.outside import counted
 
 # The top-level keys that deepspeed 0.19.8 reads (runtime/config.py, runtime/constants.py and the configs it imports).
 # There is no list of them in DeepSpeed; a test compares this one with its sources.
@@ -224,13 +225,13 @@ def _differences(config: dict, flags) -> Iterator[Finding]:
     from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
     args = SimpleNamespace(**{**vars(flags), "world_size": world_size()})
-    counted = f"{args.world_size} ranks x {args.per_device_train_batch_size} per device x "
-    counted += f"{args.gradient_accumulation_steps} accumulation ="
+    product = f"{counted(args.world_size, 'rank')} x {args.per_device_train_batch_size} per device x "
+    product += f"{args.gradient_accumulation_steps} accumulation ="
     compared = HfTrainerDeepSpeedConfig({**config, "scheduler": {}})
     compared.trainer_config_process(args)
     for line in compared.mismatches:  # "- ds fp16.enabled=True vs hf fp16|fp16_full_eval=False"
         (key, given), (names, value) = (part.split("=", 1) for part in line.removeprefix("- ds ").split(" vs hf "))
-        flag = counted if "calculated" in names else "--" + names.split("|")[0].replace("+", " and --")
+        flag = product if "calculated" in names else "--" + names.split("|")[0].replace("+", " and --")
         write = f'Write "{key.split(".")[-1]}": "auto" and the flag decides'
         yield Finding("error", f"{key!r} is {given}, but {flag} {value}", "they contradict each other", write)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sft.job import UserError, one_message_for_user_errors, say
-from sft.outside import read_object, reading
+from sft.outside import counted, read_object, reading
 from sft.report.picture import draw, number
 from sft.report.record import REPORT_NAME
 
@@ -65,7 +65,7 @@ def comparison(runs: dict[str, dict]) -> str:
         if apart := {step: abs(a[step] - b[step]) for step in a if step in b}:
             worst = max(apart, key=lambda step: apart[step])
             differ = f"losses differ by at most {apart[worst]:.2e} (step {worst})"
-            lines.append(f"\n{first} and {other}: {len(apart)} steps in both logs, {differ}")
+            lines.append(f"\n{first} and {other}: {counted(len(apart), 'step')} in both logs, {differ}")
     return "\n".join(lines)
 
 

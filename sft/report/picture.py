@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from sft.job import UserError
+from sft.outside import counted
 
 COLOURS = ("#1f5fa8", "#d1572b", "#2c8a57", "#8b4fa8", "#9a7a1c", "#4a4a4a")
 SMOOTHED_FROM = 40  # logged values; fewer are drawn as they are
@@ -56,7 +57,7 @@ def describe(name: str, record: dict) -> str:
     if "batch" not in record:
         return text
     model, rows = Path(record["model"]["name"]).name, record["data"]["train"]["kept"]
-    return f"{text}: {model}, {rows:,} examples, {record['batch']['examples_per_step']:,} per optimizer step"
+    return f"{text}: {model}, {counted(rows, 'example')}, {record['batch']['examples_per_step']:,} per optimizer step"
 
 
 def draw_noisy(axes, steps: list[int], values: list[float], colour: str, width: float, label: str = "") -> None:

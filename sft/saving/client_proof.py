@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from sft import IGNORE_INDEX
 from sft.data.llama_tokenizer import MADE_FROM_MERGES
 from sft.data.template import Template
+from sft.outside import counted
 from sft.saving.export_files import CHAT_TEMPLATE_FILE, SENTENCEPIECE_FILE, control_tokens_in
 
 ROWS = 200
@@ -70,7 +71,7 @@ def ask_as_clients(folder: Path, prompts: list[tuple[str, list[int]]], texts: li
             for text in wrong[:1]
         )
         if prompts:  # without one, each spells a control token, which a client reads as the token itself
-            asked.proved.append(f"the chat template gives the trained ids to {len(prompts)} prompts")
+            asked.proved.append(f"the chat template gives the trained ids to {counted(len(prompts), 'prompt')}")
     else:
         asked.limits.append(
             "There is no chat template: the trained prompt has columns that a chat has no place for, or spells a control token, which "
@@ -89,7 +90,7 @@ def ask_as_clients(folder: Path, prompts: list[tuple[str, list[int]]], texts: li
                 for text in unequal[:1]
             )
         if not unequal:
-            asked.proved.append(f"{SENTENCEPIECE_FILE} gives tokenizer.json's ids to {len(texts)} rows")
+            asked.proved.append(f"{SENTENCEPIECE_FILE} gives tokenizer.json's ids to {counted(len(texts), 'row')}")
         different = sum(one != other for one, other in zip(ids, in_llama_cpp(model, texts)))
     elif backend.get("model", {}).get("byte_fallback"):
         different = len(texts)  # its converter takes the merges of such a tokenizer.json for nothing

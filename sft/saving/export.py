@@ -210,8 +210,8 @@ class Exporter:
             files = pool.submit(describe_files, self.folder)
             problems, proved = self.check()
         if problems:
-            left = "The export is not complete; the checkpoints are untouched."
-            raise UserError([*(f"{self.folder}: {problem}" for problem in problems), left])
+            begins = f"{self.folder}: the export is not complete; the checkpoints are untouched."
+            raise UserError("\n".join([begins, *(f"  - {problem}" for problem in problems)]))
         self.files = files.result()
         return proved
 

@@ -122,14 +122,14 @@ def write_card(
     batch, data = record["batch"], record["data"]["train"]
     final, training = record["final"], record["flags"]["training"]
     name = model_id.rstrip("/").split("/")[-1]
-    optimizer = f"{training['optim']}, weight decay {training['weight_decay']:g}"
+    epochs, optimizer = training["num_train_epochs"], f"{training['optim']}, weight decay {training['weight_decay']:g}"
     paths = ", ".join(Path(path).name for path in data["path"].split(", "))
     rows = {
         "base model": f"[{base}](https://huggingface.co/{base})" if on_the_hub else f"`{Path(base).name}`",
         "training rows": f"{data['kept']:,} of {data['rows_read']:,} in `{paths}` (blake2b `{data['blake2b']}`)",
         "prompt template": f"`{Path(record['template']['name']).name}`, saved as `{TEMPLATE_FILES[chats]}`",
         "examples per optimizer step": f"{batch['examples_per_step']:,}",
-        "optimizer steps": f"{final['steps']:,} of {batch['steps']:,} ({training['num_train_epochs']:g} epochs)",
+        "optimizer steps": f"{final['steps']:,} of {batch['steps']:,} ({epochs:g} epoch{'s' * (epochs != 1)})",
         "longest example": f"{training['model_max_length']:,} tokens",
         "learning rate": f"{training['learning_rate']:g}, {training['lr_scheduler_type']}, {optimizer}",
         "computed in": record["precision"]["compute"],

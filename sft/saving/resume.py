@@ -20,7 +20,7 @@ import torch
 
 from sft.job import UserError, rank, say
 from sft.model import lora
-from sft.outside import read_object
+from sft.outside import counted, read_object
 from sft.saving.checkpoint import INCOMPLETE, MANIFEST, gather, missing_parts, newest_first, step_of, why_not_whole
 from sft.saving.export import COMPLETE
 
@@ -320,8 +320,8 @@ def on_another_number_of_ranks(
     was, ranks = before.get("world_size"), now["world_size"]
     if was is None or was == ranks or now["engine"].startswith("DeepSpeed"):
         return before
-    step, there = before["examples_per_step"], "1 rank" if was == "1" else f"{was} ranks"
-    problem = f"{checkpoint} was saved by {there}, and this run has {ranks}. "
+    step = before["examples_per_step"]
+    problem = f"{checkpoint} was saved by {counted(int(was), 'rank')}, and this run has {ranks}. "
     if step != now["examples_per_step"]:
         if go_on:
             return before
@@ -346,9 +346,10 @@ def refuse_changes(checkpoint: str, before: dict[str, str], now: dict[str, str],
         cure = f"Start this run as that one was started{cure}."
         raise UserError(f"{checkpoint} was saved by {was}, and this run is {engine}, which cannot read it. {cure}")
     if engine.startswith("DeepSpeed") and before.get("world_size") != now["world_size"]:
+        ranks = counted(int(before.get("world_size", 0)), "rank")
         raise UserError(
-            f"{checkpoint} was saved by {before.get('world_size')} ranks, and this run has {now['world_size']}: {engine} reads a checkpoint on the "
-            "same number alone. Start this run as that one was started."
+            f"{checkpoint} was saved by {ranks}, and this run has {now['world_size']}: {engine} reads a checkpoint on the same number "
+            "alone. Start this run as that one was started."
         )
     before = on_another_number_of_ranks(checkpoint, before, now, go_on)
     unknown = ", ".join(sorted(key for key in before.keys() ^ now.keys() if not key.startswith("--")))

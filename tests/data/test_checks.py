@@ -24,7 +24,7 @@ def test_check_vocabulary(llama, xgen):
     assert check_vocabulary(xgen, LlamaConfig(vocab_size=51200, eos_token_id=50256)) == []
     other_eos, outside = check_vocabulary(llama, LlamaConfig(vocab_size=699, eos_token_id=1))
     assert "EOS '</s>' is id 2, but the model's config.json says eos_token_id 1" in other_eos
-    assert "1 tokens have ids outside the model's embedding of 699 rows" in outside
+    assert "1 token outside the model's embedding of 699 rows" in outside
     assert len(check_vocabulary(xgen, LlamaConfig(vocab_size=50304, eos_token_id=50256))) == 1
 
 

@@ -68,7 +68,7 @@ def test_errors_are_returned_and_the_rest_is_printed(tmp_path, capsys, monkeypat
     file.write_text(json.dumps({**OURS, "optimizer": {"type": "AdamW"}, "train_batch_size": 7}))
     problems = deepspeed_file.check_deepspeed(flags("--deepspeed", str(file)))
     assert problems == [
-        f"{file}: 'train_batch_size' is 7, but 1 ranks x 8 per device x 1 accumulation = 8: they contradict each other. "
+        f"{file}: 'train_batch_size' is 7, but 1 rank x 8 per device x 1 accumulation = 8: they contradict each other. "
         'Write "train_batch_size": "auto" and the flag decides'
     ]
     printed = capsys.readouterr().out.splitlines()

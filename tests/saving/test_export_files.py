@@ -201,7 +201,7 @@ def test_the_proof_asks_as_a_client(exported, tiny_llama):
     # this SentencePiece drops spaces at the end, and one of two
     assert prompts == [("What is 1 plus 2?", ids[0]), ("a b", ids[2])]
     assert client_proof.ask_as_clients(exported, prompts, ["What is 1?"]) == ([], [
-        "the chat template gives the trained ids to 2 prompts", "tokenizer.model gives tokenizer.json's ids to 1 rows",
+        "the chat template gives the trained ids to 2 prompts", "tokenizer.model gives tokenizer.json's ids to 1 row",
     ], [])  # fmt: skip
 
 

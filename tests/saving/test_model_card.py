@@ -43,7 +43,7 @@ def test_the_card(watched):
         "| base model | `tiny_llama0` |",
         f"| training rows | 48 of 64 in `questions.csv` (blake2b `{watched.record['data']['train']['blake2b']}`) |",
         "| examples per optimizer step | 6 |",
-        "| optimizer steps | 8 of 8 (1 epochs) |",
+        "| optimizer steps | 8 of 8 (1 epoch) |",
         f"| evaluation | loss {final['eval_loss']:.4f}, perplexity {final['eval_perplexity']:.4g} |",
     ):
         assert row in card
