@@ -11,14 +11,21 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
-import sentencepiece
-from characters import character_tokenizer
-from scripts import QUESTIONS, save_llama
+
+gc.disable()  # until the tests are collected: looking again and again at what imports leave is an eighth of their time
+
+# What takes seconds to import is imported by the fixtures that need it: pytest-xdist's first process, for which the others wait, runs none.
+
+
+def pytest_collection_finish() -> None:
+    gc.enable()
 
 
 @pytest.fixture(scope="session")
 def questions_csv(tmp_path_factory) -> Path:
     """64 rows of one-digit sums: `prompt,response`."""
+    from scripts import QUESTIONS
+
     path = tmp_path_factory.mktemp("data") / "questions.csv"
     with open(path, "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("prompt", "response"), *QUESTIONS])
@@ -44,6 +51,9 @@ def pytest_sessionfinish() -> None:
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory) -> Path:
     """A random two-layer LLaMA as OpenLLaMA is published: weights, a config, and tokenizer.model alone."""
+    import sentencepiece
+    from scripts import QUESTIONS, save_llama
+
     folder = tmp_path_factory.mktemp("tiny_llama")
     text = folder / "text.txt"
     text.write_text("\n".join(f"{question} {answer}" for question, answer in QUESTIONS), encoding="utf-8")
@@ -60,7 +70,7 @@ def tiny_llama(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def whole_run(tiny_llama, questions_csv, tmp_path_factory) -> Path:
     """The output folder of 16 undisturbed steps of 8 examples, two epochs; it keeps checkpoint-15 and checkpoint-16."""
-    from saved_runs import flags_for, train  # it imports the Trainer, which takes seconds
+    from saved_runs import flags_for, train
 
     output = tmp_path_factory.mktemp("whole") / "out"
     train(*flags_for(tiny_llama, questions_csv, output))
@@ -104,6 +114,8 @@ def watched_padded(tiny_llama, questions_csv, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def characters():
+    from characters import character_tokenizer
+
     return character_tokenizer()
 
 
@@ -126,7 +138,7 @@ def write(tmp_path):
 @pytest.fixture
 def make(tmp_path, characters):
     """Make the data module from a CSV with the character tokenizer and a cache of this test's own."""
-    import utils  # it imports the Trainer, which takes seconds
+    import utils
     from sft.flags import DataArguments, TrainingArguments
 
     def make(path, max_length=64, tokenizer=characters, **flags):

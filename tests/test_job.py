@@ -15,6 +15,7 @@ import pytest
 from scripts import ROOT
 
 from sft import job, launchers
+from sft.flags import parse
 from sft.job import Choice, UserError, swapped
 
 MISSING = "/no/such.csv"
@@ -168,11 +169,12 @@ def data_differs() -> None:
         sys.argv[path] = str(other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("difference", "said"),
     [
         (save_steps_differ, "error: --save_steps is 500 on rank 0 and 7.0 on another rank. Give all of them the same."),
-        pytest.param(data_differs, "error: data is 64 examples, ", marks=pytest.mark.slow),
+        (data_differs, "error: data is 64 examples, "),
     ],
 )
 def test_ranks_that_do_not_agree_end_in_one_sentence(flags, tmp_path, difference, said):
@@ -294,6 +296,21 @@ def test_what_another_rank_refuses_is_raised_here(monkeypatch):
     with pytest.raises(UserError, match="rank 1"), job.all_ranks_or_none():
         raise UserError("mine")
     assert told == [[], ["mine"]]
+
+
+def test_flags_that_differ_from_rank_0s_are_named(monkeypatch):
+    class Meeting:
+        def exchange(self, problems):
+            return problems
+
+        def of_rank_0(self, values):
+            return values | {"--save_steps": "500"}
+
+    monkeypatch.setattr(job, "_meeting", Meeting())
+    given = ["--plan_only", "True", "--save_steps", "7", "--model_name_or_path", "m"]
+    with pytest.raises(UserError) as error:
+        parse(given)
+    assert error.value.problems == ["--save_steps is 500 on rank 0 and 7.0 on another rank. Give all of them the same."]
 
 
 def test_what_texts_need_is_printed_and_what_steers_a_terminal_is_spelled_out():
