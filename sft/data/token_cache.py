@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -187,15 +188,17 @@ def map_ahead(function: Callable, items: Iterable) -> Iterator:
 
     A fast tokenizer's threads, all that helps where forks are unsafe (macOS), leave making Python's integers to one core.
     """
-    if sys.platform != "linux":
-        yield from map(function, items)
-        return
     # tokenizers (0.23) warns at each fork after its threads were used, unless the variable was set by hand
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    items = iter(items)
+    first = list(islice(items, 2))
+    if sys.platform != "linux" or len(first) < 2:  # starting processes takes longer than one item
+        yield from map(function, chain(first, items))
+        return
     count = min(MOST_PROCESSES, len(os.sched_getaffinity(0)))
     waiting: deque = deque()
     with ProcessPoolExecutor(count, get_context("fork"), _start_worker, (function,)) as workers:
-        for item in items:
+        for item in chain(first, items):
             waiting.append(workers.submit(_work, item))
             if len(waiting) > 2 * count:
                 yield waiting.popleft().result()

@@ -254,7 +254,11 @@ def test_who_waited_ends_in_the_builders_error(tmp_path):
 
 def test_ctrl_c_is_the_parents_to_answer():
     """A terminal sends it to the workers too, and each would print a traceback."""
-    assert list(token_cache.map_ahead(lambda _: signal.getsignal(signal.SIGINT), [0])) == [signal.SIG_IGN]
+    assert list(token_cache.map_ahead(lambda _: signal.getsignal(signal.SIGINT), [0, 1])) == [signal.SIG_IGN] * 2
+
+
+def test_one_batch_starts_no_process():
+    assert list(token_cache.map_ahead(lambda _: os.getpid(), [0])) == [os.getpid()]
 
 
 def test_waiting_is_said(tmp_path, capsys, monkeypatch):
