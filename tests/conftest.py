@@ -40,8 +40,9 @@ def quick_collections() -> None:
 
 def pytest_collection_modifyitems(config, items) -> None:
     """With pytest-xdist the longest files come first, so that its processes end together."""
+    long = {"test_stop_requests.py", "test_job.py", "test_readme.py"}
     if hasattr(config, "workerinput"):
-        items.sort(key=lambda item: item.path.parent.name != "whole_runs")
+        items.sort(key=lambda item: item.path.parent.name != "whole_runs" and item.path.name not in long)
 
 
 def pytest_sessionfinish() -> None:

@@ -274,7 +274,7 @@ def test_a_second_signal_stops_at_once(tiny_llama, questions_csv, tmp_path):
 def test_torchrun_restarts_a_killed_worker_and_the_weights_are_those_of_a_quiet_run(
     tiny_llama, questions_csv, tmp_path
 ):
-    more = ["--num_train_epochs", "40", "--save_steps", "40", "--resume_from_checkpoint", "True"]
+    more = ["--num_train_epochs", "25", "--save_steps", "40", "--resume_from_checkpoint", "True"]
     quiet, disturbed = (flags_for(tiny_llama, questions_csv, tmp_path / name, *more) for name in ("quiet", "disturbed"))
     jobs.run(quiet, 2, tmp_path / "quiet.log")
     job = Torchrun(disturbed, tmp_path / "log", "--max_restarts=3")
