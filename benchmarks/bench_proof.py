@@ -28,7 +28,7 @@ from sft.model import lora
 from sft.plan import proof
 from sft.plan.settle import prepare_step
 from sft.step.attention import choose_attention
-from sft.step.loss import loss_kernel
+from sft.step.loss import LIGER, loss_kernel
 from sft.step.packed_rows import PackedCollator, group_by_prefix
 
 WIDE = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
@@ -106,9 +106,9 @@ def measure(name: str, device: torch.device) -> list[str]:
     model.config.use_cache = False
     if adapters:
         model = lora.add_adapters(model, model_args, args)
-    settled: Any = SimpleNamespace(
-        packing=True, device=device, kernel=loss_kernel(device, False)[0], compilation=Choice("", False, "")
-    )
+    kernel_of_loss, loss = loss_kernel(device, False)
+    how = {"kernel": kernel_of_loss, "liger": loss.value == LIGER, "compilation": Choice("", False, "")}
+    settled: Any = SimpleNamespace(packing=True, device=device, **how)
     head = prepare_step(model, settled)
 
     def whole() -> proof.Proof:

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
@@ -35,6 +36,8 @@ LONGEST, PASSES = 1024, 22
 # The whole model is tried on two beginnings: 16 forward passes of both.
 WHOLE_EXAMPLES, WHOLE_PASSES = 2, 16
 FREE_FLOPS = 1e11  # a second or two of a CPU
+# cuDNN's takes two seconds to plan a first pass, which no packed run needs
+STOCK_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class NotFinite(UserError):
@@ -275,7 +278,8 @@ def losses_alone(model: Any, examples: list[Example], loss_of: Callable | None =
     """(loss summed over trained tokens, norm of its gradient) of each example by the model's stock forward and its own loss."""
     found = []
     for example in examples:
-        loss = stock(model, [example], 0, loss_of)
+        with sdpa_kernel(STOCK_KERNELS):
+            loss = stock(model, [example], 0, loss_of)
         found.append((loss.item(), _gradient_norm(model, loss)))
     return found
 

@@ -146,7 +146,8 @@ def gather_weights(trainer, dtype: torch.dtype, up_to_bytes: float = math.inf) -
                 up_to_bytes -= weight.numel() * kept.itemsize
                 if seen and up_to_bytes < 0:
                     break
-                seen[id(tensor)] = weight.to("cpu", kept, copy=True) if trainer.args.should_save else None
+                # in its type first: a copy from a GPU would take float32 along and convert it on the CPU
+                seen[id(tensor)] = weight.to(kept).to("cpu", copy=True) if trainer.args.should_save else None
         if trainer.args.should_save:
             weights[name] = seen[id(tensor)]
     return weights
