@@ -38,7 +38,7 @@ def _line(plan: Plan) -> str:
     s, network = plan.setting, plan.setting.plan_network_gb_s
     sent = bytes_of_a_step(plan)
     told = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in sent.items() if size >= 5e7)
-    line = f"  communication: each GPU sends {sum(sent.values()) / 1e9:.1f} GB in a step ({told})"
+    line = f"  communication: each GPU sends {sum(sent.values()) / 1e9:.1f} GB in a step" + f" ({told})" * bool(told)
     sharded = s.shards if s.engine == "fsdp" else s.ranks  # ranks that send each other a part of every layer
     crosses = sharded > s.ranks_here
     between = sent.pop("between machines", 0.0)

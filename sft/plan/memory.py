@@ -31,6 +31,8 @@ SPARE = 0.08  # what `auto` leaves free, for pieces that differ in size from ste
 HOST_LIBRARIES = 1.2 * GIB
 # What a layer keeps, relative to one that computes in 16 bits (counted on LLaMA's shapes from 1.1 B to 7 B)
 COMPILED = 0.7  # norms, rotary embedding and SwiGLU are computed again
+# norms and SwiGLU keep their inputs alone; of what autocast keeps, measured: 1.24 of 2.12 MiB at 1.1 B, 3.86 of 6.50 at 7 B (benchmarks/LOG.md)
+LIGERS = 0.6
 LORA = 1.09  # each addition keeps its input
 WORK = 0.6  # relative to what it keeps: gradients of activations while its backward pass runs
 LOSS_CHUNK = 2**27  # logits that exist at a time: sft/step/loss.py, CHUNK_BYTES / 4
@@ -177,16 +179,19 @@ def make(shape: Shape, s: Setting) -> Plan:
     return at_most(least + bisect(tokens, limit, key=lambda tokens: at_most(tokens).gpu_peak))
 
 
-def activation_bytes(shape: Shape, s: Setting) -> tuple[float, float]:
-    """Bytes that one token leaves for backward in one decoder layer, and in one that is recomputed: its input."""
+def activation_bytes(shape: Shape, s: Setting) -> tuple[float, float, float]:
+    """Bytes of one token: left for backward in one decoder layer, in one that is recomputed (its input), and of a backward pass at work."""
     autocast = s.half and s.engine == "ddp" and not (s.lora_rank or s.compiled)
     kept = kept_by_a_layer(shape, s.half, autocast, not s.packing)
     if s.lora_rank:  # and dropout's masks, one byte for each input
         kept = LORA * kept + s.masks * shape.adapter_inputs / shape.layers
-    elif s.compiled and s.half:
+    work = WORK * kept
+    if s.compiled and s.half and not s.lora_rank:
         kept *= COMPILED
+    elif s.liger and autocast and s.packing and s.ranks == 1 and shape.takes_liger:
+        kept *= LIGERS
     wide = not s.half or (autocast and not s.packing)  # autocast alone leaves the residual stream in float32
-    return kept, (4 if wide else 2) * shape.hidden
+    return kept, (4 if wide else 2) * shape.hidden, work
 
 
 def add_up(shape: Shape, s: Setting, tokens: int, several: bool) -> Plan:
@@ -239,8 +244,7 @@ def add_up(shape: Shape, s: Setting, tokens: int, several: bool) -> Plan:
     optimizer = optimizer_bytes(s.optimizer, trained, shape.embedding * full) / sharded
     optimizer += 4 * trained / s.ranks * (s.engine == "zero" and s.half)
 
-    kept, recomputed = activation_bytes(shape, s)
-    work = WORK * kept / (COMPILED if s.compiled else 1)
+    kept, recomputed, work = activation_bytes(shape, s)
     ends = 8 * compute * shape.hidden  # embedding, final norm, the trained positions and their gradient
     token_bytes = ends + (shape.layers * recomputed + kept if s.recomputes else shape.layers * kept)
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, AutoModelForCausalLM, PreTrainedConfig
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from sft.job import swapped
 from sft.step.compiled_layers import keep_residual_in_compute_type
@@ -48,6 +49,7 @@ class Shape:
         self.embedding = embedding.numel()
         self.head = 0 if output is embedding else output.numel()
         self.linear = sum(m.weight.numel() for m in linear.values())  # without the head
+        self.takes_liger = any(type(module) is LlamaMLP for module in model.modules())  # sft/step/modules.py
         # of mixtures: no `nn.Linear`, and never in 4 bits
         self.experts = sum(p.numel() for p in model.parameters() if p.dim() == 3)
         self.largest_linear = max((m.weight.numel() for m in linear.values()), default=0)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import jobs
 import pytest
 import torch
-from plans import OPEN_LLAMA_3B, OPEN_LLAMA_7B, TINY, deepspeed_file, plan_of
+from plans import OPEN_LLAMA_3B, OPEN_LLAMA_7B, TINY, TINY_LLAMA_1B, deepspeed_file, plan_of
 from scripts import ROOT
 from transformers import (
     AutoModelForCausalLM,
@@ -116,6 +116,18 @@ def test_ligers_chunks_are_smaller_and_compiled_layers_do_not_use_them(installed
     work = (liger.gpu["head and loss"] - 2 * 4 * head) / 16_384
     assert work == pytest.approx(memory.WORK * (22 * 3200 + 8 * 8640 + 8 * 3200), rel=0.01)
     assert compiled.gpu == same.gpu
+
+
+@pytest.mark.parametrize(("shape", "mib"), [(TINY_LLAMA_1B, 1.24), (OPEN_LLAMA_7B, 3.86)])
+def test_with_ligers_norms_and_mlps_a_token_keeps_what_was_measured(installed, shape, mib):
+    """One H200, torch 2.11, liger-kernel 0.8.5: benchmarks/LOG.md."""
+    installed.add("liger_kernel")
+    plan = plan_of(shape, "--bf16", "True", step_tokens=4096)
+    assert plan.token_bytes / 2**20 == pytest.approx(mib, rel=0.04)
+    assert (
+        plan_of(shape, "--bf16", "True", "--plan_world_size", "2", step_tokens=4096).token_bytes
+        > 1.5 * plan.token_bytes
+    )
 
 
 def test_zero_2_with_offload_keeps_a_float32_sum_of_the_gradients_on_the_gpu(tmp_path):

@@ -17,6 +17,9 @@ OPEN_LLAMA_7B = LlamaConfig(
 )
 
 
+TINY_LLAMA_1B = LlamaConfig(
+    hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32, num_key_value_heads=4
+)
 OPEN_LLAMA_3B = LlamaConfig(
     hidden_size=3200, intermediate_size=8640, num_hidden_layers=26, num_attention_heads=32, vocab_size=32000
 )
