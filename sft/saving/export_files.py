@@ -55,6 +55,9 @@ def write_tokenizer(
         write_json(folder / "tokenizer.json", backend)
         if model := _sentencepiece_model(tokenizer, backend):
             (folder / SENTENCEPIECE_FILE).write_bytes(model)
+            if not template.forms:
+                # llama.cpp would put a space behind each control token, also behind an earlier turn's EOS, where training put none
+                config["add_prefix_space"] = False  # the chat template spells the one behind BOS
     write_json(folder / "tokenizer_config.json", config)
     if template.jinja and not any(control_tokens_in(tokenizer, form) for form in template.forms):
         bos = ""

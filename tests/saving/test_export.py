@@ -123,14 +123,12 @@ def test_the_proof_sees_another_models_logits(whole_run, tiny_llama):
 
 
 def test_the_proof_sees_a_tokenizer_with_other_ids(whole_run):
-    tokenizer = AutoTokenizer.from_pretrained(whole_run)
-    assert export.check_tokenizer(whole_run, tokenizer, ["What is 1 plus 2?"], 320) == []
-    other = AutoTokenizer.from_pretrained(whole_run)
+    tokenizer, other = (AutoTokenizer.from_pretrained(whole_run) for _ in range(2))
+    texts = ["What is 1 plus 2?"]
+    assert export.check_tokenizer(tokenizer, tokenizer, texts, 320) == []
     other.add_tokens(["plus"])
-    assert (
-        "other ids for 'What is 1 plus 2?'" in export.check_tokenizer(whole_run, other, ["What is 1 plus 2?"], 320)[0]
-    )
-    assert "and the embedding 100 rows" in export.check_tokenizer(whole_run, tokenizer, ["What is 1 plus 2?"], 100)[0]
+    assert "other ids for 'What is 1 plus 2?'" in export.check_tokenizer(tokenizer, other, texts, 320)[0]
+    assert "and the embedding 100 rows" in export.check_tokenizer(tokenizer, tokenizer, texts, 100)[0]
 
 
 def trainer_of(model: torch.nn.Module, should_save=True) -> SimpleNamespace:

@@ -15,6 +15,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 from sft import generate
+from sft.data.conversations import prompt_ids
 from sft.data.llama_tokenizer import load_llama_tokenizer
 from sft.data.template import ALPACA_TEMPLATE, filled, load_template
 from sft.saving import client_proof, export_files
@@ -30,6 +31,10 @@ def load(folder: Path):
 def chat(tokenizer, *contents: str) -> list[int]:
     messages = [{"role": role, "content": text} for role, text in zip(("user", "assistant", "user"), contents)]
     return tokenizer.apply_chat_template(messages, add_generation_prompt=len(contents) == 1, return_dict=False)
+
+
+def ask(folder: Path, *what) -> client_proof.Asked:
+    return client_proof.ask_as_clients(folder, AutoTokenizer.from_pretrained(folder), *what)
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +142,7 @@ def test_a_template_that_spells_a_control_token_has_no_chat_template(byte_level,
     template = "<|im_start|>user\n{instruction}<|im_end|>\n"
     export_files.write_tokenizer(byte_level, tmp_path, filled("", template), 4096)
     assert not (tmp_path / "chat_template.jinja").exists() and not (tmp_path / "Modelfile").exists()
-    (limit,) = client_proof.ask_as_clients(tmp_path, [], []).limits
+    (limit,) = ask(tmp_path, [], []).limits
     assert limit.startswith("There is no chat template: ")
 
 
@@ -177,9 +182,40 @@ def test_rows_whose_ids_a_gguf_cannot_have_are_counted(tiny_llama, tmp_path):
     train_sentencepiece(tmp_path / "base", **spec)
     shutil.copy(tiny_llama / "config.json", tmp_path / "base")
     export_files.write_tokenizer(load(tmp_path / "base"), tmp_path, load_template("none"), 256)
-    asked = client_proof.ask_as_clients(tmp_path, [], ["one two", "one  two", "ﬁne"])
+    asked = ask(tmp_path, [], ["one two", "one  two", "ﬁne"])
     assert asked.problems == [] and asked.proved[-1] == "tokenizer.model gives tokenizer.json's ids to 3 rows"
     assert asked.limits[0].startswith("llama.cpp and what builds on it (Ollama) give other ids to 2 of 3 training rows")
+
+
+@pytest.mark.parametrize("keeps_spaces", [False, True])
+def test_each_turn_of_a_chat_has_the_trained_ids_in_llama_cpp_too(tiny_llama, tmp_path, keeps_spaces):
+    train_sentencepiece(tmp_path / "base", remove_extra_whitespaces=not keeps_spaces)
+    shutil.copy(tiny_llama / "config.json", tmp_path / "base")
+    tokenizer, template, made = load(tmp_path / "base"), load_template("turns"), tmp_path / "made"
+    contents = ("What is 1 plus 2?", "3.", " and  4?" if keeps_spaces else "and 4?")
+    messages = [{"role": role, "content": text} for role, text in zip(("user", "assistant", "user"), contents)]
+    first, trained = prompt_ids(tokenizer, template, [messages[:1], messages])
+    export_files.write_tokenizer(tokenizer, made, template, 256)
+    exported = AutoTokenizer.from_pretrained(made)
+    assert exported.apply_chat_template(messages, add_generation_prompt=True, return_dict=False) == trained
+    # the converter writes it into the GGUF: llama.cpp puts no space of its own, neither behind BOS nor behind an answer's EOS
+    assert json.loads((made / "tokenizer_config.json").read_text())["add_prefix_space"] is False
+    text = exported.apply_chat_template(messages, add_generation_prompt=True, tokenize=False).removeprefix("<s>")
+    assert [1, *client_proof.in_llama_cpp((made / "tokenizer.model").read_bytes(), [text], {"</s>": 2})[0]] == trained
+    (limit,) = ask(made, [(contents[0], first)], ["one"]).limits
+    assert "sent as completions, the 1 training rows get the trained ids where a space begins them" in limit
+
+
+def test_chats_before_which_llama_cpp_puts_a_bos_that_training_did_not_are_counted(tiny_llama, tmp_path):
+    tokenizer, own = load(tiny_llama), tmp_path / "own.jinja"
+    own.write_text("{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}")
+    template = load_template(str(own))
+    export_files.write_tokenizer(tokenizer, tmp_path, template, 256)
+    prompts = [(text, prompt_ids(tokenizer, template, [[{"role": "user", "content": text}]])[0]) for text in ("1", "2")]
+    asked = ask(tmp_path, prompts, ["one"])
+    assert (
+        asked.problems == [] and "give other ids to 2 of 2 prompts sent as a chat: they put a BOS" in asked.limits[-1]
+    )
 
 
 # ---- the proof
@@ -200,7 +236,7 @@ def test_the_proof_asks_as_a_client(exported, tiny_llama):
     prompts = client_proof.trained_prompts(rows, tokenizer, load_template("none"))
     # this SentencePiece drops spaces at the end, and one of two
     assert prompts == [("What is 1 plus 2?", ids[0]), ("a b", ids[2])]
-    assert client_proof.ask_as_clients(exported, prompts, ["What is 1?"]) == ([], [
+    assert ask(exported, prompts, ["What is 1?"]) == ([], [
         "the chat template gives the trained ids to 2 prompts", "tokenizer.model gives tokenizer.json's ids to 1 row",
     ], [])  # fmt: skip
 
@@ -212,7 +248,7 @@ def test_the_proof_sees_another_chat_template_and_another_tokenizer_model(export
     proto = sentencepiece_model_pb2.ModelProto.FromString((exported / "tokenizer.model").read_bytes())
     proto.pieces[268].piece, proto.pieces[269].piece = proto.pieces[269].piece, proto.pieces[268].piece
     (exported / "tokenizer.model").write_bytes(proto.SerializeToString())
-    problems = client_proof.ask_as_clients(exported, prompts, ["What is 1 plus 2?"]).problems
+    problems = ask(exported, prompts, ["What is 1 plus 2?"]).problems
     assert problems == [
         "chat_template.jinja gives other ids than training to 1 of 1 prompts, first 'What is 1 plus 2?'",
         "tokenizer.model gives other ids than tokenizer.json to 1 of 1 rows, first 'What is 1 plus 2?'",
