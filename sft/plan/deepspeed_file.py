@@ -203,10 +203,8 @@ def _keys(config: dict) -> Iterator[Finding]:
             model(**{key: value for key, value in _get(config, block).items() if f"{block}.{key}" not in OLD_KEYS})
         except ValidationError as error:
             for fault in error.errors():
-                where, key = (
-                    ".".join((block, *map(str, fault["loc"]))),
-                    str(fault["loc"][-1]) if fault["loc"] else block,
-                )
+                path = [block, *map(str, fault["loc"])]
+                where, key = ".".join(path), path[-1]
                 if fault["type"] == "extra_forbidden":
                     yield Finding("error", f"unknown key {where!r}", "DeepSpeed refuses it", _nearest(key, known))
                 else:

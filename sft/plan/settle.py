@@ -42,9 +42,8 @@ class Settled:
     sampler: PackedBatchSampler | None  # the run's micro-batches; None with --train_sampling_strategy
     packing: Packing | None  # what they hold; None in a padded run
     proofs: list[Proof]  # that examples are computed together as each alone
-    whole_tried_on: list[
-        Example
-    ]  # rows for the whole model, before the first step; none where it is split or that is dear
+    # rows for the whole model, before the first step; none where it is split or that is dear
+    whole_tried_on: list[Example]
     memory_plan: memory.Plan | None  # for these micro-batches
 
     def record(self) -> dict[str, dict[str, Any]]:
@@ -71,9 +70,6 @@ def settle(model_args: ModelArguments, args: TrainingArguments, dataset: Any) ->
     """Make every choice of a run and print each with its reason. All ranks call it together.
 
     Nothing is loaded. On a GPU `--tokens_per_micro_batch auto` is measured here, on a small model of the same shape.
-
-    Args:
-        dataset: the SupervisedDataset to train on.
     """
     config, lengths = loading.load_config(model_args), dataset.lengths
     arithmetic, precision = Arithmetic.of(args, len(dataset)), Precision.of(model_args, args)
@@ -99,14 +95,8 @@ def settle(model_args: ModelArguments, args: TrainingArguments, dataset: Any) ->
     dropout = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in skeleton.modules())
     dropout |= getattr(config, "attention_dropout", 0.0) > 0 or (model_args.use_lora and model_args.lora_dropout != 0)
     dropout |= getattr(config, "output_router_logits", False)  # its mean is over the tokens of a row
-    prefixes = choose_prefixes(
-        args,
-        config,
-        kernel_of_attention.value,
-        attention.SHARE_PREFIXES,
-        dropout,
-        bool(longer_than_rope(config, lengths)),
-    )
+    longer = longer_than_rope(config, lengths) > 0
+    prefixes = choose_prefixes(args, config, kernel_of_attention.value, dropout, longer)
 
     def prepare(probe: PreTrainedModel) -> LossHead:
         return _prepare(probe, args.device, kernel, compilation, liger)
@@ -130,13 +120,8 @@ def settle(model_args: ModelArguments, args: TrainingArguments, dataset: Any) ->
         asked = memory_plan_of(step_tokens, compilation.value)
         budget = _token_budget(model_args, args, config, kernel_of_attention.value, step_tokens, prepare, asked)
         sampler = sampler_within(budget.value)
-        packing = describe(
-            sampler,
-            args.per_device_train_batch_size,
-            args.gradient_accumulation_steps,
-            args.model_max_length,
-            budget.reason,
-        )
+        padded_run = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.model_max_length
+        packing = describe(sampler, *padded_run, budget.reason)
         memory_plan = asked and asked.at(packing.fullest, packing.micro_batches)
         step = arithmetic.examples_per_step * lengths.mean() / args.world_size, packing.micro_batches
         cannot = {
@@ -187,10 +172,8 @@ def choose_gathered(args: TrainingArguments, plan: memory.Plan | None) -> Choice
 
     No number changes. None where nothing is to be chosen: another engine, or --fsdp_config keeps them already.
     """
-    what, resharded = (
-        "gathered weights kept for the backward pass",
-        (args.fsdp_plugin_args or {}).get("reshard_after_forward"),
-    )
+    what = "gathered weights kept for the backward pass"
+    resharded = (args.fsdp_plugin_args or {}).get("reshard_after_forward")
     if resharded is not True or engine(args) != "FSDP" or args.world_size == 1:
         return None
     if args.keep_gathered_weights is not None:
@@ -229,9 +212,6 @@ def packed_or_padded(
     """The attention kernel, and the proofs that examples are computed with it as each is alone.
 
     A model that cannot be packed is padded, with the reason printed; `args.packing` is set to match.
-
-    Args:
-        lengths: of all examples.
 
     Raises:
         UserError: it can be computed in neither way.

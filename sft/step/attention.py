@@ -19,9 +19,8 @@ VARLEN_WORDS = frozenset(inspect.signature(varlen_attn).parameters)
 TRITON = "triton"
 VARLEN = "varlen"
 PER_EXAMPLE = "per_example"
-NO_WINDOW = (
-    2**30
-)  # tokens that a token sees in the operator of sft/step/attention_kernel.py, where the model sets no window
+# tokens that a token sees in the operator of sft/step/attention_kernel.py, where the model sets no window
+NO_WINDOW = 2**30
 # These let a token see its own example and the shared prefix of another one (sft/step/packed_rows.py).
 SHARE_PREFIXES = (TRITON, PER_EXAMPLE)
 TRITON_HEADS = (16, 32, 64, 128)  # other sizes, padded, are slower than in FlashAttention (benchmarks/LOG.md)

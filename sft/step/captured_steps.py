@@ -26,8 +26,6 @@ def choose_capture(
     """Decide whether a run tries to capture its steps.
 
     Args:
-        args: the run's TrainingArguments.
-        parameters, layers: of the model.
         step_tokens: of one step on this rank, on average.
         not_for: why this model cannot; "" when it can.
     """
@@ -115,11 +113,7 @@ class Captured(NamedTuple):
 
 
 class CapturedSteps:
-    """The graphs of a run's steps, one for each shape that it has met.
-
-    Args:
-        rows: the run's collator.
-    """
+    """The graphs of a run's steps, one for each shape that it has met."""
 
     def __init__(self, rows: FilledRows):
         self.rows = rows

@@ -16,14 +16,7 @@ WORTH_SECONDS = 240
 
 
 def choose_compilation(args: Any, parameters: int, quantized: bool, tokens: float) -> Choice:
-    """Decide whether compiling pays.
-
-    Args:
-        args: the run's TrainingArguments.
-        parameters: of the model.
-        quantized: it has 4-bit weights.
-        tokens: that all ranks together train on in the whole run.
-    """
+    """Decide whether compiling pays for a model of so many parameters, and `tokens` that all ranks together train on in the whole run."""
     seconds = 6 * parameters * tokens / (args.world_size * FLOPS_PER_S)
     if args.compile_layers is not None:
         on, why = args.compile_layers, "--compile_layers"
@@ -40,11 +33,6 @@ def choose_compilation(args: Any, parameters: int, quantized: bool, tokens: floa
     else:
         on, why = True, "the first step takes about 30 s longer, the others little more than half as long"
     return Choice("compiled layers", on, why)
-
-
-def decoder_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
-    """The layers that FSDP wraps too, by the model's own list of their classes."""
-    return [module for module in model.modules() if type(module).__name__ in set(model._no_split_modules or ())]
 
 
 class NormPass(CustomGraphPass):
@@ -116,7 +104,9 @@ def compile_layers(model: PreTrainedModel, fused_norms: bool = False) -> None:
     """
     options = OPTIONS_WITH_FUSED_NORMS if fused_norms else OPTIONS
     final_norm = getattr(model.get_decoder(), "norm", None)  # LLaMA's name for it, and its relatives'
-    for layer in filter(None, (*decoder_layers(model), final_norm)):
+    wrapped = set(model._no_split_modules or ())  # the layers that FSDP wraps too
+    layers = [module for module in model.modules() if type(module).__name__ in wrapped]
+    for layer in filter(None, (*layers, final_norm)):
         layer.forward = torch.compile(layer.forward, dynamic=True, options=options)
 
 

@@ -1,7 +1,7 @@
 """Count what micro-batches hold: tokens, trained tokens, padding. It happens where they are collated, so that no GPU is asked."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 
@@ -26,13 +26,8 @@ class TokenCounts:
         """Computed positions that are padding, 0 to 1."""
         return 1 - (self.real - self.shared) / self.computed if self.computed else 0.0
 
-    def __iadd__(self, other: "TokenCounts") -> "TokenCounts":
-        self.real += other.real
-        self.trained += other.trained
-        self.computed += other.computed
-        self.squared += other.squared
-        self.shared += other.shared
-        return self
+    def __add__(self, other: "TokenCounts") -> "TokenCounts":
+        return TokenCounts(*map(sum, zip(astuple(self), astuple(other))))
 
 
 class CountingCollator:
@@ -61,7 +56,4 @@ class CountingCollator:
 
 def take_counts(batches: list[dict]) -> TokenCounts:
     """Remove the counts from the batches and return their sum."""
-    total = TokenCounts()
-    for batch in batches:
-        total += batch.pop("counts")
-    return total
+    return sum((batch.pop("counts") for batch in batches), TokenCounts())

@@ -13,8 +13,6 @@ from sft import IGNORE_INDEX
 from sft.job import Choice, swapped
 
 CHUNK_BYTES = 2**29  # float32 logits of one chunk at most: large enough for full matrix products, small beside a model
-
-
 LIGER = "Liger's kernel"
 
 
@@ -146,13 +144,7 @@ def of_bent_logits(kernel: Callable, scale: float, cap: float | None) -> Callabl
 
 
 def loss_kernel(device: torch.device, compiled: bool, smoothing: float = 0.0) -> tuple[Callable, Choice]:
-    """What computes losses and their gradient from a chunk of logits, and why. No choice changes more than rounding.
-
-    Args:
-        device: of the run.
-        compiled: the decoder layers are.
-        smoothing: --label_smoothing_factor.
-    """
+    """What computes losses and their gradient from a chunk of logits, and why. No choice changes more than rounding."""
     ours = partial(losses_and_gradient, smoothing=smoothing) if smoothing else losses_and_gradient
     if compiled:  # one kernel of many passes
         return torch.compile(ours, dynamic=True), Choice("head and loss", "compiled", "as the layers are")

@@ -197,9 +197,8 @@ class PackedBatchSampler(Sampler[list[int]]):
             return bin_of, np.broadcast_to(np.arange(bins), (len(steps), bins))
         bin_of, loads = balance(self.lengths[steps], bins)
         order = np.argsort(-loads, axis=1, kind="stable").reshape(len(steps), self.micro_batches, self.world_size)
-        order[:, 1::2] = order[
-            :, 1::2, ::-1
-        ]  # side by side nearly one size, and the larger share goes to each end in turn
+        # side by side nearly one size, and the larger share goes to each end in turn
+        order[:, 1::2] = order[:, 1::2, ::-1]
         return bin_of, order.reshape(len(steps), bins)
 
 
@@ -238,9 +237,8 @@ def describe(sampler: PackedBatchSampler, per_device: int, accumulation: int, ma
     for block in sampler._blocks(0):
         lengths = sampler.lengths[block]
         tokens += int(lengths.sum())
-        for start in range(
-            0, lengths.shape[1], per_device
-        ):  # the padded run pads each micro-batch to its longest example
+        for start in range(0, lengths.shape[1], per_device):
+            # the padded run pads each micro-batch to its longest example
             micro_batch = lengths[:, start : start + per_device]
             padded += int(micro_batch.max(axis=1).sum()) * micro_batch.shape[1]
     fill = tokens / (sampler.steps * bins * fullest) if tokens else 0.0

@@ -103,13 +103,12 @@ class LossHead(torch.nn.Module):
             return SummedLoss.apply(rows, self.weight, self.targets, self.kernel, torch.is_grad_enabled())
         # An adapter on the head, or a head of another kind: its own forward, recomputed in backward.
         logits_of = super().forward
-        return sum(
-            checkpoint(self._loss_of, logits_of, part, targets, use_reentrant=False)
-            for part, targets in zip(rows.split(1024), self.targets.split(1024))
-        )
 
-    def _loss_of(self, logits_of: Any, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return LossOfLogits.apply(logits_of(hidden), targets, self.kernel)
+        def loss_of(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            return LossOfLogits.apply(logits_of(hidden), targets, self.kernel)
+
+        parts = zip(rows.split(1024), self.targets.split(1024))
+        return sum(checkpoint(loss_of, part, targets, use_reentrant=False) for part, targets in parts)
 
 
 class LabelledLayer(torch.nn.Module):

@@ -5,7 +5,7 @@ So where two examples begin alike, one of them (the leader) holds the beginning 
 tokens, whose attention sees the leader's beginning and then its own tokens. Losses and gradients stay the same up to rounding.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ import torch
 
 from sft import IGNORE_INDEX
 from sft.job import Choice
+from sft.step.attention import SHARE_PREFIXES
 
 # A micro-batch for a rank that has no example; two or more, so that compiled layers see no size 1.
 PLACEHOLDER_TOKENS = 8
@@ -94,22 +95,18 @@ class Sharing(NamedTuple):
     lengths: list[int]  # tokens that its leader holds for it
 
 
-def choose_prefixes(
-    args: Any, config: Any, kernel: str, kernels: Sequence[str], noisy: bool, length_decides: bool = False
-) -> Choice:
+def choose_prefixes(args: Any, config: Any, kernel: str, noisy: bool, length_decides: bool = False) -> Choice:
     """Decide whether a run shares prefixes: where it changes nothing but rounding.
 
     Args:
-        args: the run's TrainingArguments.
         kernel: name of the run's attention implementation.
-        kernels: those that can let a token see two places of a row.
         noisy: the model draws dropout.
         length_decides: rope's frequencies are not the same in all examples.
     """
     window = getattr(config, "sliding_window", None)
     on, why = False, "--share_prefixes"
-    if args.share_prefixes and kernel not in kernels:
-        why = f"{kernel} attention cannot; {' and '.join(kernels)} can"
+    if args.share_prefixes and kernel not in SHARE_PREFIXES:
+        why = f"{kernel} attention cannot; {' and '.join(SHARE_PREFIXES)} can"
     elif args.share_prefixes and window:
         why = f"attention over a sliding window of {window} tokens"
     elif args.share_prefixes and length_decides:

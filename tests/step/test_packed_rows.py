@@ -13,7 +13,7 @@ from packed_models import gradients, largest_error, padded_step, small_llama
 
 from sft import IGNORE_INDEX
 from sft.run import finite_check
-from sft.step import attention, packed_rows
+from sft.step import packed_rows
 from sft.step.counts import CountingCollator
 from sft.step.loss import summed_loss
 from sft.step.modules import exchange
@@ -184,7 +184,7 @@ def test_the_choice_says_why(changed, why):
         "noisy": False,
     }
     given = SimpleNamespace(**(run | changed))
-    choice = packed_rows.choose_prefixes(given, given, given.kernel, attention.SHARE_PREFIXES, given.noisy)
+    choice = packed_rows.choose_prefixes(given, given, given.kernel, given.noisy)
     assert f"shared prefixes: {why}" in str(choice)
 
 
