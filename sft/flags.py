@@ -327,7 +327,7 @@ def _read(
     problems += _read_fsdp_config(flags)
     if (flags.fsdp_config or {}).get("cpu_offload") and not flags.use_cpu and flags.ddp_backend is None:
         flags.ddp_backend = "cuda:nccl,cpu:gloo"  # the norm of gradients that lie in host memory is summed by gloo
-    problems += _contradictions(flags) + trainer_problems(flags, names_in(argv))
+    problems += _contradictions(flags) + trainer_problems(flags)
     if problems and flags.plan_only:
         raise UserError(problems)
     for check in checks:

@@ -23,13 +23,7 @@ RENAMED = {  # transformers 4.31 -> 5.x, and two misspellings of the original RE
     "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
 }
 WRAP_CLASS = ("fsdp_transformer_layer_cls_to_wrap", "fsdp_transformer_later_cls_to_wrap")
-FSDP_WORDS = {
-    "full_shard": True,
-    "shard_grad_op": False,
-    "hybrid_shard": True,
-    "auto_wrap": True,
-    "offload": True,
-}  # -> reshard_after_forward
+FSDP_WORDS = ("full_shard", "shard_grad_op", "hybrid_shard", "auto_wrap", "offload")
 GONE = {  # flag -> what to do without it
     "use_mps_device": "an Apple GPU is used where there is one",
     "jit_mode_eval": "there is no such mode",
@@ -57,12 +51,10 @@ def translate(argv: list[str]) -> tuple[list[str], list[str], list[str]]:
     flags = _split_into_flags(argv)
     out: list[str] = []
     notices, problems, fsdp_old = [], [], []
-    fsdp_config: dict[str, object] = {
-        "version": 2,
-        "cpu_ram_efficient_loading": True,
-    }  # rank 0 reads, others get shards
+    # rank 0 reads, others get shards
+    fsdp_config: dict[str, object] = {"version": 2, "cpu_ram_efficient_loading": True}
     warmup = [
-        f"--{name} {values[0]}" for name, values in flags if name == "warmup_steps" and values and values[0] != "0"
+        f"--{name} {values[0]}" for name, values in flags if name == "warmup_steps" and values[:1] not in ([], ["0"])
     ]
     for name, values in flags:
         old = _quoted(name, values)
@@ -135,7 +127,7 @@ def _fsdp_words(words: list[str]) -> dict[str, object]:
     unknown = [word for word in words if word not in FSDP_WORDS]
     if unknown:
         raise ValueError(f"FSDP2 has no {unknown[0]!r}. Known words: {', '.join(FSDP_WORDS)}.")
-    config: dict[str, object] = {"reshard_after_forward": all(FSDP_WORDS[word] for word in words)}
+    config: dict[str, object] = {"reshard_after_forward": "shard_grad_op" not in words}
     asked = {"offload": "cpu_offload", "hybrid_shard": "hybrid_shard"}
     return config | {name: True for word, name in asked.items() if word in words}
 
@@ -187,38 +179,29 @@ def _is_ratio(value: str) -> bool:
 
 
 TYPED = {  # what people type -> what is meant; letters' distance would choose worse
-    "lr": "learning_rate",
-    "batch_size": "per_device_train_batch_size",
-    "train_batch_size": "per_device_train_batch_size",
-    "micro_batch_size": "per_device_train_batch_size",
-    "eval_batch_size": "per_device_eval_batch_size",
-    "accumulation_steps": "gradient_accumulation_steps",
-    "grad_accum": "gradient_accumulation_steps",
-    "epochs": "num_train_epochs",
-    "num_epochs": "num_train_epochs",
-    "steps": "max_steps",
-    "lora": "use_lora",
-    "lora_rank": "lora_r",
-    "qlora": "load_in_4bit",
-    "model": "model_name_or_path",
-    "model_name": "model_name_or_path",
-    "model_path": "model_name_or_path",
-    "base_model": "model_name_or_path",
-    "data": "data_path",
-    "dataset": "data_path",
-    "train_file": "data_path",
-    "validation_file": "eval_data_path",
-    "output": "output_dir",
-    "max_length": "model_max_length",
-    "max_seq_length": "model_max_length",
-    "cutoff_len": "model_max_length",
-    "warmup": "warmup_steps",
-    "lr_schedular": "lr_scheduler_type",
-    "lr_scheduler": "lr_scheduler_type",
-    "scheduler": "lr_scheduler_type",
-    "optimizer": "optim",
-    "resume": "resume_from_checkpoint",
-    "cpu": "use_cpu",
+    word: meant
+    for meant, words in {
+        "learning_rate": "lr",
+        "per_device_train_batch_size": "batch_size train_batch_size micro_batch_size",
+        "per_device_eval_batch_size": "eval_batch_size",
+        "gradient_accumulation_steps": "accumulation_steps grad_accum",
+        "num_train_epochs": "epochs num_epochs",
+        "max_steps": "steps",
+        "use_lora": "lora",
+        "lora_r": "lora_rank",
+        "load_in_4bit": "qlora",
+        "model_name_or_path": "model model_name model_path base_model",
+        "data_path": "data dataset train_file",
+        "eval_data_path": "validation_file",
+        "output_dir": "output",
+        "model_max_length": "max_length max_seq_length cutoff_len",
+        "warmup_steps": "warmup",
+        "lr_scheduler_type": "lr_schedular lr_scheduler scheduler",
+        "optim": "optimizer",
+        "resume_from_checkpoint": "resume",
+        "use_cpu": "cpu",
+    }.items()
+    for word in words.split()
 }
 LAUNCHERS = ("nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port", "num_processes", "num_gpus")
 

@@ -105,14 +105,10 @@ COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-
 JSON_FLAGS = ("accelerator_config", "gradient_checkpointing_kwargs", "liger_kernel_config", "lr_scheduler_kwargs")
 
 
-def trainer_problems(flags: Any, given: set[str]) -> list[str]:
+def trainer_problems(flags: Any) -> list[str]:
     """What cannot work in the values of the Trainer's arguments, known before anything is loaded.
 
     JSON in a flag's text is read into its place.
-
-    Args:
-        flags: the parsed command line, as a namespace.
-        given: the names that stand on it.
     """
     refused = REFUSED | (UNDER_PACKING if flags.packing else {})
     problems = [
@@ -207,9 +203,7 @@ def without_effect(flags: Any, given: set[str]) -> list[str]:
         * (not flags.resume_from_checkpoint),
         "--resume_from_checkpoint continues the run there": "overwrite_output_dir"
         * (text(flags.resume_from_checkpoint or False).lower() != "false")
-        * (
-            not os.path.exists(os.path.join(flags.output_dir or "", "COMPLETE.json"))
-        ),  # else it replaces a finished model
+        * (not os.path.exists(os.path.join(flags.output_dir or "", "COMPLETE.json"))),  # of a finished model
         "it needs --messages": "train_on" * (not flags.messages),
         "--messages names the column": "source target" * bool(flags.messages),
     }
