@@ -40,19 +40,11 @@ from sft.job import UserError, say
 from sft.outside import read_object
 
 VERSION = 2  # raise it when the same parts of a key come to mean other tokens, or the files another form
-OUTCOMES = (
-    "kept",
-    "cut",
-    "empty",
-    "no_room",
-    "shortened",
-    "disagreed",
-)  # of a row: cut and shortened ones are kept too
+# of a row: cut and shortened ones are kept too
+OUTCOMES = ("kept", "cut", "empty", "no_room", "shortened", "disagreed")
 KEPT, CUT, EMPTY, NO_ROOM, SHORTENED, DISAGREED = range(6)
 QUIET_WAIT_S = 2.0  # ranks of one machine ask at the same moment; shorter waits are not printed
 MOST_PROCESSES = 16  # one process reads and writes for about as many that tokenize
-
-
 NO_SWITCHES = np.empty(0, np.int64)
 NO_REPEATS = np.empty(0, np.uint8)
 

@@ -14,10 +14,8 @@ from transformers.utils.hub import cached_file
 from sft.data import encode
 from sft.job import UserError, say
 
-ROWS_COMPARED = {
-    "SentencePiece": 1000,
-    "tokenizer.json": 10_000,
-}  # of a CSV: a few tenths of a second, and a good one, on two cores
+# of a CSV: a few tenths of a second, and a good one, on two cores
+ROWS_COMPARED = {"SentencePiece": 1000, "tokenizer.json": 10_000}
 
 
 class Reference(NamedTuple):

@@ -128,9 +128,8 @@ def _problem_here(folder: Path, name: str) -> str | None:
             return f"{file} has {path.stat().st_size:,} of {size:,} bytes"
     if step_of(folder) not in (-1, step):
         return f"its {name} is of step {step}"
-    if (
-        name == MANIFEST and "scaler.pt" not in files and os.path.lexists(home / "scaler.pt")
-    ):  # the Trainer would load it
+    if name == MANIFEST and "scaler.pt" not in files and os.path.lexists(home / "scaler.pt"):
+        # the Trainer would load it
         return f"it holds a scaler.pt that its {name} does not list"
     for file in sorted(files):  # the stock Trainer and transformers read them as they are
         try:

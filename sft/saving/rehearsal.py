@@ -103,10 +103,8 @@ def checkpoints_kept(args, steps: int, save_steps: float) -> int:
 
 def refuse_full_disk(args, weights: int, steps: int, export_dtype: torch.dtype) -> None:
     """Refuse, before a weight is loaded, a run of all weights that the disk has no room for; an engine's checkpoints may take more."""
-    kept = checkpoints_kept(args, steps, args.save_steps)
-    check_space(
-        Path(args.output_dir), (4 if args.save_only_model else 12) * weights, kept, export_dtype.itemsize * weights
-    )
+    kept, each = checkpoints_kept(args, steps, args.save_steps), 4 if args.save_only_model else 12
+    check_space(Path(args.output_dir), each * weights, kept, export_dtype.itemsize * weights)
 
 
 def gb(size: int) -> str:

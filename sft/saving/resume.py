@@ -41,21 +41,16 @@ def choose_checkpoint(training_args) -> str | None:
             for folder in candidates:  # there are some only after --overwrite_output_dir True
                 shutil.rmtree(folder)
         return None
-    chosen = (
-        _newest_whole(candidates) if wanted.lower() == "true" else _named(Path(os.path.normpath(wanted)), candidates)
-    )
-    if chosen and _is_only_a_model(chosen):
+    newest = wanted.lower() == "true"
+    chosen = _newest_whole(candidates) if newest else _named(Path(os.path.normpath(wanted)), candidates)
+    manifest = read_object(chosen / MANIFEST) if chosen else {}
+    if chosen and missing_parts(list(manifest["files"]), manifest["world_size"]):
         raise UserError(
             f"{chosen} cannot be continued: it was saved with --save_only_model True, without an optimizer. To train on from its weights, "
             f"start a new run with --model_name_or_path {chosen} and another --output_dir."
         )
     say(f"resume: {chosen or f'{output_dir} holds no checkpoint yet: starting from the beginning'}")
     return str(chosen) if chosen else None
-
-
-def _is_only_a_model(checkpoint: Path) -> bool:
-    manifest = read_object(checkpoint / MANIFEST)
-    return bool(missing_parts(list(manifest["files"]), manifest["world_size"]))
 
 
 def _newest_whole(candidates: list[Path]) -> Path | None:
@@ -109,15 +104,12 @@ def output_dir_problems(flags) -> list[str]:
         old, models = newest_first(output_dir), [*output_dir.glob("*.safetensors")]
     except FileNotFoundError:  # rank 0 has just tried whether it can be made, and has removed it again
         return []
-    if old and not (output_dir / COMPLETE).is_file():
+    complete = (output_dir / COMPLETE).is_file()
+    if old and not complete:
         cure = "Continue that with --resume_from_checkpoint True, name another --output_dir, or start again with "
         cure += "--overwrite_output_dir True, which removes its checkpoints."
         return [f"{output_dir}: it holds {old[0].name} of an earlier run. {cure}"]
-    what = (
-        "a finished model"
-        if (output_dir / COMPLETE).is_file()
-        else "a model that was not proved, or is another program's"
-    )
+    what = "a finished model" if complete else "a model that was not proved, or is another program's"
     finished = f"{output_dir}: it holds {what}. Name another --output_dir, or give --overwrite_output_dir True."
     return [finished] if old or models else []
 
@@ -146,11 +138,8 @@ def loading(checkpoint: str | None) -> Iterator[None]:
     except Exception as error:
         names = " ".join(frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__))
         known = isinstance(error, (UserError, torch.OutOfMemoryError))
-        if (
-            checkpoint is None
-            or known
-            or not re.search("_load_|load_from_json|load_checkpoint|_init_training_state", names)
-        ):
+        loads = re.search("_load_|load_from_json|load_checkpoint|_init_training_state", names)
+        if checkpoint is None or known or not loads:
             raise
         reason = (str(error).strip().splitlines() or [""])[0][:300]
         raise UserError(
@@ -184,11 +173,7 @@ EFFECT_OF_CHANGE = {
     "precision": "steps are computed in another number format",
     "evaluation": "other evaluations decide when the run ends, or which checkpoint is exported",
 }
-HASHES = (
-    "prompt_template",
-    "tokenizer",
-    "base_weights",
-)  # of their values in a checkpoint, which say nothing to a reader
+HASHES = ("prompt_template", "tokenizer", "base_weights")  # their values in a checkpoint, which say nothing to a reader
 # Every other flag that differs from its default is shared as well, but for those that the values above hold and those that
 # cannot change the weights: where and what is written, logged and uploaded, on which device, what happens at the end.
 HELD = re.compile(
