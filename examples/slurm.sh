@@ -14,6 +14,7 @@
 # lost) continues from the newest whole checkpoint. --output_dir must be on a disk that the machines share.
 set -euo pipefail
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=900  # torchrun kills processes 30 s after a signal unless told otherwise (torch 2.13)
+export TORCH_CPP_LOG_LEVEL=ERROR  # no page of C++ frames from the torchrun that loses the other (torch 2.13)
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
 # 16 GPUs x 2 per device x 2 accumulation = 64 examples per optimizer step, as 4 x 2 x 8 in the original's command
