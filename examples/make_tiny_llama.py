@@ -9,6 +9,7 @@ convert the tokenizer as it does for open_llama_7b.
 import argparse
 import csv
 import io
+import os
 from pathlib import Path
 
 import sentencepiece
@@ -45,6 +46,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2)
     args = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
+    os.environ.setdefault(
+        "DS_ACCELERATOR", "cpu"
+    )  # where DeepSpeed is installed, it warns that it found no GPU (0.19.8)
 
     with open(args.data_path, encoding="utf-8", newline="") as file:
         texts = [text for row in list(csv.reader(file))[1:] for text in row]

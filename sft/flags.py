@@ -175,7 +175,10 @@ class TrainingArguments(transformers.TrainingArguments):
         "Checkpoints to resume from are always float32.",
     )
     overwrite_output_dir: bool = flag(False, "Train into a folder that holds a finished model, and replace that.")
-    plan_only: bool = flag(False, "Print the memory plan and stop. Reads the model's config: no GPU, weights or data.")
+    plan_only: bool = flag(
+        False,
+        "Print the memory plan and stop, exit code 1 if it does not fit. Reads the model's config: no GPU, weights or data.",
+    )
     plan_gpu_gib: float | None = flag(None, "With --plan_only: plan for a GPU of this many GiB. Default: the one here.")
     plan_world_size: int | None = flag(None, "With --plan_only: plan for this many GPUs. Default: torchrun's number.")
     plan_network_gb_s: float | None = flag(

@@ -116,9 +116,13 @@ def load(name: str, prompt_template: str | None = None, system: str = "") -> Tun
             f"--model {name}: no {TEMPLATE_FILES[0]} there, so the prompts that it was trained with are not known. Give "
             "--prompt_template: 'none' (the instruction is the whole prompt), 'alpaca', 'chat', or a text file with {instruction}."
         )
-    # what the loaders print is no answer
+    # what the loaders print is no answer, and of a tokenizer only its warnings matter here
     with contextlib.redirect_stdout(sys.stderr), reading(f"--model {name}: its files"):
-        tokenizer = load_llama_tokenizer(source)
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            tokenizer = load_llama_tokenizer(source)
+        for line in printed.getvalue().splitlines():
+            if line.startswith("warning"):
+                complain(line)
         template = load_template(prompt_template or next(filter(None, saved)), tokenizer)
         if system and template.forms and "system" not in template.columns:
             raise UserError("--system: the model's template has no {system} in it. Leave the flag out.")
@@ -141,13 +145,13 @@ def load_weights(name: str, adapter: str | None = None) -> Any:
         raise UserError(f"--model {name}: a LoRA adapter, which needs peft: pip install peft")
     base = read_object(adapter)["base_model_name_or_path"] if adapter else name
     device_map = "auto" if torch.accelerator.is_available() else None
+    mend = f"{name} is an adapter for it: put it back, or write its place into {adapter} as base_model_name_or_path."
+    if adapter and (missing := not_found(base)):
+        raise UserError(f"{missing} {mend}")
     try:
         with safe_loads(base, deepspeed=False):
             model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", device_map=device_map)
     except (OSError, ValueError) as error:
-        mend = (
-            f"{name} is an adapter for it: put it back, or write its place into {adapter} as base_model_name_or_path."
-        )
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{base}: the model cannot be loaded. {mend + ' ' if adapter else ''}({reason})") from error
     if adapter:

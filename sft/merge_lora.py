@@ -4,6 +4,7 @@ python -m sft.merge_lora --adapter ./my_adapter --output ./my_model
 """
 
 import argparse
+import os
 import shutil
 from pathlib import Path
 
@@ -72,12 +73,20 @@ def claim(adapter: Path, output: Path, proof: str) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m sft.merge_lora", description="Write base + adapter as one model.")
-    parser.add_argument("--adapter", required=True, help="folder that a run with --use_lora True has saved")
-    parser.add_argument("--output", required=True, help="folder for the whole model")
+    parser.add_argument("--adapter", "--model", required=True, help="folder that a run with --use_lora True has saved")
+    parser.add_argument("--output", "--output_dir", required=True, help="folder for the whole model")
     parser.add_argument("--base", help="the model that the adapter was trained on (default: the recorded one)")
     parser.add_argument("--cache_dir", help="folder for models downloaded from the hub")
-    parser.add_argument("--save_dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument(
+        "--save_dtype",
+        default="bfloat16",
+        choices=("float32", "bfloat16", "float16"),
+        help="type of the written weights (default: bfloat16)",
+    )
     args = parser.parse_args(argv)
+    os.environ.setdefault(
+        "DS_ACCELERATOR", "cpu"
+    )  # where DeepSpeed is installed, saving imports it, and it warns (0.19.8)
     with one_message_for_user_errors():
         try:
             difference = merge(args.adapter, args.output, args.base, getattr(torch, args.save_dtype), args.cache_dir)

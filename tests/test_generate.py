@@ -89,7 +89,8 @@ def test_it_asks_with_control_tokens_as_the_training_had_them(tuned, tmp_path, c
 
 def test_the_answer_goes_to_stdout_and_nothing_else_does(tuned, capsys):
     ask("--model", tuned, "--instruction", "k")
-    assert capsys.readouterr().out == "lm nopqrstuvwxyz\n"
+    printed = capsys.readouterr()
+    assert printed.out == "lm nopqrstuvwxyz\n" and "tokenizer:" not in printed.err
 
 
 @pytest.fixture
@@ -375,8 +376,8 @@ def test_an_adapter_whose_base_is_gone(adapter, tmp_path):
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     (problem,) = problems("--model", adapter, "--instruction", "w")
     assert problem.startswith(
-        f"{tmp_path / 'moved'}: the model cannot be loaded. {adapter} is an adapter for it: put it back, or write its place "
-        f"into {adapter / 'adapter_config.json'} as base_model_name_or_path. ("
+        f"{tmp_path / 'moved'}: no such folder. {adapter} is an adapter for it: put it back, or write its place "
+        f"into {adapter / 'adapter_config.json'} as base_model_name_or_path."
     )
 
 

@@ -114,7 +114,7 @@ def plan(
 
 
 def stop_after_plan(flags: Any) -> list[str]:
-    """Print the plan and end the run, or return what keeps it from being made."""
+    """Print the plan and end the run, with 1 where it would not fit, or return what keeps the plan from being made."""
     try:
         found = plan(flags, flags, load_config(flags))
     except UserError as error:
@@ -123,4 +123,4 @@ def stop_after_plan(flags: Any) -> list[str]:
         return [str(error)]
     if found is not None:
         say(describe(found))
-    raise SystemExit(0)
+    raise SystemExit(found is not None and not found.fits)

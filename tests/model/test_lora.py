@@ -217,7 +217,8 @@ def test_the_command_line_ends_in_one_message(base, tmp_path, capsys):
         merge_lora.main(["--adapter", str(adapter), "--output", str(tmp_path / "file" / "merged")])
     printed = capsys.readouterr().err
     assert ended.value.code == 2 and "the merged model cannot be written there ([Errno 20] Not a directory" in printed
-    merge_lora.main(["--adapter", str(adapter), "--output", str(tmp_path / "merged"), "--save_dtype", "float32"])
+    # as the other commands name them
+    merge_lora.main(["--model", str(adapter), "--output_dir", str(tmp_path / "merged"), "--save_dtype", "float32"])
     assert f"merged: {tmp_path / 'merged'} (float32); logits differ from base + adapter by" in capsys.readouterr().out
 
 

@@ -88,9 +88,10 @@ def test_plan_only_needs_the_config_alone(tmp_path, capsys):
             load_llama_tokenizer, [*words, "--deepspeed", str(ROOT / "ds_config.json"), "--plan_world_size", "4"]
         )
     assert "4 x 80.0 GiB GPU, ZeRO stage 2, offloaded to the host" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as ended:
         utils.train(load_llama_tokenizer, [*words, "--deepspeed", '{"zero_optimization": {"stage": 1}}'])
-    assert "1 x 80.0 GiB GPU, ZeRO stage 1" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "1 x 80.0 GiB GPU, ZeRO stage 1" in said and "it does not fit" in said and ended.value.code == 1
 
 
 def test_a_plan_of_nothing_is_refused(tmp_path):
