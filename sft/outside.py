@@ -15,9 +15,6 @@ class UserError(Exception):
     """A mistake that the user can mend: what is wrong, where, and what to do.
 
     The entry scripts end it in one message on stderr, no traceback, and exit code 2 from every rank.
-
-    Args:
-        problems: one message, or a list of them that were found together.
     """
 
     def __init__(self, problems: str | list[str]):

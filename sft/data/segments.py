@@ -53,30 +53,17 @@ class Rows:
 
     def key(self) -> dict[str, Any]:
         """What decides the segments, for the cache."""
-        template = [*self.template.forms] or self.template.jinja
-        of_messages = (
-            {"messages": self.data_args.messages, "train_on": self.data_args.train_on}
-            if self.data_args.messages
-            else {}
-        )
-        return {
-            "columns": list(self.columns),
-            "allow_numbers": self.data_args.allow_numbers,
-            "template": template,
-        } | of_messages
+        flags, template = self.data_args, [*self.template.forms] or self.template.jinja
+        key = {"columns": list(self.columns), "allow_numbers": flags.allow_numbers, "template": template}
+        return key | ({"messages": flags.messages, "train_on": flags.train_on} if flags.messages else {})
 
     def segments(self, path: str, batch: list[tuple[int, tuple]]) -> list[Segments | int]:
         """The segments of each row, or what became of a row without any."""
         if self.rendered:
             turns = [(f"{path}, row {number}", cells) for number, cells in batch]
-            rows = (
-                [(where, self._messages(where, cells)) for where, cells in turns]
-                if not self.data_args.messages
-                else _read(turns)
-            )
-            return split_turns(
-                rows, self.tokenizer, self.template, self.data_args.train_on, self.data_args.allow_control_tokens
-            )
+            flags = self.data_args
+            rows = _read(turns) if flags.messages else [(where, self._messages(cells)) for where, cells in turns]
+            return split_turns(rows, self.tokenizer, self.template, flags.train_on, flags.allow_control_tokens)
         return [self._pair(cells) for _, cells in batch]
 
     def texts(self, where: str, cells: tuple) -> tuple[str, str, str]:
@@ -101,7 +88,7 @@ class Rows:
             question = "".join(cells[name] for name in self.template.columns)
         return [self.template.fill(cells), answer] if question.strip() and answer.strip() else EMPTY
 
-    def _messages(self, where: str, row: tuple[str, ...]) -> list[dict[str, Any]]:
+    def _messages(self, row: tuple[str, ...]) -> list[dict[str, Any]]:
         cells = dict(zip(self.columns, row))
         texts = {"user": cells[self.data_args.source], "assistant": cells[self.data_args.target]}
         return [{"role": role, "content": text} for role, text in texts.items()]

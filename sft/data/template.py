@@ -181,11 +181,8 @@ def chat_template(*forms: str) -> str:
     for form in forms:
         parts = split_form(form)
         optional = [name for name in parts[1::2] if not template.columns[name]]
-        prompt += (
-            "".join("{%- if " + " and ".join(f"{name} and {name}.strip()" for name in optional) + " -%}")
-            if optional
-            else ""
-        )
+        if optional:
+            prompt += "{%- if " + " and ".join(f"{name} and {name}.strip()" for name in optional) + " -%}"
         terms = [
             json.dumps(part, ensure_ascii=False) if place % 2 == 0 else 'message["content"]' if part == main else part
             for place, part in enumerate(parts)

@@ -120,11 +120,7 @@ def fullest_peak(
 def run_once(
     probe: PreTrainedModel, head: torch.nn.Module, tokens: int, args: TrainingArguments, keep: bool = False
 ) -> None:
-    """Forward and backward on one packed row, under autocast as Accelerate will wrap the run's model.
-
-    Args:
-        keep: the gradients.
-    """
+    """Forward and backward on one packed row, under autocast as Accelerate will wrap the run's model; gradients go unless `keep`."""
     ids, dtype = torch.zeros(256, dtype=torch.int64), compute_dtype(args)
     batch = PackedCollator()([{"input_ids": ids, "labels": ids}] * math.ceil(tokens / 256))
     batch = {key: value.to(args.device) if torch.is_tensor(value) else value for key, value in batch.items()}

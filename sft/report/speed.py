@@ -87,15 +87,10 @@ class Meter(transformers.TrainerCallback):
     """A stopwatch over training steps, and a count of their tokens (names and units of its numbers: docs/run_report.md).
 
     It runs only while steps run: as the Trainer's last callback it pauses before an evaluation or a save.
-
-    Args:
-        flops: the model's, before it is wrapped.
-        device: this rank's.
-        peak: TFLOP/s that MFU refers to, if it is known.
     """
 
     def __init__(self, flops: ModelFlops, device: torch.device, peak: float | None):
-        self.flops, self.device, self.peak_tflops = flops, device, peak
+        self.flops, self.device, self.peak_tflops = flops, device, peak  # that MFU refers to; None: not known
         self.counts, self.steps = TokenCounts(), 0  # of this rank, since the last reading
         # of the job, in this process's life
         self.total, self.total_seconds, self.peak_memory_gib, self._ranks = TokenCounts(), 0.0, 0.0, 1

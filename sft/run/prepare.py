@@ -164,11 +164,7 @@ class Run:
         tokenizer: PreTrainedTokenizerBase,
         data_module: dict[str, Any],
     ) -> SupervisedTrainer:
-        """The run's Trainer, with its record, evaluation, stops, checkpoints and rehearsal. Benchmarks call it too.
-
-        Args:
-            head: of `settle.prepare_step`.
-        """
+        """The run's Trainer, with its record, evaluation, stops, checkpoints and rehearsal. Benchmarks call it too."""
         args, report = self.args, self.report
         meter = Meter(ModelFlops.of(model), args.device, peak_tflops(args.device, compute_dtype(args)))
         callbacks: list[TrainerCallback] = []
@@ -213,7 +209,10 @@ class Run:
         with torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else []):
             self._prove(trainer, settled)
             if self.args.save_rehearsal:
-                self._rehearse(trainer)
+                began = time.perf_counter()
+                with self.report.phase("rehearsal"):
+                    what = rehearse(trainer, self.model_args, export_dtype(self.args), self.template)
+                say(f"save rehearsal: {what}, {time.perf_counter() - began:.1f} s")
 
     def _prove(self, trainer: SupervisedTrainer, settled: Settled) -> None:
         """Prove the whole model on rank 0. Raises NotPacked on all ranks where it can only be padded."""
@@ -241,12 +240,6 @@ class Run:
             raise NotPacked
         say(proof.in_a_line(proofs))
         self.report.note("proof", tried=[one._asdict() for one in proofs])
-
-    def _rehearse(self, trainer: SupervisedTrainer) -> None:
-        began = time.perf_counter()
-        with self.report.phase("rehearsal"):
-            what = rehearse(trainer, self.model_args, export_dtype(self.args), self.template)
-        say(f"save rehearsal: {what}, {time.perf_counter() - began:.1f} s")
 
     def training(self, trainer: SupervisedTrainer, settled: Settled) -> contextlib.ExitStack:
         """The phase in which the model is trained: what a checkpoint holds is loaded without running code."""

@@ -22,15 +22,10 @@ class Received(NamedTuple):
 
 
 class StepMessage:
-    """The message of one step after the other.
-
-    Args:
-        device: of this rank.
-        gather: (1, numbers) -> (ranks, numbers).
-    """
+    """The message of one step after the other."""
 
     def __init__(self, device: torch.device, gather: Callable[[torch.Tensor], torch.Tensor]):
-        self.device, self.gather = device, gather
+        self.device, self.gather = device, gather  # of this rank; (1, numbers) -> (ranks, numbers)
         self.micro_batches: list[tuple[dict, torch.Tensor]] = []  # of this step: inputs, loss on its device
 
     def add(self, inputs: dict, loss: torch.Tensor) -> None:

@@ -171,9 +171,8 @@ class SupervisedTrainer(Trainer):
         """As the stock one, and the step's message: whether to stop, and what to log, is known before the update."""
         grad_norm = super()._get_grad_norm(model, grad_norm)
         # DeepSpeed's ZeRO 3 leaves the last step's norm in place when a gradient is not finite
-        overflow = (
-            self.is_deepspeed_enabled and not self.args.fp16 and getattr(self.deepspeed.optimizer, "overflow", False)
-        )
+        zero = self.is_deepspeed_enabled and not self.args.fp16
+        overflow = zero and getattr(self.deepspeed.optimizer, "overflow", False)
         counts = self.meter.own() if self.meter else []
         stop = self.stops.requested is not None
         received = self.message.exchange(grad_norm, stop, counts, bool(overflow), norm_may_overflow=self.args.fp16)

@@ -158,13 +158,7 @@ def loss_kernel(device: torch.device, compiled: bool, smoothing: float = 0.0) ->
 
 
 def summed_loss(model: torch.nn.Module, head: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
-    """Sum of the losses over the trained tokens of a packed micro-batch, float32, ().
-
-    Args:
-        model: as the Trainer wraps it.
-        head: from `modules.exchange`.
-        batch: from `PackedCollator`.
-    """
+    """Sum of the losses over the trained tokens of a `PackedCollator`'s batch, float32, (); `head` is what `modules.exchange` returns."""
     inputs = {key: value for key, value in batch.items() if key not in ("labels", "label_targets")}
     with contextlib.ExitStack() as stack:
         stack.enter_context(swapped(head, positions=batch["label_positions"], targets=batch["label_targets"]))
