@@ -229,6 +229,8 @@ def check_data(tokenizer, data_args: DataArguments, args: TrainingArguments, con
         ]
         for listed in (map(files.DataFile.of, paths or ()) for paths in (data_args.data_path, data_args.eval_data_path))
     )
+    if data_args.eval_split:
+        mixture.hold_out(train_parts, data_args.eval_split)  # which tells of a share far from this one
     dataset = SupervisedDataset([part.repeated() for part in train_parts], data_args.train_on_prompt)
     return audit.check_data(tokenizer, data_args, args, config, dataset, eval_parts)
 

@@ -6,6 +6,7 @@ python .ci/models.py
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -15,7 +16,9 @@ import transformers  # noqa: E402
 
 from sft import IGNORE_INDEX  # noqa: E402
 from sft.job import UserError  # noqa: E402
-from sft.plan.proof import Proof, prove  # noqa: E402
+from sft.plan import proof  # noqa: E402
+from sft.step.modules import exchange  # noqa: E402
+from sft.step.packed_rows import PackedCollator  # noqa: E402
 
 SIZES = {
     "vocab_size": 256,
@@ -47,35 +50,52 @@ def examples() -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": row, "labels": torch.cat([torch.full((9,), IGNORE_INDEX), row[9:]])} for row in ids]
 
 
-def tried(kind: str, kernel: str | None) -> Proof | str:
-    """The proof, or why there is none."""
-    model_args = SimpleNamespace(model_name_or_path=None, trust_remote_code=False)
-    args = SimpleNamespace(
-        device=torch.device("cpu"), bf16=False, fp16=False, deepspeed=None, per_device_train_batch_size=2
-    )
+MODEL_ARGS: Any = SimpleNamespace(model_name_or_path=None, trust_remote_code=False)
+ARGS: Any = SimpleNamespace(device=torch.device("cpu"), bf16=False, fp16=False, deepspeed=None, per_device_train_batch_size=2)  # fmt: skip
+
+
+def tried(kind: str, kernel: str | None) -> tuple[str, str]:
+    """(what is wrong, or "", the columns of losses) of a way of computing: packed with this kernel, or padded (None)."""
     try:
         config = transformers.AutoConfig.for_model(kind, **(SIZES | MODELS[kind]))
-        return prove(model_args, args, config, examples(), kernel)[-1]
+        found = proof.prove(MODEL_ARGS, ARGS, config, examples(), kernel)[-1]
+        return found.fault or "", f"{losses(config, kernel)} | {found.loss:.0e}"
     except Exception as error:
-        return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}".splitlines()[0][:120]
+        said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}".splitlines()[0][:120]
+        return said, " | | "
+
+
+def losses(config: transformers.PreTrainedConfig, kernel: str | None) -> str:
+    """The mean loss of the examples, computed together in this way and one by one by the model's own forward."""
+    torch.manual_seed(0)
+    model, rows = proof.random_layers(MODEL_ARGS, ARGS, config).eval(), examples()
+    trained = sum(int((row["labels"][1:] != IGNORE_INDEX).sum()) for row in rows)
+    alone = sum(loss for loss, _ in proof.losses_alone(model, rows))
+    way = proof.padded(model, together=True)
+    if kernel:
+        model.set_attn_implementation(kernel)
+        way = proof.packed(model, exchange(model), PackedCollator())
+    with torch.no_grad():
+        return f"{way(rows, None).item() / trained:.6f} | {alone / trained:.6f}"
 
 
 def row(kind: str) -> str:
-    packed = tried(kind, "per_example")
-    if isinstance(packed, Proof) and not packed.fault:
-        return f"| {kind} | packed | {packed.loss:.0e} | |"
-    padded = tried(kind, None)
-    why = packed.fault if isinstance(packed, Proof) else packed
-    if isinstance(padded, Proof) and not padded.fault:
-        return f"| {kind} | padded | {padded.loss:.0e} | {why} |"
-    return f"| {kind} | refused | | {padded.fault if isinstance(padded, Proof) else padded} |"
+    why, columns = tried(kind, "per_example")
+    if not why:
+        return f"| {kind} | packed | {columns} | |"
+    fault, columns = tried(kind, None)
+    return f"| {kind} | refused | | | | {fault} |" if fault else f"| {kind} | padded | {columns} | {why} |"
 
 
 def page() -> str:
     head = (ROOT / "docs" / "models.md").read_text(encoding="utf-8").split("\n| architecture")[0]
-    rows = "\n".join(row(kind) for kind in MODELS)
+    rows = [row(kind) for kind in MODELS]
+    counts = ", ".join(
+        f"{sum(f' | {how} | ' in line for line in rows)} {how}" for how in ("packed", "padded", "refused")
+    )
     versions = f"transformers {transformers.__version__}, torch {torch.__version__.split('+')[0]}, on a CPU"
-    return f"{head}\n| architecture | a run is | loss, largest relative difference | why not packed |\n|---|---|---|---|\n{rows}\n\n{versions}.\n"
+    names = "| architecture | a run is | its loss | the model's own | largest relative difference | why not packed |"
+    return "\n".join([head, names, "|---|---|---|---|---|---|", *rows, "", f"{counts}. {versions}.\n"])
 
 
 if __name__ == "__main__":

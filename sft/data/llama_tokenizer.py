@@ -198,7 +198,7 @@ def _wrap_sentencepiece(proto, model_args, published: PreTrainedTokenizerBase | 
         if config.get("add_bos_token", True) is False:
             before = []
     backend.post_processor = files.putting_before(backend, before)
-    kept = {name: config.get(name) for name in ("chat_template", "model_max_length", "padding_side")}
+    kept = {name: config.get(name) for name in ("chat_template", "model_max_length", "padding_side", "truncation_side")}
     tokenizer = files.in_plain_class(backend, kept | special)
     if published is not None:
         files.prove_reload(tokenizer, model_args)

@@ -44,12 +44,14 @@ class Template:
         jinja: the same for a conversation, as tokenizers keep it; "" where a conversation has no place in it, or where it is the
             tokenizer's own, not known yet.
         begins_with_bos: its rendering has the BOS that it needs; other templates leave that to the tokenizer.
+        control_tokens: one that it, or a cell, spells is read as the token (--allow_control_tokens), as every chat client reads it.
     """
 
     name: str
     forms: tuple[str, ...] = ()
     jinja: str = ""
     begins_with_bos: bool = False
+    control_tokens: bool = False
 
     @property
     def text(self) -> str:

@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,8 @@ class Run:
         """
         self.report.enter("plan")
         tokenizer = data_module["data_collator"].tokenizer
-        self.template = load_template(self.data_args.prompt_template, tokenizer, bool(self.data_args.messages))
+        template = load_template(self.data_args.prompt_template, tokenizer, bool(self.data_args.messages))
+        self.template = replace(template, control_tokens=self.data_args.allow_control_tokens)
         with all_ranks_or_none():
             config = loading.load_config(self.model_args)
             problems = check_vocabulary(tokenizer, config)

@@ -31,23 +31,24 @@ class Asked(NamedTuple):
 def trained_prompts(dataset, tokenizer: PreTrainedTokenizerBase, template: Template) -> list[tuple[str, list[int]]]:
     """(instruction, ids of its prompt) of the first rows, without those that no client can ask.
 
-    Not every text can be had back from its ids, and a control token that a cell spells is text in training and a token in a client.
+    Not every text can be had back from its ids, and a control token that a cell spells is a token in a client, and text in most trainings.
     """
     if not template.jinja:
         return []
     asked = [{"role": "user", "content": MARK}]
     options = {"chat_template": template.jinja, "add_generation_prompt": True, "tokenize": False}
     before, after = str(tokenizer.apply_chat_template(asked, **options)).split(MARK)
+    put = [] if template.begins_with_bos else tokenizer("").input_ids  # BOS, which the template may spell where none is put
     found = []
     for example in islice(dataset, ROWS):
         ids = example["input_ids"][: int((example["labels"] != IGNORE_INDEX).int().argmax())].tolist()
-        begins = not template.begins_with_bos and ids[:1] == [tokenizer.bos_token_id]
-        without_bos = ids[1:] if begins else ids
+        without_bos = ids[len(put) :] if ids[: len(put)] == put else ids
         text = str(tokenizer.decode(without_bos, clean_up_tokenization_spaces=False))
         again = tokenizer(text, add_special_tokens=not template.begins_with_bos, verbose=False).input_ids
         if again == ids and text.startswith(before) and text.endswith(after):
             instruction = text[len(before) : len(text) - len(after)]
-            found += [] if control_tokens_in(tokenizer, instruction) else [(instruction, ids)]
+            if template.control_tokens or not control_tokens_in(tokenizer, instruction):
+                found.append((instruction, ids))
     return found
 
 

@@ -20,6 +20,7 @@ from sft.outside import read_object
 CHAT_TEMPLATE_FILE, SENTENCEPIECE_FILE, MODELFILE = "chat_template.jinja", "tokenizer.model", "Modelfile"
 # of the machine or the moment, not of the tokenizer: transformers 5.23 writes the first two, older ones wrote the others
 PASSING = "is_local local_files_only name_or_path tokenizer_file vocab_file special_tokens_map_file cache_dir".split()
+NO_LENGTH = 1e20  # transformers' LARGE_INTEGER: a tokenizer without a length has 1e30
 COPIED = re.compile(
     r"tokenizer.*|special_tokens_map\.json|chat_template\.jinja|prompt_template\.\w+|Modelfile|vocab\.json|merges\.txt"
 )
@@ -32,7 +33,7 @@ def write_tokenizer(
 
     Args:
         template: what training put its rows into.
-        positions: how many the model has: the longest text that a client may send.
+        positions: how many the model has: the longest text that a client may send, where the base's tokenizer names no length.
     """
     tokenizer.save_pretrained(folder)
     # the base's template was not trained
@@ -44,7 +45,8 @@ def write_tokenizer(
     config = {
         key: value for key, value in config.items() if value is not None and key not in (*PASSING, "chat_template")
     }
-    config |= {"model_max_length": positions} if positions else {}
+    if positions and tokenizer.model_max_length > NO_LENGTH:
+        config["model_max_length"] = positions
     if tokenizer.is_fast:
         config |= _settings_for_every_reader(tokenizer)
         # two names of one list: transformers 4 fails on the new one
@@ -59,7 +61,8 @@ def write_tokenizer(
                 # llama.cpp would put a space behind each control token, also behind an earlier turn's EOS, where training put none
                 config["add_prefix_space"] = False  # the chat template spells the one behind BOS
     write_json(folder / "tokenizer_config.json", config)
-    if template.jinja and not any(control_tokens_in(tokenizer, form) for form in template.forms):
+    as_text = not template.control_tokens and any(control_tokens_in(tokenizer, form) for form in template.forms)
+    if template.jinja and not as_text:
         bos = ""
         if not template.begins_with_bos and tokenizer("").input_ids == [tokenizer.bos_token_id]:
             bos = "{{- bos_token -}}\n" if template.forms or not _puts_space(tokenizer) else '{{- bos_token + " " -}}\n'

@@ -46,6 +46,7 @@ def check(tmp_path, capsys):
         template="none",
         eval_data_path=None,
         allow=False,
+        eval_split=0.0,
         **flags,
     ):
         path, folder = tmp_path / "data.csv", tmp_path / "out"
@@ -57,6 +58,7 @@ def check(tmp_path, capsys):
             data_cache_dir=str(tmp_path / "cache"),
             prompt_template=template,
             allow_control_tokens=allow,
+            eval_split=eval_split,
             check_data=True,
         )
         training_args = TrainingArguments(output_dir=str(folder), model_max_length=max_length, use_cpu=True, **flags)
@@ -142,6 +144,12 @@ def test_evaluation_rows_whose_prompt_is_trained_on(check, tmp_path):
     leak = "rows of --eval_data_path have a prompt that is also trained on; they say little about new prompts"
     assert report["findings"] == [{"what": leak, "rows": [3], "useless": False}]
     assert f"- {leak}: 1 (row 3)" in printed.splitlines()
+
+
+def test_a_share_that_whole_prompts_cannot_give_is_said_before_a_run(check):
+    rows = [(prompt, f"{number}") for prompt in "ab" for number in range(20)]
+    assert "--eval_split 0.1 asks for 4 of 40 examples, and 20 are held out" in check(rows, eval_split=0.1)[1]
+    assert "--eval_split" not in check(rows, eval_split=0.4)[1]
 
 
 def test_rows_that_carry_the_template_already(check):

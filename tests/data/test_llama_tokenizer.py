@@ -175,7 +175,9 @@ def test_what_the_folder_declares(folders, tmp_path):
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, len(tokenizer)) == (1, 700, 702)
     assert tokenizer("a").input_ids == [1, *reference_for(folders / "llama").encode("a")]
 
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": False}))
+    sides = {"model_max_length": 77, "padding_side": "left", "truncation_side": "left"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": False} | sides))
+    assert {name: getattr(load_llama(tmp_path), name) for name in sides} == sides
     assert load_llama(tmp_path)("a").input_ids == reference_for(folders / "llama").encode("a")
 
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<|im_end|>": 710}))

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 from sft import generate
 from sft.data.conversations import prompt_ids
+from sft.data.encode import encode_prompts
 from sft.data.llama_tokenizer import load_llama_tokenizer
 from sft.data.template import ALPACA_TEMPLATE, filled, load_template
 from sft.saving import client_proof, export_files
@@ -50,7 +52,7 @@ def byte_level() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>",
         additional_special_tokens=special, chat_template={"default": template, "tool_use": template},
-        model_max_length=64, name_or_path="/home/someone/base", local_files_only=True,
+        model_max_length=64, padding_side="left", name_or_path="/home/someone/base", local_files_only=True,
     )  # fmt: skip
 
 
@@ -134,7 +136,8 @@ def test_the_tokenizers_settings_are_those_of_transformers_4_too_and_of_no_machi
     assert settings["added_tokens_decoder"]["400"]["content"] == "<|im_start|>"
     assert settings["add_bos_token"] is False and settings["add_prefix_space"] is False
     assert not settings.keys() & {"extra_special_tokens", "name_or_path", "local_files_only"}
-    assert settings["model_max_length"] == 4096
+    # the base's; 4096 where it has none
+    assert (settings["model_max_length"], settings["padding_side"]) == (64, "left")
     assert not (of_bytes / "tokenizer.model").exists()
 
 
@@ -144,6 +147,20 @@ def test_a_template_that_spells_a_control_token_has_no_chat_template(byte_level,
     assert not (tmp_path / "chat_template.jinja").exists() and not (tmp_path / "Modelfile").exists()
     (limit,) = ask(tmp_path, [], []).limits
     assert limit.startswith("There is no chat template: ")
+
+
+def test_a_template_whose_control_tokens_were_trained_as_such_is_asked_with_them(byte_level, tmp_path):
+    template = replace(filled("", "<|im_start|>user\n{instruction}<|im_end|>\n"), control_tokens=True)
+    export_files.write_tokenizer(byte_level, tmp_path, template, 4096)
+    texts = ["hi", "with <|im_end|> inside"]
+    filled_in = [template.fill({"instruction": text}) for text in texts]
+    asked = [list(ids) for ids in encode_prompts(byte_level, filled_in, allow_control_tokens=True)]
+    assert asked[1].count(byte_level.eos_token_id) == 2
+    rows = [{"input_ids": torch.tensor([*ids, 7]), "labels": torch.tensor([-100] * len(ids) + [7])} for ids in asked]
+    prompts = client_proof.trained_prompts(rows, byte_level, template)
+    assert [text for text, _ in prompts] == texts
+    found = client_proof.ask_as_clients(tmp_path, prompts, [])
+    assert (found.problems, found.limits) == ([], []) and "to 2 prompts" in found.proved[0]
 
 
 def test_ollama_gets_the_template_in_its_language():
