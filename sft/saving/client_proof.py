@@ -38,7 +38,8 @@ def trained_prompts(dataset, tokenizer: PreTrainedTokenizerBase, template: Templ
     asked = [{"role": "user", "content": MARK}]
     options = {"chat_template": template.jinja, "add_generation_prompt": True, "tokenize": False}
     before, after = str(tokenizer.apply_chat_template(asked, **options)).split(MARK)
-    put = [] if template.begins_with_bos else tokenizer("").input_ids  # BOS, which the template may spell where none is put
+    # BOS; a template may spell one where none is put
+    put = [] if template.begins_with_bos else tokenizer("").input_ids
     found = []
     for example in islice(dataset, ROWS):
         ids = example["input_ids"][: int((example["labels"] != IGNORE_INDEX).int().argmax())].tolist()

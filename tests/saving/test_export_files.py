@@ -159,7 +159,7 @@ def test_a_template_whose_control_tokens_were_trained_as_such_is_asked_with_them
     rows = [{"input_ids": torch.tensor([*ids, 7]), "labels": torch.tensor([-100] * len(ids) + [7])} for ids in asked]
     prompts = client_proof.trained_prompts(rows, byte_level, template)
     assert [text for text, _ in prompts] == texts
-    found = client_proof.ask_as_clients(tmp_path, prompts, [])
+    found = client_proof.ask_as_clients(tmp_path, AutoTokenizer.from_pretrained(tmp_path), prompts, [])
     assert (found.problems, found.limits) == ([], []) and "to 2 prompts" in found.proved[0]
 
 
