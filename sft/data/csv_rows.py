@@ -52,7 +52,9 @@ def read_csv(
                         f"{path}, row {row_number}: {len(row)} field{'s' * (len(row) > 1)} where the header has {len(header)}. "
                         "Add the missing ones, or put a cell that holds a comma in quotes."
                     )
-                elif bad := _bad_bytes(f"{path}, row {row_number}", header, row):
+                elif (not (text := "".join(row)).isascii() or NUL in text) and (
+                    bad := _bad_bytes(f"{path}, row {row_number}", header, row)
+                ):
                     problems += bad
                     break  # the whole file may be of another encoding
                 elif not problems:

@@ -122,7 +122,7 @@ def read_batches(
         characters = 0
         for row in read_rows(path, columns, text, allow_numbers, lambda at: bar.update(at - bar.n)):
             batch.append(row)
-            characters += sum(len(cell) for cell in row[1] if isinstance(cell, str | list))
+            characters += sum([len(cell) for cell in row[1] if isinstance(cell, (str, list))])
             if len(batch) == ROWS_PER_BATCH or characters > CHARACTERS_PER_BATCH:
                 yield batch
                 batch, characters = [], 0
