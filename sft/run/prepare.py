@@ -214,7 +214,7 @@ class Run:
                 began = time.perf_counter()
                 with self.report.phase("rehearsal"):
                     what = rehearse(trainer, self.model_args, export_dtype(self.args), self.template)
-                say(f"save rehearsal: {what}, {time.perf_counter() - began:.1f} s")
+                say(f"trial save: {what}, {time.perf_counter() - began:.1f} s")
 
     def _prove(self, trainer: SupervisedTrainer, settled: Settled) -> None:
         """Prove the whole model on rank 0. Raises NotPacked on all ranks where it can only be padded."""

@@ -215,7 +215,7 @@ def exit_on_failed_save(final: Path) -> Iterator[None]:
         kept = next((folder for folder in newest_first(final.parent) if (folder / MANIFEST).is_file()), None)
         what, left = final.name, "No earlier checkpoint exists."
         if final.parent.parent.name == INCOMPLETE:
-            what, left = "save rehearsal: a checkpoint", "No step was taken. Mend the cause and start again."
+            what, left = "trial save: a checkpoint", "No step was taken. Mend the cause and start again."
         elif kept:
             left = f"{kept.name} is untouched: mend the cause and continue with --resume_from_checkpoint True."
         there = next(folder for folder in final.absolute().parents if folder.is_dir())

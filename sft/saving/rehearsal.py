@@ -65,14 +65,14 @@ def rehearse(trainer, model_args: ModelArguments, export_dtype: torch.dtype, tem
     exporter.folder = exporter.trained = scratch / folder
     with all_ranks_or_none(), loading.whole_models(args):
         if rank() == 0:
-            problems = ["save rehearsal: no model.safetensors was written, so this run would end without a model."]
+            problems = ["trial save: no model.safetensors was written, so this run would end without a model."]
             if any(exporter.folder.glob("*.safetensors")):
                 refused, _ = exporter.check()
-                problems = [f"save rehearsal: the model would be refused at the end: {problem}" for problem in refused]
+                problems = [f"trial save: the model would be refused at the end: {problem}" for problem in refused]
             shutil.rmtree(scratch.parent, ignore_errors=True)
             if problems:
                 raise UserError(problems)
-    return "whole" if small else "a sample"
+    return "complete" if small else "a sample"
 
 
 def model_bytes(trainer, export_dtype: torch.dtype) -> int:

@@ -223,9 +223,9 @@ class Packing:
 
     def __str__(self) -> str:
         return (
-            f"packing: {self.micro_batches} micro-batch{'es' * (self.micro_batches > 1)} of up to {self.fullest:,} tokens per step and "
-            f"device (padded: {self.accumulation} of {self.per_device} x {self.max_length:,}; budget {self.max_tokens:,}, {self.reason}), "
-            f"{self.fill:.0%} full; padding saved: {self.padding_saved:.0%} of the padded run's tokens"
+            f"packing: {self.micro_batches} micro-batch{'es' * (self.micro_batches > 1)} per step and device, of at most {self.fullest:,} "
+            f"tokens and {self.fill * self.fullest:,.0f} on average (limit {self.max_tokens:,}: {self.reason}); a padded run takes "
+            f"{self.accumulation} of {self.per_device} x {self.max_length:,}, {self.padding_saved:.0%} of it padding"
         )
 
 

@@ -96,7 +96,7 @@ def test_the_memory_plan_is_printed_for_the_micro_batches_that_run(run):
     assert len(run.trained) == packing["micro_batches"] * run.record["batch"]["steps"]
     assert max(run.trained) == packing["fullest"] == planned["tokens_per_micro_batch"] < 70
     assert f"  micro-batches of up to {packing['fullest']} tokens (several in a step)" in run.printed
-    assert f"of up to {packing['fullest']} tokens per step and device" in packing["line"]
+    assert f"per step and device, of at most {packing['fullest']} tokens" in packing["line"]
     assert packing["max_tokens"] == 70 and packing["reason"] == "--tokens_per_micro_batch"
 
 

@@ -303,7 +303,7 @@ def test_a_full_disk_skips_the_save_and_the_run_goes_on(
     monkeypatch.setattr(shutil, "disk_usage", full_at_step_6)
     train(*flags_for(tiny_llama, questions_csv, tmp_path / "out", "--save_rehearsal", "False"))
     printed = capsys.readouterr().out
-    assert "save rehearsal" not in printed
+    assert "trial save" not in printed
     for step in (6, 9, 12, 15, 16):
         assert f"warning: checkpoint-{step} was not saved: it needs" in printed
     assert "checkpoint-3 is untouched and training goes on" in printed

@@ -343,7 +343,7 @@ def test_an_export_that_would_be_refused_is_refused_before_the_first_step(
     real = export.revert_weight_conversion
     monkeypatch.setattr(export, "revert_weight_conversion", lambda model, held: {f"old.{n}": w for n, w in real(model, held).items()})  # fmt: skip
     monkeypatch.setattr(rehearsal, "SMALL_BYTES", 0 if sample else rehearsal.SMALL_BYTES)
-    with pytest.raises(UserError, match=r"save rehearsal: the model would be refused at the end: .*was not saved"):
+    with pytest.raises(UserError, match=r"trial save: the model would be refused at the end: .*was not saved"):
         train(*flags_for(tiny_llama, questions_csv, tmp_path / "out"))
     assert [path.name for path in (tmp_path / "out").iterdir() if path.is_dir()] == []
 

@@ -45,7 +45,7 @@ def test_a_folder_that_cannot_be_written_stops_the_run_before_the_first_step(
     with pytest.raises(SystemExit):
         train(*flags_for(tiny_llama, questions_csv, tmp_path / "out"))
     printed = capfd.readouterr().err
-    assert "save rehearsal: a checkpoint could not be saved (rank 0): PermissionError" in printed
+    assert "trial save: a checkpoint could not be saved (rank 0): PermissionError" in printed
     assert "No step was taken. Mend the cause and start again." in printed
 
 
@@ -92,7 +92,7 @@ def test_a_rehearsal_leaves_the_state_as_it_was(tiny_llama, questions_csv, tmp_p
     for small in (rehearsal.SMALL_BYTES, 0):
         monkeypatch.setattr(rehearsal, "SMALL_BYTES", small)
         train(*flags_for(tiny_llama, questions_csv, tmp_path / str(small), "--max_steps", "1"))
-    assert [(before == after, what) for before, after, what in seen] == [(True, "whole"), (True, "a sample")]
+    assert [(before == after, what) for before, after, what in seen] == [(True, "complete"), (True, "a sample")]
 
 
 @pytest.mark.parametrize(

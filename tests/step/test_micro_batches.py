@@ -207,8 +207,8 @@ def test_a_million_rows_are_planned_in_two_seconds():
 def test_the_plan_line():
     sampler = PackedBatchSampler([10, 30, 20, 20], 4, 1, 0, max_tokens=80, seed=0, shuffle=False)
     assert str(describe(sampler, per_device=2, accumulation=2, max_length=40, reason="auto")) == (
-        "packing: 1 micro-batch of up to 80 tokens per step and device (padded: 2 of 2 x 40; budget 80, auto), 100% full; "
-        "padding saved: 20% of the padded run's tokens"
+        "packing: 1 micro-batch per step and device, of at most 80 tokens and 80 on average (limit 80: auto); "
+        "a padded run takes 2 of 2 x 40, 20% of it padding"
     )
 
 
@@ -389,8 +389,8 @@ def test_the_script_gives_the_same_curve_padded_and_packed_on_one_and_two_ranks(
         assert curve == pytest.approx(reference, rel=1e-6), name
         assert largest_error(weights[name], weights["padded"]) < 1e-6, name
     assert "attention: per_example (cpu, float32, head_dim 8)" in printed
-    assert re.search(r"packing: 1 micro-batch of .* \(padded: 2 of 2 x 64; budget 128, ", printed)
-    assert re.search(r"packing: 2 micro-batches of .*; budget 60, --tokens_per_micro_batch\)", printed)
+    assert re.search(r"packing: 1 micro-batch per .* \(limit 128: .* a padded run takes 2 of 2 x 64, ", printed)
+    assert re.search(r"packing: 2 micro-batches per .* \(limit 60: --tokens_per_micro_batch\)", printed)
     with pytest.raises(UserError, match="--tokens_per_micro_batch 8: the longest example has"):
         utils.train(
             load_llama_tokenizer, [*shared, "--output_dir", str(tmp_path / "none"), "--tokens_per_micro_batch", "8"]

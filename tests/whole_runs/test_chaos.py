@@ -106,7 +106,7 @@ def test_kills_at_random_moments_lose_nothing(tiny_llama, questions_csv, tmp_pat
                 codes = job.wait(timeout_s=60)
             else:
                 job = jobs.Job(flags, 2, log, prepare_rank, **environment)
-                while "save rehearsal" not in job.printed() and job.runs():
+                while "trial save" not in job.printed() and job.runs():
                     time.sleep(0.02)
                 time.sleep(dice.uniform(0, 1))
                 job.kill(dice.choice([[victim], [0, 1]]))

@@ -323,7 +323,7 @@ def test_fsdp2_on_a_cpu_trains_and_saves_as_plain_data_parallel_does(runs, how):
     assert_rank_0_alone_loaded(printed)
     assert ("FSDP recomputes 2 layers" in printed) == ("recompute" in how)
     assert ("FSDP offloads" in printed) == ("offload" in how)
-    assert "save rehearsal: whole" in printed
+    assert "trial save: complete" in printed
     assert "the reloaded model gives the trained model's logits" in printed
     manifest = json.loads((run.folder / f"checkpoint-{HALFWAY}" / "manifest.json").read_text())
     assert manifest["run"]["engine"] == "FSDP"
@@ -387,7 +387,7 @@ needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="FSDP on 
 def test_fsdp2_trains_as_plain_training_does(runs, how, ranks):
     # plain data parallel cannot share a GPU: Accelerate (1.15) gives DistributedDataParallel the rank as the GPU's number
     run, reference = runs.get(f"{how} cuda bf16{ranks}"), runs.get("ddp cuda bf16 alone")
-    assert "save rehearsal: whole" in run.printed
+    assert "trial save: complete" in run.printed
     assert_same_training(run, reference, rel=0.02)
     assert_whole(run, reference, atol=0.02)
 
