@@ -114,6 +114,15 @@ def test_tasks_of_srun_that_know_no_rank_are_refused(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("launcher", "variable"), [("srun", "SLURM_STEP_NUM_TASKS"), ("mpirun", "OMPI_COMM_WORLD_SIZE")]
+)
+def test_two_tasks_are_already_too_many(monkeypatch, launcher, variable):
+    monkeypatch.setenv(variable, "2")
+    (problem,) = read(monkeypatch)[2]
+    assert problem.startswith(f"{launcher} started 2 processes that do not know their rank")
+
+
+@pytest.mark.parametrize(
     ("ranks", "here", "said", "sizes"),
     [
         (4, 2, "each of 2 machines holds the whole model, sharded among its 2 ranks", (2, 2)),

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import io
+import math
 import re
 import time
 from types import SimpleNamespace
@@ -55,6 +56,42 @@ def test_what_is_left_is_reckoned_from_the_steps_of_this_process(tmp_path):
     assert callback._seconds_left(1000.0, state, {"step_time_s": 3.0}) == 300
     state.global_step = 105
     assert callback._seconds_left(1010.0, state, {"step_time_s": 3.0}) == 95 * 2
+
+
+@pytest.mark.parametrize(
+    ("losses", "said"),
+    [
+        (
+            [math.nan, 1.5, 1.25, math.inf],
+            ["lowest evaluation loss: 1.2500 at step 3; the model that is saved is of step 9"],
+        ),
+        ([1.25, 1.5], ["lowest evaluation loss: 1.2500 at step 1; the model that is saved is of step 9"]),
+        ([math.nan, 1.5], []),  # one number is no comparison
+        ([1.5], []),
+    ],
+)
+def test_the_lowest_evaluation_is_a_number(tmp_path, losses, said):
+    callback, state = ReportCallback(unstarted(tmp_path)[0]), transformers.TrainerState(global_step=9, max_steps=10)
+    callback.report.record["evaluations"] = [
+        {"step": step, "eval_loss": loss, "eval_perplexity": 2.0} for step, loss in enumerate(losses, 1)
+    ]
+    printed = []
+    callback._print = printed.append
+    callback.on_train_end(SimpleNamespace(load_best_model_at_end=False), state, None)
+    assert printed == said
+    assert callback.report.record["final"]["eval_loss"] is losses[-1] and not callback.report.complete
+    state.global_step = 10
+    callback.on_train_end(SimpleNamespace(load_best_model_at_end=False), state, None)
+    assert callback.report.complete  # at the last step, not beyond it
+
+
+def test_the_lowest_so_far_is_told_from_the_second_evaluation_on():
+    logs = {"eval_loss": 1.5, "eval_perplexity": 4.5, "eval_tokens": 1e4, "eval_runtime": 3.06}
+    for earlier, best in (([], ""), ([1.6], " (lowest so far)"), ([1.5], " (lowest so far)"), ([1.4], "")):
+        log = [{"eval_loss": loss} for loss in [*earlier, 1.5]]
+        assert progress.evaluation_line(logs, transformers.TrainerState(global_step=40, log_history=log)) == (
+            f"evaluation at step 40: loss 1.5000{best}, perplexity 4.5 over 10,000 trained tokens, 3.1 s"
+        )
 
 
 @pytest.fixture(scope="module")

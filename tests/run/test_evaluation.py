@@ -72,6 +72,22 @@ def mean_of_batch_means(trainer, loader):
     return sum(means) / len(means)
 
 
+@pytest.mark.parametrize(("mean", "perplexity"), [(690.0, math.exp(690.0)), (709.9, math.inf), (math.nan, math.inf)])
+def test_a_perplexity_that_no_number_holds_is_infinite(watched_padded, monkeypatch, mean, perplexity):
+    """exp(709.9) is an OverflowError, after all the work."""
+    trainer = watched_padded.trainer
+    Accelerator(cpu=True)
+    loader = trainer.get_eval_dataloader()
+    per_token = torch.tensor(mean, dtype=torch.float64)
+    labels = -100
+    monkeypatch.setattr(
+        trainer, "loss_sum", lambda model, inputs: per_token * (inputs["labels"][:, 1:] != labels).sum()
+    )
+    metrics = evaluation.token_weighted_loop(trainer, loader).metrics
+    assert metrics["eval_loss"] == pytest.approx(mean, nan_ok=True)
+    assert metrics["eval_perplexity"] == pytest.approx(perplexity)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["ddp", "zero3"])
 def test_two_ranks_give_the_loss_and_the_answers_of_one(watched, tiny_llama, questions_csv, tmp_path, engine):

@@ -34,3 +34,13 @@ def test_counts_travel_with_the_batch():
 def test_a_label_on_the_first_token_is_not_trained():
     example = {"input_ids": torch.tensor([1, 2]), "labels": torch.tensor([1, 2])}  # nothing predicts a first token
     assert CountingCollator(packed)([example])["counts"].trained == 1
+
+
+def test_a_shared_prefix_is_computed_once():
+    """Examples of 3 and 5 tokens: 2 tokens of theirs are held by another example, and attended by nobody a second time."""
+    batch = CountingCollator(lambda rows: {"input_ids": torch.zeros(1, 6), "prefix_lengths": torch.tensor([2])})(
+        examples()
+    )
+    assert batch["counts"] == TokenCounts(real=8, trained=3, computed=6, squared=9 + 25 - 4, shared=2)
+    assert batch["counts"].padding_share() == 0
+    assert TokenCounts(real=8, shared=2, computed=8).padding_share() == 0.25

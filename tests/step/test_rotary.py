@@ -82,6 +82,23 @@ def test_outside_of_packed_rows_the_module_is_the_models(kind):
 
 
 @pytest.mark.parametrize("kind", ROPES)
+@pytest.mark.parametrize("lengths", [(8, 17), (17, 8), (8, 16), (40, 20)])
+def test_the_limit_itself_is_short_and_nothing_is_left_behind(kind, lengths):
+    """17 tokens, with the positions 0 to 16, are the first that are too long for 16."""
+    model = model_with(kind)
+    modules.exchange(model)
+    rope, hidden = model.model.rotary_emb, torch.zeros(1, 1)
+    short = rope.inv_freq.clone()
+    positions = [torch.arange(length)[None] for length in lengths]
+    alone = [model_with(kind).model.rotary_emb(hidden, each) for each in positions]
+    found = rope(hidden.expand(1, sum(lengths)), torch.cat(positions, dim=1))
+    for each, (first, second) in zip(found, zip(*alone)):
+        assert torch.equal(each, torch.cat([first, second], dim=1))
+    # a padded batch that comes next, of the lengths in between, has the frequencies that a fresh module gives it
+    assert kind == "longrope" or torch.equal(rope.inv_freq, short)
+
+
+@pytest.mark.parametrize("kind", ROPES)
 def test_a_padded_run_is_refused_where_the_longest_example_decides(kind):
     config, lengths = model_with(kind).config, np.array(LENGTHS)
     assert rotary.changes_beyond(config) == 16 and rotary.changes_beyond(LlamaConfig()) is None
