@@ -2,9 +2,10 @@
 
 import json
 from array import array
+from types import SimpleNamespace
 
 import pytest
-from characters import BOS, character_tokenizer
+from characters import BOS, EOS, character_tokenizer
 from hypothesis import given, settings
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers_at_hand import HARD_TEXT, TEXTS, arguments, encode_prompts, encode_responses, load_llama
@@ -203,3 +204,28 @@ def test_the_text_behind_a_token_of_a_rendering_gets_no_prefix_space(llama):
     (ids,) = encode.encode_rendered(llama, "prompt", [f"one</s>{rendered}"], bos=False)
     first, second = encode_prompts(llama, ["one"])[0], encode_responses(llama, ["two </s>"])[0]
     assert ids.tolist() == [*first[1:], llama.eos_token_id, *second]
+
+
+def test_a_rendering_has_one_bos_also_where_a_message_spells_a_token():
+    tokenizer = character_tokenizer()
+    texts = [f"a{encode.guard(tokenizer, '</s>')}</s>b", "a</s>b"]
+    found = [ids.tolist() for ids in encode.encode_rendered(tokenizer, "prompt", texts, bos=True)]
+    assert found == [[BOS, *b"a</s>", EOS, *b"b"], [BOS, *b"a", EOS, *b"b"]]
+    without = [ids.tolist() for ids in encode.encode_rendered(tokenizer, "prompt", texts, bos=False)]
+    assert without == [ids[1:] for ids in found]
+
+
+def test_where_ids_differ_from_the_references_is_shown():
+    tokenizer, expected = character_tokenizer(), list(b"river bank")
+    expected[6] = 7
+    tokenizer.reference = SimpleNamespace(name="R", encode=lambda texts: [expected, list(b"sea")])
+    assert encode.differences(tokenizer, ["river bank", "sea"]) == [
+        "'river bank' from token 6: [114, 32, 98, 97, 110, 107], R [114, 32, 7, 97, 110, 107]"
+    ]
+    tokenizer.reference.encode = lambda texts: [list(b"rive")]  # nothing but an end that is missing
+    assert encode.differences(tokenizer, ["river"]) == ["'river' from token 4: [118, 101, 114], R [118, 101]"]
+    expected = [0, *b"iver"]
+    tokenizer.reference.encode = lambda texts: [expected]
+    assert encode.differences(tokenizer, ["river"])[0].startswith(
+        "'river' from token 0: [114, 105, 118, 101, 114], R [0,"
+    )

@@ -138,6 +138,46 @@ def test_dropout_on_another_number_of_ranks_draws_what_no_step_drew(tmp_path, mo
         assert torch.equal(torch.rand(2), drawn(3 + 5))
 
 
+def test_what_is_logged_is_the_mean_since_the_last_log_and_the_runs_own_mean(monkeypatch):
+    logged = []
+    monkeypatch.setattr(Trainer, "log", lambda self, logs, start_time: logged.append(logs))
+    monkeypatch.setattr(Trainer, "_maybe_log_save_evaluate", lambda *_: None)
+    trainer = object.__new__(SupervisedTrainer)
+    trainer.meter, trainer.control = None, SimpleNamespace(should_log=True)
+    trainer.state = SimpleNamespace(global_step=7, stateful_callbacks={"RunLoss": {"sum": 30.0, "steps": 10}})
+    trainer._globalstep_last_logged, trainer.loss_since_log, trainer._total_loss_scalar = 4, 6.0, 1.0
+    for _ in range(2):  # at the end of the run it is asked twice, and nothing is new
+        trainer._maybe_log_save_evaluate(torch.tensor(9.0), 0.5, None, None, 1.0, None, 0.0, 1e-3)
+    assert logged == [{"loss": 2.0, "grad_norm": 0.5, "learning_rate": 1e-3}]
+    assert (trainer.loss_since_log, trainer._total_loss_scalar, trainer._globalstep_last_logged) == (0.0, 7.0, 7)
+    trainer.log({"train_loss": 1.5})  # the stock one's is the mean since the resume
+    assert logged[1:] == [{"train_loss": 3.0}]
+
+
+@pytest.mark.parametrize(("average", "loss"), [(True, 5.0), (False, 10.0)])
+def test_a_loss_sum_is_of_this_ranks_tokens_alone(average, loss):
+    trainer = object.__new__(SupervisedTrainer)
+    trainer.args = SimpleNamespace(world_size=2, average_tokens_across_devices=average)
+    trainer.compute_loss = lambda model, inputs, num_items_in_batch: 10.0 / num_items_in_batch
+    assert trainer.loss_sum(None, {}) == loss
+
+
+@pytest.mark.parametrize("router", [False, True])
+def test_a_padded_routers_loss_counts_by_the_trained_tokens_of_its_batch(monkeypatch, router):
+    def of_the_model(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return 12.0 / num_items_in_batch + 0.5 * router  # the router's loss is a mean, added once
+
+    monkeypatch.setattr(Trainer, "compute_loss", of_the_model)
+    trainer = object.__new__(SupervisedTrainer)
+    trainer.args = SimpleNamespace(packing=False)
+    trainer.model = SimpleNamespace(config=SimpleNamespace(output_router_logits=router))
+    batch = {"labels": torch.tensor([[5, -100, 6, 7], [8, 9, -100, -100]])}  # nothing predicts the first column
+    loss = trainer.compute_loss(None, batch, num_items_in_batch=24)
+    assert loss == pytest.approx(12 / 24 + (0.5 * 3 / 24 if router else 0))
+    batch["labels"][:] = -100
+    assert trainer.compute_loss(None, batch, num_items_in_batch=24) == pytest.approx(0 if router else 12 / 24)
+
+
 def test_few_private_methods_are_overridden():
     private = {name for name in vars(SupervisedTrainer) if name.startswith("_") and not name.startswith("__")}
     overridden = {name for name in private if hasattr(Trainer, name)}

@@ -1,5 +1,6 @@
 """Checkpoints are whole or absent, whatever happens to the process or the disk; a rehearsal says so before the first step."""
 
+import hashlib
 import json
 import os
 import re
@@ -39,9 +40,26 @@ def deny_the_run(path: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"run": ["what", "ran"]}))
 
 
+def say_in_the_state(**changes):
+    """A trainer_state.json of the size that the manifest lists, with other content."""
+
+    def change(path: Path) -> None:
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+        manifest = path.with_name("manifest.json")
+        listed = json.loads(manifest.read_text())
+        listed["files"][path.name]["bytes"] = path.stat().st_size
+        manifest.write_text(json.dumps(listed))
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("file", "damage", "said"),
     [
+        ("scaler.pt", Path.touch, r"it holds a scaler\.pt that its manifest\.json does not list"),
+        ("trainer_state.json", say_in_the_state(global_step=15), r"its trainer_state\.json is of step 15"),
+        ("trainer_state.json", say_in_the_state(log_history={}), r"its trainer_state\.json is damaged \(not each of"),
+        ("trainer_state.json", say_in_the_state(total_flos="1"), r"its trainer_state\.json is damaged \(not each of"),
         ("model.safetensors", cut_in_half, r"model\.safetensors has [\d,]+ of [\d,]+ bytes"),
         ("optimizer.pt", flip_a_byte, r"optimizer\.pt does not have the hash"),
         ("rng_state.pth", Path.unlink, r"rng_state\.pth is missing"),
@@ -62,6 +80,14 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(two_checkpoint
     assert re.search(rf"warning: checkpoint-16 is not whole: .*{said}.*Using checkpoint-15 instead", printed)
     with pytest.raises(UserError, match=said):  # asked for by name it is refused
         choose(two_checkpoints, str(two_checkpoints / "checkpoint-16"))
+
+
+def test_every_piece_of_a_large_file_is_in_its_hash(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "PIECE_BYTES", 4)
+    file = tmp_path / "weights"
+    file.write_bytes(b"abcdefghij")
+    of_pieces = b"".join(hashlib.sha256(piece).digest() for piece in (b"abcd", b"efgh", b"ij"))
+    assert checkpoint.digest(file) == hashlib.sha256(of_pieces).hexdigest()
 
 
 def test_a_missing_rank_file_of_a_larger_run_is_seen():

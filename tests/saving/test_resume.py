@@ -144,3 +144,124 @@ def test_whatever_fails_while_a_checkpoint_is_loaded_is_one_sentence():
     assert fails(_load_rng_state, torch.OutOfMemoryError()) is torch.OutOfMemoryError
     assert fails(_load_rng_state, KeyError("x"), checkpoint=None) is KeyError
     assert fails(training_step, KeyError("x")) is KeyError
+
+
+# ---- what a continued run keeps, and what it may change
+
+
+@pytest.mark.parametrize(
+    ("packing", "asked", "before", "packs"),
+    [
+        (True, False, {"packing": "False"}, False),
+        (True, True, {"packing": "False"}, True),  # then the settings are compared, and the run is refused
+        (True, False, {"packing": "True"}, True),
+        (True, False, {}, True),
+        (False, True, {"packing": "False"}, False),
+    ],
+)
+def test_a_padded_run_goes_on_padded(capsys, packing, asked, before, packs):
+    args = SimpleNamespace(packing=packing, packing_asked=asked)
+    resume.keep_padding("out/checkpoint-3", before, args)
+    assert args.packing is packs
+    assert capsys.readouterr().out == "packing: off, as in out/checkpoint-3\n" * (packing and not packs)
+
+
+@pytest.mark.parametrize(
+    ("asked", "whole", "kept"),
+    [
+        ("SHARDED_STATE_DICT", True, "FULL_STATE_DICT"),
+        ("FULL_STATE_DICT", False, "SHARDED_STATE_DICT"),
+        ("SHARDED_STATE_DICT", False, "SHARDED_STATE_DICT"),
+    ],
+)
+def test_a_checkpoint_of_fsdp_keeps_its_layout(tmp_path, capsys, asked, whole, kept):
+    if whole:
+        (tmp_path / "pytorch_model_fsdp.bin").touch()
+    args = SimpleNamespace(fsdp_plugin_args={"state_dict_type": asked})
+    resume.keep_layout(None, args)
+    assert args.fsdp_plugin_args == {"state_dict_type": asked}
+    resume.keep_layout(str(tmp_path), args)
+    assert args.fsdp_plugin_args == {"state_dict_type": kept}
+    how = "rank 0 gathers and writes everything" if whole else "each rank writes its own part"
+    assert capsys.readouterr().out.startswith(f"resume: {how}" if asked != kept else "")
+    resume.keep_layout(str(tmp_path), SimpleNamespace(fsdp_plugin_args=None))
+
+
+SAVED = {"world_size": "4", "engine": "FSDP", "examples_per_step": "16", "micro_batch": "2 x 2"}
+SAVED |= {"tokens_per_micro_batch": "128", "seed": "3"}
+
+
+@pytest.mark.parametrize("go_on", [False, True])
+def test_other_ranks_go_on_where_each_step_keeps_its_examples(capsys, go_on):
+    alone = {"world_size": "1", "micro_batch": "2 x 8", "tokens_per_micro_batch": "96"}
+    left = resume.on_another_number_of_ranks("out/checkpoint-3", SAVED, SAVED | alone, go_on)
+    assert left == SAVED | alone  # a budget is of the memory that so many ranks leave
+    assert (
+        "out/checkpoint-3 was saved by 4 ranks, and this run has 1. Each optimizer step keeps"
+        in capsys.readouterr().out
+    )
+    assert resume.on_another_number_of_ranks("out/checkpoint-3", SAVED, SAVED | {"seed": "4"}, go_on) == SAVED
+    zero = {"engine": "DeepSpeed ZeRO 2"}
+    assert resume.on_another_number_of_ranks("c", SAVED | zero, SAVED | zero | alone, go_on) == SAVED | zero
+    assert resume.on_another_number_of_ranks("c", {"seed": "3"}, SAVED, go_on) == {"seed": "3"}  # of an earlier version
+
+
+def test_other_ranks_with_other_examples_in_a_step_are_told_the_sizes_that_keep_them():
+    for ranks, examples, cure in (
+        ("2", "8", "--per_device_train_batch_size x --gradient_accumulation_steps must be 8"),
+        ("3", "12", "16 cannot be divided by 3: start another number of ranks"),
+    ):
+        now = SAVED | {"world_size": ranks, "examples_per_step": examples}
+        with pytest.raises(UserError) as refused:
+            resume.on_another_number_of_ranks("out/checkpoint-3", SAVED, now, go_on=False)
+        assert str(refused.value) == (
+            f"out/checkpoint-3 was saved by 4 ranks, and this run has {ranks}. Each optimizer step must keep its 16 examples "
+            f"(it has {examples}): {cure}."
+        )
+        assert resume.on_another_number_of_ranks("out/checkpoint-3", SAVED, now, go_on=True) == SAVED
+
+
+EVALUATES = "--eval_strategy steps --eval_split 0.1 --eval_steps"
+
+
+@pytest.mark.parametrize(
+    ("flags", "judged"),
+    [
+        ("", False),
+        ("--early_stopping_patience 2", True),
+        ("--load_best_model_at_end True --save_strategy best", True),
+        ("--lr_scheduler_type reduce_lr_on_plateau", True),
+    ],
+)
+def test_evaluations_count_where_they_decide_something(flags, judged):
+    before, now = (identity(Rows(), *f"{EVALUATES} {steps} {flags}".split()) for steps in (3, 4))
+    assert [name for name in before if before[name] != now.get(name)] == ["evaluation"] * judged
+    assert not any("eval_" in name for name in before)
+
+
+def test_an_adapter_and_an_engines_file_are_known_by_what_they_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(resume.lora, "weights_digest", lambda *_: "0123456789abcdef")
+    whole, adapter = identity(Rows()), identity(Rows(), "--use_lora", "True")
+    four_bits = identity(Rows(), "--use_lora", "True", "--load_in_4bit", "True")
+    assert (whole["base_weights"], adapter["base_weights"]) == ("in the checkpoint", "0123456789ab")
+    assert (
+        whole["adapter"] == "no" and '"lora_r": ' in adapter["adapter"] and adapter["adapter"] != four_bits["adapter"]
+    )
+
+    real, file = resume.run_identity, tmp_path / "ds.json"
+
+    def with_engine(**engine) -> dict[str, str]:
+        def run_identity(args, *others):
+            vars(args).update(engine)
+            return real(args, *others)
+
+        monkeypatch.setattr(resume, "run_identity", run_identity)
+        return identity(Rows())
+
+    file.write_text('{"zero_optimization": {"stage": 2}}')
+    stage_2, moved = with_engine(deepspeed=str(file)), file.rename(tmp_path / "same.json")
+    assert with_engine(deepspeed=str(moved)) == stage_2  # its name does not matter, and what it says does
+    moved.write_text('{"zero_optimization": {"stage": 3}}')
+    assert with_engine(deepspeed=str(moved)) != stage_2
+    here = {"state_dict_type": "FULL_STATE_DICT", "hybrid_shard": True, "reshard_after_forward": True}
+    assert with_engine(deepspeed=None, fsdp_config=here)["--fsdp_config"] == '{"reshard_after_forward": true}'

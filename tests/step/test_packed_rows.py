@@ -173,6 +173,7 @@ def test_a_wrong_prefix_is_seen(fault):
         ({"sliding_window": 64}, "off (attention over a sliding window of 64 tokens)"),
         ({"neftune_noise_alpha": 5.0}, "off (dropout or noise is drawn for each example)"),
         ({"noisy": True}, "off (dropout or noise is drawn for each example)"),
+        ({"length_decides": True}, "off (rope's frequencies depend on an example's length)"),
     ],
 )
 def test_the_choice_says_why(changed, why):
@@ -182,9 +183,10 @@ def test_the_choice_says_why(changed, why):
         "sliding_window": None,
         "kernel": "per_example",
         "noisy": False,
+        "length_decides": False,
     }
     given = SimpleNamespace(**(run | changed))
-    choice = packed_rows.choose_prefixes(given, given, given.kernel, given.noisy)
+    choice = packed_rows.choose_prefixes(given, given, given.kernel, given.noisy, given.length_decides)
     assert f"shared prefixes: {why}" in str(choice)
 
 
