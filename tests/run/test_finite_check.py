@@ -52,6 +52,9 @@ def test_a_spike_is_a_loss_outside_the_band_of_those_before_it():
     assert not finite_check.is_spike(1.0, calm)
     assert not finite_check.is_spike(3.0, calm[:9])  # too little to compare with
     assert not finite_check.is_spike(2.1, deque([2.0] * 50))  # a band of no width still allows 20 %
+    restless = [1.0, 3.0] * 5  # their median is 2, and each is 1 away from it
+    assert not finite_check.is_spike(7.9, restless) and finite_check.is_spike(8.1, restless)
+    assert finite_check.is_spike(3.0, calm[:10]) and finite_check.is_spike(2.41, deque([2.0] * 10))
 
 
 def test_a_run_tells_of_a_loss_that_leaps(watched, capsys):

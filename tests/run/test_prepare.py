@@ -147,6 +147,46 @@ def test_an_eos_that_is_not_the_models_is_refused(tiny_llama, questions_csv, tmp
     assert any("EOS" in p for p in problems_of(*flags_for(other, questions_csv, tmp_path / "model")))
 
 
+@pytest.mark.parametrize(
+    ("where", "name", "found"),
+    [
+        (prepare.checkpoint, "hold_output_dir", UserError("held")),
+        (prepare.resume, "choose_checkpoint", UserError("held")),
+        (prepare, "too_many_positions", ("held", True)),
+        (prepare, "differences_from_rank_0", ["held"]),
+        (prepare, "refuse_full_disk", UserError("held")),
+    ],
+)
+def test_each_guard_is_asked_before_weights_load(tiny_llama, questions_csv, tmp_path, monkeypatch, where, name, found):
+    """Its own test says what it finds; here, that it is asked and that its answer ends the run."""
+
+    def guard(*_):
+        if isinstance(found, UserError):
+            raise found
+        return found
+
+    monkeypatch.setattr(where, name, guard)
+    monkeypatch.setattr(utils, "load_model", lambda *args: pytest.fail("the weights were loaded"))
+    assert problems_of(*flags_for(tiny_llama, questions_csv, tmp_path / "out")) == ["held"]
+
+
+def test_what_a_checkpoint_decides_is_kept_before_anything_is_settled(
+    two_checkpoints, tiny_llama, questions_csv, monkeypatch
+):
+    kept = []
+    for name in ("keep_padding", "keep_token_budget", "keep_layout", "refuse_changes"):
+        monkeypatch.setattr(prepare.resume, name, lambda checkpoint, *_, name=name: kept.append((name, checkpoint)))
+    monkeypatch.setattr(utils, "load_model", lambda *_: problems_of_loading())
+    flags = flags_for(tiny_llama, questions_csv, two_checkpoints, "--resume_from_checkpoint", "True")
+    assert problems_of(*flags) == ["loading"]
+    newest = str(two_checkpoints / "checkpoint-16")
+    assert kept == [(name, newest) for name in ("keep_padding", "keep_token_budget", "keep_layout", "refuse_changes")]
+
+
+def problems_of_loading():
+    raise UserError("loading")
+
+
 def full(*_):
     raise OSError(errno.ENOSPC, "No space left on device")
 
