@@ -307,6 +307,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for name, default, help_text in FLAGS:
         spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
         parser.add_argument(*spellings, type=type(default or ""), default=default, metavar="VALUE", help=help_text)
+    parser.add_argument("--chat", action="store_true", help="A chat, as without --instruction and --data_path.")
     flags, unknown = parser.parse_known_args(argv)
     problems = []
     for word in [word for word in unknown if word.startswith("-")] or unknown:
@@ -319,6 +320,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         (not flags.model, "--model is missing: the tuned model, its folder or a hub repository."),
         (bool(flags.data_path) != bool(given), "--data_path and --output_path go together: a file in, a CSV out."),
         (flags.data_path and asked, "--instruction and --data_path are two kinds of questions. Give one of them."),
+        (flags.chat and (asked or flags.data_path), "--chat goes without --instruction and --data_path."),
         (asked and not flags.instruction.strip(), "--instruction is empty. Leave the flag out for a chat."),
         (given and Path(given).exists(), f"--output_path {given}: it exists. Name another file, or remove it."),
         (not folder.is_dir(), f"--output_path {given}: no such folder. Make it first."),

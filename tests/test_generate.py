@@ -199,7 +199,7 @@ def test_an_interrupt_ends_an_answer_and_not_the_chat(tuned, capsys, monkeypatch
     typed = iter([KeyboardInterrupt, "w"])  # on a terminal; behind them the input ends
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
     monkeypatch.setattr("builtins.input", lambda prompt: type_one(next(typed, EOFError)))
-    ask("--model", tuned)
+    ask("--model", tuned, "--chat")
     printed = capsys.readouterr()
     assert printed.out == "xyz\n" and "(Ctrl-D ends)" in printed.err
 
@@ -422,11 +422,12 @@ def test_flags_that_do_not_go_together(tuned, tmp_path):
     (tmp_path / "out.csv").write_text("kept")
     assert problems(
         "--data_path", tmp_path / "in.csv", "--output_path", tmp_path / "out.csv", "--instruction", " ",
-        "--max_new_tokens", "0", "--max_token", "1",
+        "--max_new_tokens", "0", "--max_token", "1", "--chat",
     ) == [
         "unknown flag --max_token. Did you mean --max_new_tokens?",
         "--model is missing: the tuned model, its folder or a hub repository.",
         "--instruction and --data_path are two kinds of questions. Give one of them.",
+        "--chat goes without --instruction and --data_path.",
         "--instruction is empty. Leave the flag out for a chat.",
         f"--output_path {tmp_path / 'out.csv'}: it exists. Name another file, or remove it.",
         "--max_new_tokens 0: it must be at least 1.",

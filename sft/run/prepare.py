@@ -275,14 +275,15 @@ class Run:
             self._say_how_to_continue(trainer.state.global_step, trainer.state.max_steps)
         else:
             exporter, proved = self._export(trainer)
+            self.report.note("final", limits=exporter.limits)  # the card of a merge later has them too
             self.report.finish(trainer.meter.summary())
             if rank() == 0:
                 try:
                     folder, record = Path(self.args.output_dir), self.report.record
-                    write_card(folder, record, self.args.hub_model_id, exporter.limits)
+                    write_card(folder, record, self.args.hub_model_id)
                     if self.model_args.merge_lora:
                         # in the place of peft's, which is blank
-                        write_card(folder / "adapter", record, None, exporter.limits)
+                        write_card(folder / "adapter", record)
                     export.complete(self.args.output_dir, trainer.state.global_step, proved, exporter.files)
                 except OSError as error:
                     raise UserError(

@@ -94,15 +94,12 @@ def licence(base: str) -> dict[str, Any]:
     return {name: known[name] for name in ("license", "license_name", "license_link") if name in known}
 
 
-def write_card(
-    folder: Path, record: dict[str, Any], model_id: str | None = None, limits: list[str] | tuple[str, ...] = ()
-) -> None:
+def write_card(folder: Path, record: dict[str, Any], model_id: str | None = None) -> None:
     """Write README.md into the exported folder.
 
     Args:
         record: of the run (run_report.json).
         model_id: the name on the hub, if any. Without it the folder is named as one sees it from the folder that holds it.
-        limits: sentences about what other programs cannot do with this model.
     """
     adapter = (folder / "adapter_config.json").is_file()
     base, text = record["model"]["name"], record["template"]["text"]
@@ -111,7 +108,7 @@ def write_card(
     what = "its name on the hub" if model_id else "seen from the folder that holds it"
     model_id = model_id or f"./{folder.resolve().name}"
     whole_prompts = WHOLE_PROMPTS if text == "{instruction}" else ""
-    others = "".join(f"\n{limit}\n" for limit in limits)
+    others = "".join(f"\n{limit}\n" for limit in record["final"].get("limits", []))
     metadata = ModelCardData(
         library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
@@ -146,7 +143,8 @@ def write_card(
     flags = record["flags"]["data"]
     trained_on = "conversations" if flags["messages"] else "pairs of instruction and response"
     trained_on += ", the prompts included" if flags["train_on_prompt"] else ". The answers alone were trained on"
-    kind = "A LoRA adapter for" if adapter else "A full fine-tune of"
+    full = "A LoRA fine-tune, merged," if record["flags"]["model"]["use_lora"] else "A full fine-tune"
+    kind = "A LoRA adapter for" if adapter else f"{full} of"
     card = f"""\
 ---
 {metadata.to_yaml()}

@@ -139,7 +139,11 @@ def test_a_merged_model_has_all_that_an_export_has(watched_adapter, tmp_path, ca
     assert made.keys() >= {"chat_template.jinja", "prompt_template.txt", "tokenizer.model", "Modelfile"}
     assert (merged / "run_report.json").read_bytes() == (adapter / "run_report.json").read_bytes()
     card = (merged / "README.md").read_text()
-    assert "library_name: transformers\n" in card and "\nvllm serve ./merged\n" in card
+    assert (
+        "library_name: transformers\n" in card
+        and "\nvllm serve ./merged\n" in card
+        and "\nA LoRA fine-tune, merged, of `" in card
+    )
     assert json.loads((merged / "COMPLETE.json").read_text())["step"] == 3
     config, generation = (json.loads((merged / f"{name}.json").read_text()) for name in ("config", "generation_config"))
     assert (config["dtype"], config["rope_theta"], config["pad_token_id"]) == ("bfloat16", 10000.0, 0)

@@ -85,7 +85,8 @@ def test_the_card_names_a_base_on_the_hub_and_takes_its_licence(watched, tmp_pat
     monkeypatch.setattr(model_card, "try_to_load_from_cache", lambda *wanted: str(tmp_path / "theirs.md"))
     template = {"name": "none", "text": "{instruction}"}
     record = watched.record | {"model": {"name": "openlm-research/open_llama_7b"}, "template": template}
-    model_card.write_card(tmp_path, record, "me/mine", ["It cannot whistle."])
+    record["final"] = record["final"] | {"limits": ["It cannot whistle."]}
+    model_card.write_card(tmp_path, record, "me/mine")
     card = ModelCard.load(tmp_path / "README.md")
     assert (card.data.base_model, card.data.license) == ("openlm-research/open_llama_7b", "other")
     assert (card.data.license_name, card.data.license_link) == ("llama2", "https://x.org")
