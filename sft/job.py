@@ -177,6 +177,15 @@ def differences_from_rank_0(values: dict[str, str]) -> list[str]:
     ]
 
 
+def gather(value: Any) -> list:
+    """The value of every rank, in rank order; `[value]` without torch.distributed."""
+    if not torch.distributed.is_initialized():
+        return [value]
+    values = [None] * world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
 def sync(*paths: str | os.PathLike) -> None:
     """Flush files, or folders' lists of names, to the disk."""
     for path in paths:

@@ -41,9 +41,7 @@ def describe_part(part: Part) -> str:
         f"{counts['rows_no_room']:,} dropped because the prompt leaves no room",
     ]
     if counts["rows_disagreed"]:
-        rows = ", ".join(map(str, part.rows.rows_with("disagreed")[:ROWS_SHOWN])) + ", …" * (
-            counts["rows_disagreed"] > ROWS_SHOWN
-        )
+        rows = first_of(part.rows.rows_with("disagreed"))
         lost.append(
             f"{counts['rows_disagreed']:,} dropped because the template shows an earlier turn otherwise later (rows {rows})"
         )
@@ -55,6 +53,11 @@ def describe_part(part: Part) -> str:
     elif part.times > 1:
         kept += f"; each is taken {part.times:g} times"
     return f"{part.path}: {counted(counts['rows_read'], 'row')} read; {', '.join(lost)}, {kept}"
+
+
+def first_of(rows: Any) -> str:
+    """The first of these rows, for a message."""
+    return ", ".join(map(str, rows[:ROWS_SHOWN])) + ", …" * (len(rows) > ROWS_SHOWN)
 
 
 def describe_datasets(train_dataset: Any, eval_dataset: Any | None) -> str:
@@ -106,8 +109,7 @@ class Finding(NamedTuple):
     def __str__(self) -> str:
         if not self.rows:
             return self.what
-        shown = ", ".join(map(str, self.rows[:ROWS_SHOWN])) + (", …" if len(self.rows) > ROWS_SHOWN else "")
-        return f"{self.what}: {len(self.rows):,} (row{'s' if len(self.rows) > 1 else ''} {shown})"
+        return f"{self.what}: {len(self.rows):,} (row{'s' if len(self.rows) > 1 else ''} {first_of(self.rows)})"
 
 
 def check_data(
@@ -160,13 +162,13 @@ def check_data(
     verdict = f"useless: {useless}" if useless else "ready to train"
     if findings and not useless:
         verdict += f"; {len(findings)} finding{'s' if len(findings) > 1 else ''} to look at first"
-    report = {
-        "data_path": ", ".join(data_args.data_path),
-        "verdict": verdict,
-        "useless": bool(useless),
+    report = {"data_path": ", ".join(data_args.data_path), "verdict": verdict, "useless": bool(useless)}
+    report |= {
         "counts": dataset.counts,
+        "percentiles": percentiles,
+        "plan": planned,
+        "findings": [finding._asdict() for finding in findings],
     }
-    report |= {"percentiles": percentiles, "plan": planned, "findings": [finding._asdict() for finding in findings]}
     (folder / "data_report.json").write_text(json.dumps(report, indent=1) + "\n")
     say("\n".join([*text, *(f"- {finding}" for finding in findings)]))
     say("\n".join(examples), coloured=True)

@@ -45,9 +45,8 @@ def model_problems(flags) -> list[str]:
     linear = [f".{name}" for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     candidates = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
     targets = flags.lora_target_modules or []
-    head = [
-        target for target in targets if target.endswith("lm_head") and getattr(config, "tie_word_embeddings", False)
-    ]
+    tied = getattr(config, "tie_word_embeddings", False)
+    head = [target for target in targets if tied and target.endswith("lm_head")]
     if head and flags.merge_lora:
         return [
             f"--lora_target_modules {head[0]} with --merge_lora True: this model's head is its embedding too, and an addition to the "

@@ -31,11 +31,9 @@ def bytes_of_a_step(plan: Plan) -> dict[str, float]:
 
 def lines(plan: Plan) -> list[str]:
     """The plan's line on it; none for one GPU, or on a CPU."""
-    return [_line(plan)] if plan.setting.ranks > 1 and plan.setting.cuda else []
-
-
-def _line(plan: Plan) -> str:
     s, network = plan.setting, plan.setting.plan_network_gb_s
+    if s.ranks == 1 or not s.cuda:
+        return []
     sent = bytes_of_a_step(plan)
     told = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in sent.items() if size >= 5e7)
     line = f"  communication: each GPU sends {sum(sent.values()) / 1e9:.1f} GB in a step" + f" ({told})" * bool(told)
@@ -43,7 +41,7 @@ def _line(plan: Plan) -> str:
     crosses = sharded > s.ranks_here
     between = sent.pop("between machines", 0.0)
     if (crosses or between) and network is None:
-        return f"{line}, some of it between machines: --plan_network_gb_s tells what that costs"
+        return [f"{line}, some of it between machines: --plan_network_gb_s tells what that costs"]
     speed = network * 1e9 if network and crosses else NVLINK
     seconds = sum(sent.values()) / speed + (between / (network * 1e9) if network else 0)
     # a layer is gathered while the one before is computed; DDP sends gradients twice while a backward pass computes
@@ -51,8 +49,8 @@ def _line(plan: Plan) -> str:
     line += f", {1e3 * seconds:,.0f} ms at {speed / 1e9:,.4g} GB/s. "
     line += f"It hides behind {needed:,.0f} tokens in a micro-batch; this run's have up to {plan.tokens:,}"
     if plan.tokens >= needed:
-        return line
+        return [line]
     helps = ["a larger --per_device_train_batch_size"]
     helps += ["--keep_gathered_weights True"] * (s.engine == "fsdp" and not s.keeps_gathered)
     helps += ['--fsdp "hybrid_shard auto_wrap"'] * crosses
-    return f"{line}. What helps: {', '.join(helps)}"
+    return [f"{line}. What helps: {', '.join(helps)}"]

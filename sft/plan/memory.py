@@ -132,9 +132,8 @@ class Plan:
         """The lines above the verdict."""
         s, size = self.setting, self.shape.parameters / 1e9
         whole = f"{'each' if s.ranks > 1 else 'which'} holds the whole model"
-        engine = {"ddp": whole, "fsdp": "FSDP"}.get(
-            s.engine, f"ZeRO stage {s.stage}"
-        ) + ", offloaded to the host" * s.offload_optimizer
+        engine = {"ddp": whole, "fsdp": "FSDP"}.get(s.engine, f"ZeRO stage {s.stage}")
+        engine += ", offloaded to the host" * s.offload_optimizer
         processes = f"{s.ranks} process{'es' * (s.ranks > 1)} on the CPU"
         gpu = f"{s.ranks} x {s.gpu_there / GIB:.1f} GiB GPU" if s.cuda else processes
         batches = "several in a step" if self.several else "a whole step in one"

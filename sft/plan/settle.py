@@ -338,7 +338,8 @@ def rehearse_fullest(
             return settled
         sampler = PackedBatchSampler.of(args, lengths, settled.arithmetic, max_tokens=tokens - 1)
         why = f"{tokens:,} tokens did not fit when they were tried"
-        packing = describe(sampler, *settled.packing.recipe, why)
+        was = settled.packing
+        packing = describe(sampler, was.per_device, was.accumulation, was.max_length, why)
         plan = plan.at(packing.fullest, packing.micro_batches)
         capture = settled.capture._replace(value=False, reason="several micro-batches in a step")
         settled = replace(settled, sampler=sampler, packing=packing, memory_plan=plan, capture=capture)

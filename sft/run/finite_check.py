@@ -6,10 +6,9 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from transformers import TrainerCallback
 
-from sft.job import rank, say, world_size
+from sft.job import gather, rank, say
 
 SPIKE_MEMORY = 50  # logged losses that a new one is compared with
 
@@ -25,11 +24,7 @@ def explain_non_finite(trainer, micro_batches: list[tuple[dict, torch.Tensor]], 
         (rank(), number, loss.item(), rows_of(inputs, trainer.train_dataset))
         for number, (inputs, loss) in enumerate(micro_batches, start=1)
     ]
-    found: list[list[tuple]] = [mine]
-    if dist.is_initialized():
-        found = [[]] * world_size()
-        dist.all_gather_object(found, mine)
-    every = [entry for entries in found for entry in entries]
+    every = [entry for entries in gather(mine) for entry in entries]
     guilty = [entry for entry in every if not torch.isfinite(torch.tensor(entry[2]))]
     step = trainer.state.global_step
     if guilty:

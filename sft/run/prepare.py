@@ -24,7 +24,7 @@ from sft.data.checks import check_vocabulary, data_problems, too_many_positions
 from sft.data.template import Template, load_template
 from sft.data.token_cache import tokenizer_digest
 from sft.flags import DataArguments, ModelArguments, TrainingArguments
-from sft.job import UserError, all_ranks_or_none, complain, differences_from_rank_0, rank, say
+from sft.job import UserError, all_ranks_or_none, complain, differences_from_rank_0, gather, rank, say
 from sft.model import loading, lora, safe_loads
 from sft.outside import reading
 from sft.plan import memory, proof
@@ -234,7 +234,7 @@ class Run:
                     fault = in_words(error)
                 if fault and not self.args.packing:
                     raise UserError(f"the model as it is in memory cannot be trained right: {fault}.")
-        if fault := checkpoint.gather(fault)[0]:
+        if fault := gather(fault)[0]:
             pad_instead(self.model_args, self.args, f"{fault}, with the whole model")
             set_accumulation(self.args, settled.arithmetic.accumulation)
             self.args.deepspeed_plugin = None  # a second Accelerator (1.15) takes the first one's by itself alone

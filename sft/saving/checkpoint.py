@@ -20,7 +20,7 @@ from typing import Any
 import torch.distributed as dist
 from filelock import FileLock, Timeout
 
-from sft.job import UserError, complain, rank, say, swapped, sync, world_size
+from sft.job import UserError, complain, gather, rank, say, swapped, sync, world_size
 from sft.launchers import local_rank
 from sft.outside import read_object
 
@@ -33,15 +33,6 @@ OF_STATE: dict[str, Any] = {
     "best_metric": int | float | None,
 }
 PIECE_BYTES = 64 * 2**20  # a file is hashed in pieces, so that many threads hash one file of 28 GB
-
-
-def gather(value) -> list:
-    """The value of every rank, in rank order; `[value]` without torch.distributed."""
-    if not dist.is_initialized():
-        return [value]
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
 
 
 def _my_share(names: list[str]) -> list[str]:

@@ -31,8 +31,6 @@ with open(cached_file(model_id, "{file}"), encoding="utf-8", newline="") as file
 output = model.generate(**inputs, max_new_tokens=256, do_sample=False)
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 """
-
-
 SERVE = """\
 vllm serve {where}
 transformers serve {where}
@@ -43,8 +41,6 @@ WHOLE_PROMPTS = """
 It was trained on whole prompts (completions): a chat sends your message as it is, so write into it all that the prompts
 of the training data had.
 """
-
-
 FILLED = """\
 prompt = template.replace("{instruction}", instruction)
 inputs = tokenizer(prompt, {text}return_tensors="pt")"""

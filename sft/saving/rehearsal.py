@@ -6,7 +6,8 @@ compared with all that the run will keep.
 
 import math
 import shutil
-from copy import copy, deepcopy
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -41,8 +42,7 @@ def rehearse(trainer, model_args: ModelArguments, export_dtype: torch.dtype, tem
     scratch, small = output_dir / SCRATCH, checkpoint <= SMALL_BYTES
     folder = f"checkpoint-{trainer.state.global_step}"
 
-    model_args = copy(model_args)
-    model_args.merge_lora = False
+    model_args = replace(model_args, merge_lora=False)
 
     def export() -> None:
         exporter.folder = exporter.trained = Path(args.output_dir, folder)

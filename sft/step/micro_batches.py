@@ -216,11 +216,6 @@ class Packing:
     padding_saved: float  # share of the padded run's tokens that were padding
     reason: str  # why the budget is what it is
 
-    @property
-    def recipe(self) -> tuple[int, int, int]:
-        """What `describe` is given of the padded run."""
-        return self.per_device, self.accumulation, self.max_length
-
     def __str__(self) -> str:
         return (
             f"packing: {self.micro_batches} micro-batch{'es' * (self.micro_batches > 1)} per step and device, of at most {self.fullest:,} "
