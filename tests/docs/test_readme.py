@@ -20,6 +20,7 @@ from torch.distributed.run import get_args_parser
 
 import utils
 from sft import flags, flags_2023, generate, job
+from sft.data import template
 from sft.data.llama_tokenizer import load_llama_tokenizer
 from sft.flags import DataArguments, ModelArguments, TrainingArguments
 
@@ -313,6 +314,16 @@ def test_the_speed_table_is_the_results_file():
         assert row[4] == f"{line['peak_memory_gib']:.1f}", name
 
 
+def test_other_quoted_outputs_are_the_demos_and_the_templates():
+    block = {name: re.findall(r"```text\n(.*?)```", page, re.S) for name, page in PAGES.items()}
+    whole, short = block["docs/output.md"][0].splitlines(), README.partition("## What a run prints and leaves")[2]
+    assert set(re.search(r"```text\n(.*?)```", short, re.S)[1].splitlines()) <= set(whole)
+    assert (
+        block["docs/data.md"][1]
+        == template.ALPACA_TEMPLATE.replace("{instruction}", "What is the capital of Argentina?") + "\n"
+    )
+
+
 def test_make_demo_runs_the_demo():
     recipe = re.search(r"^demo:.*\n\t(.*)$", (ROOT / "Makefile").read_text(), re.M)[1]
     assert recipe.endswith("bash examples/demo.sh")
@@ -380,6 +391,14 @@ def test_the_demo_answers_as_the_readme_shows(tmp_path):
     printed = [masked(line) for line in ended.stdout.splitlines()]
     for line in re.search(r"```text\n(.*?)```", PAGES["docs/output.md"], re.S)[1].splitlines():
         assert line == "..." or any(known.startswith(masked(line).removesuffix("...")) for known in printed), line
+    for line in re.search(r"```text\n(== .*?)```", README, re.S)[
+        1
+    ].splitlines():  # an untrained model's answer is its machine's
+        assert (
+            "�" in line
+            or line == "..."
+            or masked(line) in map(masked, [*ended.stdout.splitlines(), *ended.stderr.splitlines()])
+        ), line
     left = PAGES["docs/output.md"].partition("| in `--output_dir` | what it is |\n|---|---|\n")[2].partition("\n\n")[0]
     names = [name for line in left.splitlines() for name in re.findall(r"`([^`]+)`", line.split("|")[1])]
     assert len(names) == 10
