@@ -123,6 +123,25 @@ def test_what_a_checkpoint_takes_for_each_trained_weight(about, each):
     assert rehearsal.checkpoint_bytes(trainer) == each * 6
 
 
+def test_what_an_export_takes_and_what_is_refused_before_weights_load(tmp_path, monkeypatch):
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3, bias=False), torch.nn.Linear(3, 5, bias=False))
+    assert rehearsal.model_bytes(SimpleNamespace(model=model), torch.bfloat16) == 2 * 21
+    model[1].requires_grad_(False)  # as under an adapter, which stays float32
+    assert rehearsal.model_bytes(SimpleNamespace(model=model), torch.bfloat16) == 4 * 6
+
+    real = shutil.disk_usage
+    args = SimpleNamespace(output_dir=str(tmp_path), save_total_limit=1, save_steps=5, num_train_epochs=1)
+    args.save_strategy = SimpleNamespace(value="steps")
+    for only_model, each in ((False, 12), (True, 4)):
+        args.save_only_model = only_model
+        needed = 2 * each * 1000 + 2 * 1000  # a checkpoint is whole before the one before it goes
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=needed: real(path)._replace(free=free))
+        rehearsal.refuse_full_disk(args, 1000, 10, torch.bfloat16)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=needed - 1: real(path)._replace(free=free))
+        with pytest.raises(UserError, match="would fail when the disk is full"):
+            rehearsal.refuse_full_disk(args, 1000, 10, torch.bfloat16)
+
+
 @pytest.mark.slow
 def test_an_adapters_dropout_is_the_same_without_a_rehearsal(tiny_llama, questions_csv, tmp_path):
     def weights(name: str, *flags: str) -> dict[str, torch.Tensor]:
