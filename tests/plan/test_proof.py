@@ -249,6 +249,22 @@ def test_a_model_that_cannot_be_packed_is_padded_unless_packing_was_asked_for(ti
         packed_or_padded(args, args, config, rows(3, seed=1), LENGTHS)
 
 
+def test_in_16_bits_a_mixtures_experts_may_be_others_when_another_example_changes():
+    seen = {"loss": 0.0, "gradient": 0.0, "isolation": 2e-2, "causality": 0.0, "rounding": 5e-2}
+    assert proof.Proof(**seen, mixture=True).fault is None
+    assert proof.Proof(**seen).fault.startswith("examples see each other")
+    assert proof.Proof(**seen | {"isolation": 6e-2}, mixture=True).fault.startswith("examples see each other")
+
+
+@pytest.mark.parametrize(("trained", "kept"), [(0, False), (3, False), (4, True)])
+def test_where_too_little_is_trained_all_of_the_last_half_is(trained, kept):
+    ids = torch.arange(1, 13)
+    labels = torch.where(torch.arange(12) >= 12 - trained, ids, IGNORE_INDEX)
+    (one, *_) = proof.beginnings([{"input_ids": ids, "labels": labels}], proof.TOKENS)
+    expected = labels if kept else torch.where(torch.arange(12) >= 6, ids, IGNORE_INDEX)
+    assert torch.equal(one["labels"], expected) and torch.equal(one["input_ids"], ids)
+
+
 def test_beginnings_have_something_trained_and_something_before_it():
     long_prompt = {"input_ids": torch.arange(200), "labels": torch.full((200,), IGNORE_INDEX)}
     (first, second) = proof.beginnings([long_prompt, rows(1)[0]], proof.TOKENS)
