@@ -104,18 +104,15 @@ def choose_prefixes(args: Any, config: Any, kernel: str, noisy: bool, length_dec
         length_decides: rope's frequencies are not the same in all examples.
     """
     window = getattr(config, "sliding_window", None)
-    on, why = False, "--share_prefixes"
-    if args.share_prefixes and kernel not in SHARE_PREFIXES:
-        why = f"{kernel} attention cannot; {' and '.join(SHARE_PREFIXES)} can"
-    elif args.share_prefixes and window:
-        why = f"attention over a sliding window of {window} tokens"
-    elif args.share_prefixes and length_decides:
-        why = "rope's frequencies depend on an example's length"
-    elif args.share_prefixes and (noisy or args.neftune_noise_alpha):
-        why = "dropout or noise is drawn for each example"
-    elif args.share_prefixes:
-        on, why = True, "what prompts of a micro-batch begin with alike is computed once"
-    return Choice("shared prefixes", on, why)
+    refused = {
+        "--share_prefixes": not args.share_prefixes,
+        f"{kernel} attention cannot; {' and '.join(SHARE_PREFIXES)} can": kernel not in SHARE_PREFIXES,
+        f"attention over a sliding window of {window} tokens": window,
+        "rope's frequencies depend on an example's length": length_decides,
+        "dropout or noise is drawn for each example": noisy or args.neftune_noise_alpha,
+    }
+    why = next((why for why, holds in refused.items() if holds), "")
+    return Choice("shared prefixes", not why, why or "what prompts of a micro-batch begin with alike is computed once")
 
 
 def measured_share(micro_batches: Iterable[list[dict[str, Any]]]) -> str:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from functools import partial
 from types import SimpleNamespace
 
 import jobs
@@ -189,6 +190,9 @@ def test_another_engine_does_not_read_the_checkpoint(two_checkpoints, go_on):
     ]
 
 
+slow = partial(pytest.param, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("flags", "changed"),
     [
@@ -198,17 +202,17 @@ def test_another_engine_does_not_read_the_checkpoint(two_checkpoints, go_on):
             "--prompt_template alpaca --model_max_length 1024",
             {"data", "prompt_template", "model_max_length", "tokens_per_micro_batch"},
         ),
-        ("--per_device_train_batch_size 4", {"examples_per_step", "micro_batch"}),
-        ("--learning_rate 1e-3", {"learning_rate"}),
-        ("--lr_scheduler_type cosine", {"schedule"}),
-        ("--weight_decay 0.1", {"optimizer"}),
-        ("--tokens_per_micro_batch 60", {"tokens_per_micro_batch"}),
+        slow("--per_device_train_batch_size 4", {"examples_per_step", "micro_batch"}),
+        slow("--learning_rate 1e-3", {"learning_rate"}),
+        slow("--lr_scheduler_type cosine", {"schedule"}),
+        slow("--weight_decay 0.1", {"optimizer"}),
+        slow("--tokens_per_micro_batch 60", {"tokens_per_micro_batch"}),
         ("--packing False", {"packing", "tokens_per_micro_batch", "share_prefixes", "--attn_implementation"}),
-        ("--share_prefixes False", {"share_prefixes"}),
-        ('--lr_scheduler_type polynomial --lr_scheduler_kwargs {"power":2}', {"schedule", "--lr_scheduler_kwargs"}),
-        ("--full_determinism True", {"--full_determinism"}),
-        ("--ddp_static_graph True", {"--ddp_static_graph"}),
-        ("--attn_implementation sdpa", {"--attn_implementation"}),
+        slow("--share_prefixes False", {"share_prefixes"}),
+        slow('--lr_scheduler_type polynomial --lr_scheduler_kwargs {"power":2}', {"schedule", "--lr_scheduler_kwargs"}),
+        slow("--full_determinism True", {"--full_determinism"}),
+        slow("--ddp_static_graph True", {"--ddp_static_graph"}),
+        slow("--attn_implementation sdpa", {"--attn_implementation"}),
         (
             "--early_stopping_patience 2 --eval_strategy steps --eval_steps 3 --eval_split 0.1",
             {"data", "evaluation", "--early_stopping_patience"},

@@ -74,7 +74,7 @@ def resumable(whole_run, tiny_llama, questions_csv, tmp_path):
     return checkpoint, flags_for(tiny_llama, questions_csv, tmp_path / "out", "--resume_from_checkpoint", "True")
 
 
-@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("legacy", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
 def test_a_state_that_runs_code_is_refused(resumable, mark, name, legacy):
     checkpoint, flags = resumable
