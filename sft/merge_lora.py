@@ -5,7 +5,6 @@ python -m sft.merge_lora --adapter ./my_adapter --output ./my_model
 
 import argparse
 import os
-import shutil
 from pathlib import Path
 
 import torch
@@ -64,11 +63,16 @@ def merge(adapter: str, output: str, base: str | None = None, dtype=torch.float3
 
 
 def claim(adapter: Path, output: Path, proof: str) -> None:
-    """Write the card, the record and COMPLETE.json of a merged model, from the record of the adapter's run."""
-    record = read_object(adapter / REPORT_NAME)
-    shutil.copyfile(adapter / REPORT_NAME, output / REPORT_NAME)
-    write_card(output, record)
-    complete(str(output), record["final"]["steps"], [proof], describe_files(output))
+    """Write the card, the record and COMPLETE.json of a merged model, from the record of the adapter's run; none while that run still merges."""
+    for report in (
+        adapter / REPORT_NAME,
+        adapter.resolve().parent / REPORT_NAME,
+    ):  # --merge_lora True has `adapter` inside its folder
+        if report.is_file() and (record := read_object(report)).get("status") == "finished":
+            (output / REPORT_NAME).write_bytes(report.read_bytes())  # it may be the same
+            write_card(output, record)
+            complete(str(output), record["final"]["steps"], [proof], describe_files(output))
+            break
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -91,8 +95,7 @@ def main(argv: list[str] | None = None) -> None:
         try:
             difference = merge(args.adapter, args.output, args.base, getattr(torch, args.save_dtype), args.cache_dir)
             proof = f"logits differ from base + adapter by {difference:.1e} in float32"
-            if Path(args.adapter, REPORT_NAME).is_file():  # there is none while the run that trained it still merges
-                claim(Path(args.adapter), Path(args.output), proof)
+            claim(Path(args.adapter), Path(args.output), proof)
         except (OSError, SafetensorError) as error:
             raise UserError(f"--output {args.output}: the merged model cannot be written there ({error})") from error
         say(f"merged: {args.output} ({args.save_dtype}); {proof}")

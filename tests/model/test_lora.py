@@ -138,6 +138,10 @@ def test_a_merged_model_has_all_that_an_export_has(watched_adapter, tmp_path, ca
     assert len(set(made.values())) == 1, made
     assert made.keys() >= {"chat_template.jinja", "prompt_template.txt", "tokenizer.model", "Modelfile"}
     assert (merged / "run_report.json").read_bytes() == (adapter / "run_report.json").read_bytes()
+    inside = shutil.copytree(adapter, tmp_path / "run") / "adapter"  # as --merge_lora True leaves it
+    shutil.copytree(adapter, inside, ignore=shutil.ignore_patterns("run_report.json"))
+    (merged / "README.md").unlink()
+    merge_lora.claim(inside, merged, "equal")
     card = (merged / "README.md").read_text()
     assert (
         "library_name: transformers\n" in card
