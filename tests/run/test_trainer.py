@@ -1,17 +1,25 @@
 """The Trainer is whole when it is built, and overrides little of the stock one that is private."""
 
 import ast
+import json
+import sys
+from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from scripts import ROOT
+from saved_runs import flags_for, losses, train
+from scripts import ROOT, save_llama
 from transformers import Trainer
 
 from sft.job import UserError
 from sft.run import trainer as trainer_module
 from sft.run.step_message import StepMessage
 from sft.run.trainer import SupervisedTrainer
+
+sys.path.insert(0, str(ROOT / "examples"))
+import make_tiny_llama
 
 
 def assigned(source: str) -> list[str]:
@@ -184,3 +192,23 @@ def test_few_private_methods_are_overridden():
     assert len(overridden) <= 5, overridden
     assert "_run_epoch" in overridden, "the search finds them"
     assert "_get_train_sampler" not in overridden
+
+
+@pytest.mark.slow
+def test_packed_is_padded_with_several_trained_runs_in_an_example(tmp_path):
+    texts = [f"{n} and {turn}, a line\n" for n in range(24) for turn in range(4)]
+    save_llama(tmp_path / "model", vocab_size=280)
+    (tmp_path / "model" / "tokenizer.model").write_bytes(make_tiny_llama.train_tokenizer(texts, vocab_size=280))
+    turns = [
+        [{"role": role, "content": f"{n} and {turn}"} for turn in range(1 + n % 4) for role in ("user", "assistant")]
+        for n in range(24)
+    ]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in turns))
+    flags = partial(flags_for, tmp_path / "model", tmp_path / "chats.jsonl")
+    given = "--messages messages --model_max_length 256 --max_steps 3 --save_steps 3".split()
+    packed = train(*flags(tmp_path / "packed", *given))
+    answers = np.concatenate([part.answers() for part in packed.train_dataset.parts])
+    assert answers.tolist() == [1 + n % 4 for n in range(24)]
+    train(*flags(tmp_path / "padded", *given, "--packing", "False"))
+    for one, other in zip(losses(tmp_path / "packed"), losses(tmp_path / "padded"), strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
