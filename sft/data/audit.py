@@ -43,7 +43,7 @@ def describe_part(part: Part) -> str:
     if counts["rows_disagreed"]:
         rows = first_of(part.rows.rows_with("disagreed"))
         lost.append(
-            f"{counts['rows_disagreed']:,} dropped because the template shows an earlier turn otherwise later (rows {rows})"
+            f"{counts['rows_disagreed']:,} dropped because the template shows an earlier turn otherwise later, or the tokenizer reads it so (rows {rows})"
         )
     kept = f"{counts['kept']:,} kept, of which {counts['rows_cut']:,} are cut and lost their EOS"
     if counts["rows_shortened"]:

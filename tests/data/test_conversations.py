@@ -117,7 +117,10 @@ def test_which_turns(make):
 def test_a_template_that_changes_earlier_turns_is_counted_and_never_trained_on(make, capsys):
     dataset = make([say("a", "b", "c", "d"), say("e", "f"), say("g", "h", "i", "j")], chat_template=FORGETS)
     assert [shown(dataset, index) for index in range(len(dataset))] == ["<user>e<s>\n<assistant>[f</s>]"]
-    assert "2 dropped because the template shows an earlier turn otherwise later (rows 1, 3)" in capsys.readouterr().out
+    assert (
+        "2 dropped because the template shows an earlier turn otherwise later, or the tokenizer reads it so (rows 1, 3)"
+        in capsys.readouterr().out
+    )
     dataset = make([say("a", "b", "c", "d")], chat_template=FORGETS, train_on="last")
     assert shown(dataset) == "<user>a<s>\n<assistant>…</s>\n<user>c<s>\n<assistant>[d</s>]"
     (problem,) = problems_of(make, [say("a", "b", "c", "d")], chat_template=FORGETS)
