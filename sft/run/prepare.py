@@ -157,6 +157,8 @@ class Run:
                 refuse_full_disk(self.args, settled.parameters, settled.arithmetic.steps, export_dtype(self.args))
         if self.resume:
             resume.refuse_changes(self.resume, self.before, self.identity, self.args.resume_with_changes)
+        if self.args.do_train and rank() == 0:  # from here on the folder holds no finished model
+            (Path(self.args.output_dir) / export.COMPLETE).unlink(missing_ok=True)
 
     def build_trainer(
         self,

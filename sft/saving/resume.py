@@ -29,12 +29,11 @@ def choose_checkpoint(training_args) -> str | None:
     """The checkpoint that `--resume_from_checkpoint True | PATH` continues from; None starts at step 0. All ranks together.
 
     True takes the newest whole one and names every one that it had to skip. With none at all it starts at the beginning,
-    which is what the first start under `torchrun --max_restarts` needs. From here on the folder holds no finished model.
+    which is what the first start under `torchrun --max_restarts` needs.
     """
     wanted, output_dir = str(training_args.resume_from_checkpoint or False), Path(training_args.output_dir)
     if rank() == 0:
         shutil.rmtree(output_dir / INCOMPLETE, ignore_errors=True)
-        (output_dir / COMPLETE).unlink(missing_ok=True)
     candidates = gather(newest_first(output_dir))[0]
     if wanted.lower() == "false":
         if rank() == 0:

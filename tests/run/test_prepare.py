@@ -264,6 +264,21 @@ def test_what_only_the_whole_model_shows_pads_the_run(leaky, tiny_llama, questio
 
 
 @pytest.mark.slow
+def test_a_finished_models_claim_goes_when_a_new_run_begins_and_not_when_it_is_refused(
+    whole_run, tiny_llama, questions_csv, tmp_path, monkeypatch
+):
+    def stopped(*_, **__):
+        raise UserError("begun")
+
+    shutil.copytree(whole_run, tmp_path / "out")
+    flags = flags_for(tiny_llama, questions_csv, tmp_path / "out", "--overwrite_output_dir", "True", "--seed", "7")
+    (problem,) = problems_of(*flags, "--resume_from_checkpoint", "True", "--max_steps", "20")
+    assert "seed" in problem and (tmp_path / "out/COMPLETE.json").is_file()
+    monkeypatch.setattr(SupervisedTrainer, "_run_epoch", stopped)
+    assert problems_of(*flags) == ["begun"] and not (tmp_path / "out/COMPLETE.json").exists()
+
+
+@pytest.mark.slow
 def test_such_a_run_is_the_padded_one_and_goes_on_padded(leaky, tiny_llama, questions_csv, tmp_path, capsys):
     flags = partial(flags_for, tiny_llama, questions_csv)
     given = ["--max_steps", "6"]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
-from saved_runs import choose, flags_for, train
+from saved_runs import flags_for, train
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sft.data.template import load_template
@@ -449,12 +449,6 @@ def test_complete_json_of_an_earlier_version_is_checked_by_its_sizes(finished, c
     assert export.is_already_finished(resumed(finished))
     write_complete(json.dumps({"step": 16, "proved": [], "bytes": {"model.safetensors": size + 1}}))(finished)
     assert not export.is_already_finished(resumed(finished))
-
-
-def test_a_new_run_takes_the_claim_of_the_old_one_away(whole_run, tmp_path):
-    folder = shutil.copytree(whole_run, tmp_path / "out")
-    assert choose(folder, None) is None
-    assert not (folder / "COMPLETE.json").exists()
 
 
 def test_an_upload_that_fails_leaves_a_complete_model_and_a_command(tmp_path, monkeypatch):
