@@ -151,7 +151,9 @@ def load_weights(name: str, adapter: str | None = None) -> Any:
     try:
         with safe_loads(base, deepspeed=False):
             model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", device_map=device_map)
-    except (OSError, ValueError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:  # the last: PyTorch's, of a damaged pickle
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{base}: the model cannot be loaded. {mend + ' ' if adapter else ''}({reason})") from error
     if adapter:

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -501,6 +502,7 @@ class Malicious:
         (b"cut in the middle", "its files cannot be loaded: SafetensorError"),
         (None, "the model cannot be loaded. (Error no file named model.safetensors"),
         (Malicious(), "one of its files was not loaded, because it could run code"),
+        (1, "the model cannot be loaded. (Invalid magic number; corrupt file?)"),
     ],
 )
 def test_half_an_export_and_a_pickle_are_one_sentence(tuned, tmp_path, weights, said):
@@ -511,5 +513,7 @@ def test_half_an_export_and_a_pickle_are_one_sentence(tuned, tmp_path, weights, 
         (folder / "model.safetensors").unlink()
     if isinstance(weights, Malicious):
         torch.save({"a": weights}, folder / "pytorch_model.bin")
+    elif weights == 1:
+        (folder / "pytorch_model.bin").write_bytes(pickle.dumps(weights))
     (problem,) = problems("--model", folder, "--instruction", "k")
     assert str(folder) in problem and said in problem and "\n" not in problem
