@@ -63,8 +63,8 @@ def test_rows_without_text_or_room_are_dropped_and_long_ones_cut(write, make):
 def test_nothing_left_is_an_error_with_the_counts(write, make):
     path = write([("abc", "d"), ("", "b")])
     assert problems_of(make, path, max_length=4) == [
-        f"{path}: 2 rows read; 1 dropped as empty, 1 dropped because the prompt leaves no room, 0 kept, of which 0 are cut "
-        "and lost their EOS. Nothing is left to train on: raise --model_max_length; fill in the empty prompts and responses, or name other columns."
+        f"{path}: 2 rows read, 0 kept (0 cut, without EOS); dropped: 1 empty, 1 whose prompt leaves no room. "
+        "Nothing is left to train on: raise --model_max_length; fill in the empty prompts and responses, or name other columns."
     ]
 
 
@@ -238,7 +238,7 @@ def test_what_is_said_about_the_rows(write, make, capsys):
     path = write([("ab", "\x1b[2Jc\n"), ("", "x"), ("a" * 20, "b"), ("a", "b" * 20)])
     make(path, max_length=20)
     assert capsys.readouterr().out == (
-        f"{path}: 4 rows read; 1 dropped as empty, 1 dropped because the prompt leaves no room, 2 kept, of which 1 are cut and lost their EOS\n"
+        f"{path}: 4 rows read, 2 kept (1 cut, without EOS); dropped: 1 empty, 1 whose prompt leaves no room\n"
         "training: 2 examples, 30 tokens, 25 of them trained (83%); tokens per example: mean 15, median 15, 99 % 20, longest 20\n"
         "row 2, its trained tokens in [...]:\n"
         "<s>ab[\\x1b[2Jc\n</s>]\n"

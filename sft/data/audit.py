@@ -36,23 +36,22 @@ LONGEST_ENDING = 32  # characters
 def describe_part(part: Part) -> str:
     """What became of a file's rows, in one line."""
     counts = part.rows.counts()
-    lost = [
-        f"{counts['rows_empty']:,} dropped as empty",
-        f"{counts['rows_no_room']:,} dropped because the prompt leaves no room",
-    ]
+    lost = [f"{counts['rows_empty']:,} empty", f"{counts['rows_no_room']:,} whose prompt leaves no room"]
     if counts["rows_disagreed"]:
         rows = first_of(part.rows.rows_with("disagreed"))
         lost.append(
-            f"{counts['rows_disagreed']:,} dropped because the template shows an earlier turn otherwise later, or the tokenizer reads it so (rows {rows})"
+            f"{counts['rows_disagreed']:,} of which the template shows an earlier turn otherwise later, or the tokenizer reads it so (rows {rows})"
         )
-    kept = f"{counts['kept']:,} kept, of which {counts['rows_cut']:,} are cut and lost their EOS"
+    short = f"{counts['rows_cut']:,} cut, without EOS"
     if counts["rows_shortened"]:
-        kept += f" and {counts['rows_shortened']:,} lost whole turns at their end"
+        short += f", {counts['rows_shortened']:,} without their last turns"
+    taken = ""
     if part.times < 1:
-        kept += f"; {len(part.kept):,} of them are taken (*{part.times:g})"
+        taken = f"; {len(part.kept):,} of them are taken (*{part.times:g})"
     elif part.times > 1:
-        kept += f"; each is taken {part.times:g} times"
-    return f"{part.path}: {counted(counts['rows_read'], 'row')} read; {', '.join(lost)}, {kept}"
+        taken = f"; each is taken {part.times:g} times"
+    read = counted(counts["rows_read"], "row")
+    return f"{part.path}: {read} read, {counts['kept']:,} kept ({short}); dropped: {', '.join(lost)}{taken}"
 
 
 def first_of(rows: Any) -> str:

@@ -111,8 +111,8 @@ def test_one_of_each_fault(check, tmp_path):
     assert "\x1b" not in printed
     lines = printed.splitlines()
     assert lines[0] == (
-        f"{tmp_path}/data.csv: 12 rows read; 2 dropped as empty, 1 dropped because the prompt leaves no room, 9 kept, of "
-        "which 1 are cut and lost their EOS"
+        f"{tmp_path}/data.csv: 12 rows read, 9 kept (1 cut, without EOS); "
+        "dropped: 2 empty, 1 whose prompt leaves no room"
     )
     assert "total           10      10      10      11      13      24      24      24" in lines
     assert "1 steps per epoch of 18 examples, 3 in the run" in lines

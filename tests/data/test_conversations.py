@@ -118,7 +118,7 @@ def test_a_template_that_changes_earlier_turns_is_counted_and_never_trained_on(m
     dataset = make([say("a", "b", "c", "d"), say("e", "f"), say("g", "h", "i", "j")], chat_template=FORGETS)
     assert [shown(dataset, index) for index in range(len(dataset))] == ["<user>e<s>\n<assistant>[f</s>]"]
     assert (
-        "2 dropped because the template shows an earlier turn otherwise later, or the tokenizer reads it so (rows 1, 3)"
+        "2 of which the template shows an earlier turn otherwise later, or the tokenizer reads it so (rows 1, 3)"
         in capsys.readouterr().out
     )
     dataset = make([say("a", "b", "c", "d")], chat_template=FORGETS, train_on="last")
@@ -143,9 +143,7 @@ def test_a_long_conversation_loses_whole_turns_and_a_long_first_answer_its_end(m
         "<user>a<s>\n<assistant>[bbbbbb]",
     ]
     assert [dataset.counts[f"rows_{name}"] for name in ("shortened", "cut", "no_room")] == [1, 1, 1]
-    assert (
-        "2 kept, of which 1 are cut and lost their EOS and 1 lost whole turns at their end" in capsys.readouterr().out
-    )
+    assert "2 kept (1 cut, without EOS, 1 without their last turns)" in capsys.readouterr().out
 
 
 def test_control_tokens_in_a_message_stay_text(make):
@@ -261,7 +259,10 @@ def test_faults_of_many_rows_are_said_together(make, tmp_path):
 
 
 def test_a_null_cell_is_an_empty_conversation(make, capsys):
-    assert len(make([None, say("a", "b"), []])) == 1 and ": 3 rows read; 2 dropped as empty" in capsys.readouterr().out
+    assert (
+        len(make([None, say("a", "b"), []])) == 1
+        and ": 3 rows read, 1 kept (0 cut, without EOS); dropped: 2 empty" in capsys.readouterr().out
+    )
 
 
 def test_what_a_conversation_may_hold(make):

@@ -187,8 +187,8 @@ def test_repeats_and_shares_are_taken_counted_and_named(write, make, capsys):
     assert dataset[12]["input_ids"].tolist() == [BOS, ord("c"), ord("2"), ord("d"), EOS]
     assert len(dataset) == 17 and dataset.counts["rows_read"] == 14 and dataset.counts["tokens"] == 17 * 5
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0].startswith(f"{one}: 4 rows read; ") and printed[0].endswith("; each is taken 3 times")
-    assert printed[1].startswith(f"{two}: 10 rows read; ") and printed[1].endswith("; 5 of them are taken (*0.5)")
+    assert printed[0].startswith(f"{one}: 4 rows read, ") and printed[0].endswith("; each is taken 3 times")
+    assert printed[1].startswith(f"{two}: 10 rows read, ") and printed[1].endswith("; 5 of them are taken (*0.5)")
     assert printed[2].startswith("training: 17 examples, 85 tokens, ")
     assert make(one, two)["train_dataset"].counts["kept"] == 14
 

@@ -297,8 +297,8 @@ EVERY_EPOCH = "--eval_strategy epoch"
         (
             "prompt,response\n ,b\n",
             EVERY_EPOCH,
-            "{csv}: 1 row read; 1 dropped as empty, 0 dropped because the prompt leaves no room, 0 kept, of which 0 are cut and "
-            "lost their EOS. Nothing is left to evaluate: fill in the empty prompts and responses, or name other columns.",
+            "{csv}: 1 row read, 0 kept (0 cut, without EOS); dropped: 1 empty, 0 whose prompt leaves no room. "
+            "Nothing is left to evaluate: fill in the empty prompts and responses, or name other columns.",
         ),
         (None, f"{EVERY_EPOCH} --eval_split 1.5", "--eval_split 1.5: give a share from 0 up to 1, such as 0.02."),
         (None, f"{EVERY_EPOCH} --eval_split 0.995", "--eval_split 0.995 leaves none of 64 examples to train on; "),
