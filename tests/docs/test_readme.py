@@ -177,6 +177,8 @@ def test_the_page_of_flags_is_the_codes():
     if transformers.__version__.startswith(f"{version}."):
         assert page == made, "docs/flags.md is behind the code: make readme"
     assert page.split("## Of the Trainer")[0] == made.split("## Of the Trainer")[0]
+    fields = re.findall(r"^\| `--", page.split("## Of the Trainer")[1], re.M)
+    assert f"the Trainer's own {len(fields)} arguments" in README
 
 
 def test_the_map_names_every_file():
