@@ -4,6 +4,7 @@ python -m sft.merge_lora --adapter ./my_adapter --output ./my_model
 """
 
 import argparse
+import importlib.util
 import os
 from pathlib import Path
 
@@ -27,6 +28,8 @@ def merge(adapter: str, output: str, base: str | None = None, dtype=torch.float3
 
     Returns: ‖merged - (base + adapter)‖ / ‖base + adapter‖ of a probe's logits in float32; the recorded base, if none is given.
     """
+    if not importlib.util.find_spec("peft"):
+        raise UserError("merging needs the package peft. Run: pip install peft")
     from peft import PeftModel
 
     folder = Path(adapter)

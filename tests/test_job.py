@@ -348,7 +348,7 @@ def test_an_interrupt_while_the_interpreter_ends_changes_nothing():
 
 
 def test_an_interrupt_while_a_command_imports_ends_in_one_line():
-    at_once = "import importlib.util, signal; importlib.util.find_spec = lambda _: signal.raise_signal(2); import sft"
+    at_once = "import importlib.util, signal; signal.signal(2, signal.default_int_handler); importlib.util.find_spec = lambda _: signal.raise_signal(2); import sft"
     for code in (at_once, "import sft; raise KeyboardInterrupt"):
         ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
         assert ended.returncode in (130, -signal.SIGINT) and ended.stderr == "error: interrupted.\n"

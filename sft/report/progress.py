@@ -83,7 +83,7 @@ class ReportCallback(transformers.TrainerCallback):
             lowest = min(known, key=lambda entry: entry["eval_loss"])
             self._print(
                 f"lowest evaluation loss: {lowest['eval_loss']:.4f} at step {lowest['step']}; "
-                f"the model that is saved is of step {best or state.global_step}"
+                f"the weights are those of step {best or state.global_step}"
             )
         self.report.complete = state.global_step >= state.max_steps
 

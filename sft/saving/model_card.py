@@ -123,7 +123,7 @@ def write_card(folder: Path, record: dict[str, Any], model_id: str | None = None
         "prompt template": f"`{Path(record['template']['name']).name}`, saved as `{TEMPLATE_FILES[chats]}`",
         "examples per optimizer step": f"{batch['examples_per_step']:,}",
         "optimizer steps": f"{final['steps']:,} of {batch['steps']:,} ({epochs:g} epoch{'s' * (epochs != 1)})",
-        "longest example": f"{training['model_max_length']:,} tokens",
+        "limit per example": f"{training['model_max_length']:,} tokens",
         "learning rate": f"{training['learning_rate']:g}, {training['lr_scheduler_type']}, {optimizer}",
         "computed in": record["precision"]["compute"],
         "seed": training["seed"],

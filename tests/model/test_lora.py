@@ -154,6 +154,12 @@ def test_a_merged_model_has_all_that_an_export_has(watched_adapter, tmp_path, ca
     assert (generation["eos_token_id"], generation["pad_token_id"]) == (2, 0)
 
 
+def test_without_peft_merging_is_one_message(tmp_path, monkeypatch):
+    monkeypatch.setattr(merge_lora.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="merging needs the package peft"):
+        merge_lora.merge(str(tmp_path), str(tmp_path / "merged"))
+
+
 def test_a_merge_that_is_not_a_number_is_not_saved(base, tmp_path):
     weights = load_file(base / "model.safetensors")
     weights["model.norm.weight"][0] = float("nan")

@@ -34,7 +34,7 @@ def test_the_printed_lines(watched):
     assert "(lowest so far)" in evaluations[1]
     found = [entry["eval_loss"] for entry in watched.record["evaluations"]]
     lowest = (0, 4, 8)[found.index(min(found))]
-    assert f"lowest evaluation loss: {min(found):.4f} at step {lowest}; the model that is saved is of step 8" in lines
+    assert f"lowest evaluation loss: {min(found):.4f} at step {lowest}; the weights are those of step 8" in lines
     # an answer stands behind its question, without the template
     answers = [line for line in lines if re.match(r"  \S.* -> .*   \(data: ", line)]
     assert len(answers) == 6 and not any("Question:" in line or "Answer:" in line.split(" -> ")[0] for line in answers)
@@ -63,9 +63,9 @@ def test_what_is_left_is_reckoned_from_the_steps_of_this_process(tmp_path):
     [
         (
             [math.nan, 1.5, 1.25, math.inf],
-            ["lowest evaluation loss: 1.2500 at step 3; the model that is saved is of step 9"],
+            ["lowest evaluation loss: 1.2500 at step 3; the weights are those of step 9"],
         ),
-        ([1.25, 1.5], ["lowest evaluation loss: 1.2500 at step 1; the model that is saved is of step 9"]),
+        ([1.25, 1.5], ["lowest evaluation loss: 1.2500 at step 1; the weights are those of step 9"]),
         ([math.nan, 1.5], []),  # one number is no comparison
         ([1.5], []),
     ],
