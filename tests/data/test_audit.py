@@ -254,6 +254,24 @@ def test_bytes_and_unk():
     assert found([0, 0, 1], [2, 0, 0]) == []
 
 
+def test_rows_that_hold_an_id_are_found_in_every_block_of_tokens():
+    numbers, times = audit._rows_with_ids(rows_of([[2, 1], [3, 1], [1, 3, 2], [1, 2]]), [2], block=2)
+    assert (numbers.tolist(), times) == ([2, 4, 5], 3)
+
+
+def test_a_share_of_one_file_leaves_the_next_files_rows_their_numbers(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,response\na,x\nb,x\nc,x\nd,x\n")
+    (tmp_path / "b.csv").write_text("prompt,response\ne,x\nf ,x\n")
+    paths = [f"{tmp_path}/a.csv*0.5", f"{tmp_path}/b.csv"]
+    data_args = DataArguments(data_path=paths, data_cache_dir=str(tmp_path / "cache"), check_data=True)
+    args = TrainingArguments(output_dir=str(tmp_path), model_max_length=64, use_cpu=True)
+    config = SimpleNamespace(vocab_size=300, eos_token_id=EOS, bos_token_id=BOS)
+    utils.check_data(character_tokenizer(), data_args, args, config)
+    found = json.loads((tmp_path / "data_report.json").read_text())["findings"]
+    spaces = [finding["rows"] for finding in found if finding["what"].startswith("prompts end in a space")]
+    assert spaces == [[f"{tmp_path}/b.csv:3"]]
+
+
 def test_what_padding_costs():
     flags = {"output_dir": "unused", "use_cpu": True, "save_strategy": "no", "gradient_accumulation_steps": 2}
     args = TrainingArguments(per_device_train_batch_size=2, num_train_epochs=2, **flags)

@@ -312,3 +312,14 @@ def test_files_larger_than_memory_are_read_in_pieces(write, tmp_path, monkeypatc
 def test_a_number_that_is_none_is_an_empty_cell(write):
     path = write("a.jsonl", '{"prompt": "a", "response": NaN}\n{"prompt": "b", "response": "c"}\n')
     assert [cells for _, cells in read_rows(path, PAIR)] == [("a", ""), ("b", "c")]
+
+
+def test_rows_are_numbered_below_a_header_where_there_is_one():
+    assert [files.first_row(f"a{end}") for end in (".csv", ".TSV", ".txt", ".jsonl", ".json", ".parquet")] == [
+        2,
+        2,
+        2,
+        1,
+        1,
+        1,
+    ]

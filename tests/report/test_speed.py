@@ -51,6 +51,14 @@ def test_flops_of_frozen_weights_and_tied_embeddings():
     assert flops.step(counts) == (4 * 960 + 2 * 480) * 10
 
 
+def test_a_frozen_head_under_an_addition_is_the_head_still():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(llama(), peft.LoraConfig(r=1, target_modules=["q_proj", "lm_head"]))
+    flops = ModelFlops.of(model)
+    additions = 2 * (8 + 8) + (8 + 50)  # of rank 1: on q in two layers, on the head
+    assert (flops.layers, flops.head) == (4 * 960 + 6 * additions, 4 * 400)
+
+
 def test_flops_agree_with_the_ones_that_torch_counts():
     """torch's own counter sees the full head and the whole square: the usual formula, one example at a time."""
     from torch.utils.flop_counter import FlopCounterMode
