@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
             claim(Path(args.adapter), Path(args.output), proof)
         except (OSError, SafetensorError) as error:
             raise UserError(f"--output {args.output}: the merged model cannot be written there ({error})") from error
-        say(f"merged: {args.output} ({args.save_dtype}); {proof}")
+        say(f"merged: saved in {args.output}, as {args.save_dtype}; {proof}")
 
 
 if __name__ == "__main__":

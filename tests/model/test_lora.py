@@ -233,7 +233,10 @@ def test_the_command_line_ends_in_one_message(base, tmp_path, capsys):
     assert ended.value.code == 2 and "the merged model cannot be written there ([Errno 20] Not a directory" in printed
     # as the other commands name them
     merge_lora.main(["--model", str(adapter), "--output_dir", str(tmp_path / "merged"), "--save_dtype", "float32"])
-    assert f"merged: {tmp_path / 'merged'} (float32); logits differ from base + adapter by" in capsys.readouterr().out
+    assert (
+        f"merged: saved in {tmp_path / 'merged'}, as float32; logits differ from base + adapter by"
+        in capsys.readouterr().out
+    )
 
 
 @pytest.mark.slow
