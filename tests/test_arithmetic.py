@@ -40,6 +40,7 @@ def test_drop_last_leaves_out_the_step_that_is_not_full():
     stock = {"packing": False, "train_sampling_strategy": "group_by_length", "dataloader_drop_last": True}
     assert steps(69, **stock) == (9, 18)
     assert steps(67, **stock) == (8, 16)
+    assert steps(69, **stock | {"train_sampling_strategy": "random"}) == (8, 16), "the sampler is ours, padded too"
 
 
 def test_too_few_rows_for_one_step_are_one_sentence():

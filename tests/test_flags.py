@@ -136,6 +136,7 @@ def test_a_script_reads_its_own_command_line(monkeypatch):
     monkeypatch.setattr("sys.argv", ["llama_training.py", *REQUIRED, "--use_cpu", "True", "--packing", "True"])
     assert parse()[2].packing_asked
     assert not parse([*REQUIRED, "--use_cpu", "True"])[2].packing_asked
+    assert parse([*REQUIRED, "--use_cpu", "True", "--packing=True"])[2].packing_asked
 
 
 def test_what_is_missing_is_named():

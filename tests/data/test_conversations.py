@@ -57,6 +57,11 @@ def make(tmp_path):
     return make
 
 
+def test_with_the_prompts_included_every_token_of_a_conversation_is_trained(make):
+    example = make([say("a", "b", "c", "d")], train_on_prompt=True)[0]
+    assert example["labels"].tolist() == [-100, *example["input_ids"].tolist()[1:]]
+
+
 def shown(dataset, index=0) -> str:
     """An example's text, its trained tokens in [...]."""
     return audit.describe_example(character_tokenizer(), dataset, index, colour=False).split("\n", 1)[1]

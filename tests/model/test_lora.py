@@ -216,6 +216,17 @@ def test_the_fingerprint_reads_old_pickled_checkpoints(base, tmp_path):
         lora.weights_digest(str(tmp_path))
 
 
+def test_the_fingerprint_is_the_same_of_one_file_and_of_several(base, tmp_path):
+    weights, shards = load_file(base / "model.safetensors"), tmp_path / "shards"
+    shards.mkdir()
+    names = sorted(weights, reverse=True)  # the later names lie in the first file
+    home = {name: f"model-0000{1 + 2 * place // len(names)}-of-00002.safetensors" for place, name in enumerate(names)}
+    for file in set(home.values()):
+        save_file({name: weights[name] for name in names if home[name] == file}, shards / file)
+    (shards / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": home}))
+    assert lora.weights_digest(str(shards)) == lora.weights_digest(str(base))
+
+
 def test_the_command_line_ends_in_one_message(base, tmp_path, capsys):
     adapter = tmp_path / "adapter"
     trained_adapter(base, adapter)

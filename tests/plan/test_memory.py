@@ -130,6 +130,11 @@ def test_with_ligers_norms_and_mlps_a_token_keeps_what_was_measured(installed, s
     )
 
 
+@pytest.mark.parametrize("size, block", [(1, 1), (4096, 4096), (4097, 8192)])
+def test_page_locked_memory_comes_in_powers_of_two(size, block):
+    assert memory._locked(size) == block
+
+
 def test_zero_2_with_offload_keeps_a_float32_sum_of_the_gradients_on_the_gpu(tmp_path):
     words = ["--gradient_checkpointing", "True", "--deepspeed"]
     asked = ["--tokens_per_micro_batch", "4096"]

@@ -173,13 +173,13 @@ def test_a_repeated_batch_is_computed_and_not_counted():
         control=None,
         callback_handler=SimpleNamespace(on_prediction_step=lambda *_: None),
         compute_loss_context_manager=contextlib.nullcontext,
-        loss_sum=lambda model, inputs: computed.append(inputs) or torch.tensor(6.0),
+        loss_sum=lambda model, inputs: computed.append(model.training) or torch.tensor(6.0),
         _prepare_inputs=lambda inputs: inputs,
         accelerator=SimpleNamespace(gather=lambda mine: torch.cat([mine, torch.tensor([[14.0, 7.0]]).double()])),
     )
     batches = Loader({"counts": SimpleNamespace(trained=3)} for _ in range(2))
     done = evaluation.token_weighted_loop(trainer, batches)
-    assert len(computed) == 2 and done.num_samples == 4
+    assert computed == [False, False] and done.num_samples == 4, "no dropout is drawn"
     assert done.metrics == {"eval_loss": 2.0, "eval_perplexity": pytest.approx(math.exp(2)), "eval_tokens": 10}
 
 

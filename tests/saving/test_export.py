@@ -129,6 +129,10 @@ def test_the_proof_sees_a_tokenizer_with_other_ids(whole_run):
     other.add_tokens(["plus"])
     assert "other ids for 'What is 1 plus 2?'" in export.check_tokenizer(tokenizer, other, texts, 320)[0]
     assert "and the embedding 100 rows" in export.check_tokenizer(tokenizer, tokenizer, texts, 100)[0]
+    largest = max(tokenizer(texts[0]).input_ids)
+    said = [f"the tokenizer has id {largest} and the embedding {largest} rows"]
+    assert export.check_tokenizer(tokenizer, tokenizer, texts, largest) == said
+    assert export.check_tokenizer(tokenizer, tokenizer, texts, largest + 1) == []
 
 
 def trainer_of(model: torch.nn.Module, should_save=True) -> SimpleNamespace:

@@ -47,7 +47,16 @@ def test_the_card(watched):
         f"| evaluation | loss {final['eval_loss']:.4f}, perplexity {final['eval_perplexity']:.4g} |",
     ):
         assert row in card
+    alone = "on pairs of instruction and response. The answers alone were trained on.\n"
+    assert f"A full fine-tune of `tiny_llama0` {alone}" in card
     assert f"````text\n{TEMPLATE}\n````" in card and "![loss, learning rate and speed](loss.png)" in card
+
+
+def test_the_card_says_what_was_trained_on(watched, tmp_path):
+    changed = copy.deepcopy(watched.record)
+    changed["flags"]["data"] |= {"messages": "messages", "train_on_prompt": True}
+    model_card.write_card(tmp_path, changed)
+    assert " on conversations, the prompts included.\n" in (tmp_path / "README.md").read_text()
 
 
 def test_a_template_with_fences_and_a_file_with_a_bar_in_its_name_leave_the_card_whole(watched, tmp_path):

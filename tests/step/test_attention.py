@@ -55,6 +55,11 @@ def test_without_triton_varlen_is_chosen_and_why_is_said(an_ampere_card, monkeyp
     assert choose_attention(small, CUDA, torch.bfloat16).reason.startswith("not triton: Triton is not installed")
 
 
+def test_heads_of_256_are_the_largest_that_varlen_takes(an_ampere_card):
+    kernels = {size: choose_attention(config(head_dim=size), CUDA, torch.bfloat16).value for size in (256, 264)}
+    assert kernels == {256: "varlen", 264: "per_example"}
+
+
 def test_kernels_that_cannot_run_here_are_refused():
     for kernel in ("varlen", "triton"):
         with pytest.raises(UserError, match=rf"{kernel} needs a GPU .* here it is cpu, float32, head_dim 8"):

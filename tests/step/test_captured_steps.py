@@ -141,3 +141,10 @@ def test_steps_stay_launched_with_one_line_that_says_why(steps, capsys, fault, p
     assert steps.captures == 1 and not steps.captured.rows.on and not steps.captured.graphs
     out = capsys.readouterr().out
     assert printed in out and out.count("captured steps:") == 1
+
+
+def test_a_replayed_step_is_divided_by_its_own_number_of_tokens():
+    items, loss = torch.tensor(3), torch.zeros(())
+    graph = SimpleNamespace(replay=lambda: loss.fill_(12.0 / items))
+    captured = captured_steps.Captured(graph, {}, items, loss, [])
+    assert [captured_steps.replay(captured, {}, torch.tensor(tokens)).item() for tokens in (3, 4, 6)] == [4, 3, 2]

@@ -4,6 +4,7 @@ TRITON_INTERPRET=1 PYTHONPATH=.:tests/support python tests/step/test_loss.py
 """
 
 import importlib.util
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from interpreted import run_interpreted
 from transformers.trainer_pt_utils import LabelSmoother
 
 from sft.step import loss
+from sft.step.packed_rows import PackedCollator
 
 
 @pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
@@ -134,3 +136,15 @@ if __name__ == "__main__":
     compare(frozen=True)
     compare(frozen=False, smoothing=0.2)
     print("alike")
+
+
+def test_a_routers_loss_counts_by_trained_tokens_and_not_at_all_in_a_placeholder():
+    head = SimpleNamespace(neutral=[], auxiliary=0.5, positions=None, targets=None)
+
+    def model(**inputs) -> SimpleNamespace:
+        return SimpleNamespace(logits=torch.tensor(7.0), aux_loss=torch.tensor(3.0))
+
+    collator = PackedCollator()
+    example = {"input_ids": [1, 2, 3, 4], "labels": [-100, -100, 3, 4]}
+    assert loss.summed_loss(model, head, collator([example])) == 7 + 0.5 * 3 * 2
+    assert loss.summed_loss(model, head, collator([])) == 7

@@ -169,6 +169,13 @@ def test_the_sampler_of_a_run():
         made(n_gpu=2)
 
 
+@pytest.mark.parametrize("steps, epochs", [(1, 1), (2, 1), (3, 2), (4, 2), (5, 3)])
+def test_the_number_of_micro_batches_fits_an_epoch_that_is_not_finished_too(steps, epochs):
+    args = SimpleNamespace(n_gpu=1, world_size=1, process_index=0, seed=1, data_seed=None, dataloader_drop_last=False)
+    arithmetic = SimpleNamespace(examples_per_step=4, steps=steps, steps_per_epoch=2)
+    assert PackedBatchSampler.of(args, np.full(8, 5), arithmetic, max_tokens=20).epochs == epochs
+
+
 def test_deepspeed_is_told_of_the_micro_batches_that_a_step_has_now():
     file = SimpleNamespace(config={"train_batch_size": 48, "gradient_accumulation_steps": 8})
     args = SimpleNamespace(per_device_train_batch_size=2, world_size=3, deepspeed="ds.json", hf_deepspeed_config=file)

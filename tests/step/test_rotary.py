@@ -109,3 +109,6 @@ def test_a_padded_run_is_refused_where_the_longest_example_decides(kind):
     args.per_device_train_batch_size = 1
     with pytest.raises(UserError) if kind == "dynamic" else nullcontext():
         settle.refuse_padded_rope(args, config, lengths)
+    args.per_device_eval_batch_size = 2
+    with pytest.raises(UserError, match="in a padded run the longest example decides for others too"):
+        settle.refuse_padded_rope(args, config, lengths)
